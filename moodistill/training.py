@@ -1,0 +1,195 @@
+"""Training a teacher: Muon on the matrices, SGD on the rest, small pictures first."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from moodistill.data import ImageData, Split
+from moodistill.errors import UserError
+from moodistill.task import Task, TrainConfig
+from moodistill.teachers import half_precision, read_safetensors, save_atomic
+
+CHECKPOINT_SECONDS = 300.0
+
+
+def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Nearest semi-orthogonal matrix to `(rows, columns)`, roughly, by Newton-Schulz steps.
+
+    Coefficients from Jordan et al., "Muon: an optimizer for hidden layers in neural networks"
+    (2024).
+    """
+    transpose = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if transpose else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if transpose else x
+
+
+class Optimizer:
+    """Muon for convolutions behind the first, SGD with Nesterov momentum for all other tensors.
+
+    A convolution in front of a BN layer is free in its scale: it is kept at the norm
+    `sqrt(out_channels)`, so `lr` is the relative size of one step (as in Jordan's airbench).
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.config = config
+        self.parameters = dict(model.named_parameters())
+        self.momentum = {k: torch.zeros_like(v) for k, v in self.parameters.items()}
+        convs = [k for k, v in self.parameters.items() if v.ndim == 4]
+        self.muon = set(convs[1:])
+
+    @torch.no_grad()
+    def step(self, fraction: float) -> None:
+        """One update; `fraction` in [0, 1] scales every learning rate."""
+        config = self.config
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            buffer = self.momentum[name].mul_(config.momentum).add_(parameter.grad)
+            update = parameter.grad.add(buffer, alpha=config.momentum)
+            if name in self.muon:
+                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+                direction = orthogonalise(update.flatten(1)).view_as(parameter)
+                parameter.add_(direction, alpha=-config.lr * fraction)
+            else:
+                rate = 0.03 * fraction
+                if parameter.ndim > 1:
+                    parameter.mul_(1 - rate * config.weight_decay)
+                parameter.add_(update, alpha=-rate)
+            parameter.grad = None
+
+
+def augment(
+    images: np.ndarray, pad: int, flip: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """Random crop with reflected padding and horizontal flip of uint8 `(N, H, W, C)`."""
+    count, height, width, _ = images.shape
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
+    top = rng.integers(0, 2 * pad + 1, count)[:, None] + np.arange(height)
+    left = rng.integers(0, 2 * pad + 1, count)[:, None] + np.arange(width)
+    if flip:
+        turned = rng.random(count) < 0.5
+        left[turned] = left[turned, ::-1]
+    return padded[np.arange(count)[:, None, None], top[:, :, None], left[:, None, :]]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: ImageData, split: Split, batch: int = 500) -> float:
+    """Fraction of `split` that `model` (in eval mode) classifies correctly."""
+    device = next(model.parameters()).device
+    right = 0
+    for start in range(0, len(split), batch):
+        images = data.normalise(split.images[start : start + batch]).to(device)
+        answer = model(images).argmax(1).cpu().numpy()
+        right += int((answer == split.labels[start : start + batch]).sum())
+    return right / len(split)
+
+
+def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -> dict:
+    """Train `task`'s teacher, resuming from `<out>.checkpoint`, and write weights and a report.
+
+    Returns the report that is also written beside the weights as JSON.
+
+    Raises:
+        UserError: if the checkpoint belongs to another configuration.
+    """
+    config = task.train
+    torch.manual_seed(config.seed)
+    model = task.build().to(device)
+    optimizer = Optimizer(model, config)
+    steps_per_epoch = len(data.train) // config.batch_size
+    sizes = [size for epochs, size in config.phases for _ in range(epochs * steps_per_epoch)]
+    checkpoint = out.with_suffix(".checkpoint")
+    signature = json.dumps({"task": task.name, "data": data.digest, **asdict(config)})
+    start, seconds = _resume(checkpoint, signature, model, optimizer)
+
+    full = data.input_shape[1]
+    costs = np.array([(size / full) ** 2 for size in sizes]) * config.batch_size
+    bar = tqdm(total=round(costs.sum()), initial=round(costs[:start].sum()), unit="img")
+    began = saved = time.monotonic()
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
+    model.train()
+    for step in range(start, len(sizes)):
+        epoch, place = divmod(step, steps_per_epoch)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(data.train))
+        index = order[place * config.batch_size : (place + 1) * config.batch_size]
+        rng = np.random.default_rng([config.seed, epoch, place])
+        images = data.normalise(
+            augment(data.train.images[index], config.pad, config.flip, rng)
+        ).to(device)
+        if sizes[step] != full:
+            shape = (sizes[step], sizes[step])
+            images = F.interpolate(images, shape, mode="bilinear", antialias=True)
+        labels = torch.from_numpy(data.train.labels[index]).to(device)
+        with autocast:
+            loss = F.cross_entropy(model(images).float(), labels)
+        loss.backward()
+        ramp = max(1.0, config.warmup * len(sizes))
+        optimizer.step(min((step + 1) / ramp, (len(sizes) - step) / (len(sizes) - ramp + 1)))
+        bar.update(round(costs[: step + 1].sum()) - bar.n)
+        bar.set_postfix(loss=f"{loss.item():.3f}", size=sizes[step], epoch=epoch + 1)
+        now = time.monotonic()
+        if now - saved > CHECKPOINT_SECONDS or place + 1 == steps_per_epoch:
+            _save(checkpoint, signature, step + 1, seconds + now - began, model, optimizer)
+            saved = now
+        if place + 1 == steps_per_epoch:
+            model.eval()
+            reached = accuracy(model, data, data.validation.head(1000))
+            tqdm.write(f"epoch {epoch + 1}: validation accuracy {reached:.4f} (first 1,000)")
+            model.train()
+    bar.close()
+    model.eval()
+    save_atomic(half_precision({k: v.cpu() for k, v in model.state_dict().items()}), out)
+    report = {
+        "task": task.name,
+        "validation_accuracy": accuracy(model, data, data.validation),
+        "test_accuracy": accuracy(model, data, data.test),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_seconds": round(seconds + time.monotonic() - began),
+        "device": device,
+        "data_digest": data.digest,
+        "recipe": asdict(config),
+    }
+    out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    checkpoint.unlink(missing_ok=True)
+    return report
+
+
+def _save(
+    path: Path, signature: str, step: int, seconds: float, model: nn.Module, opt: Optimizer
+) -> None:
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"momentum.{k}": v for k, v in opt.momentum.items()}
+    metadata = {"signature": signature, "step": str(step), "seconds": str(seconds)}
+    save_atomic(tensors, path, metadata)
+
+
+def _resume(
+    path: Path, signature: str, model: nn.Module, opt: Optimizer
+) -> tuple[int, float]:
+    if not path.exists():
+        return 0, 0.0
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("signature") != signature:
+        raise UserError(
+            f"{path} was written by another configuration; delete it or name another --out"
+        )
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    )
+    for key, buffer in opt.momentum.items():
+        buffer.copy_(tensors[f"momentum.{key}"])
+    print(f"resuming from step {metadata['step']}", flush=True)
+    return int(metadata["step"]), float(metadata["seconds"])

@@ -1,0 +1,1 @@
+"""One short module per search task; `TASK` is what moodistill loads."""
