@@ -1,0 +1,203 @@
+"""Closed-form inheritance: the student's weights solved from the teacher, without training.
+
+Whatever a layer of the student can still read, it should see the best linear estimate of what it
+read in the teacher. With `u` `(n, k)` the student's input pixels and `a` `(n, C)` the teacher's at
+the same places,
+
+    A = argmin |a - u A^T|^2 + ridge * |A - A0|^2,    W'[o, k] = sum_c W[o, c] A[c, k],
+
+where `A0` picks the kept channels (0 past a bypassed layer). Masks, missing connections, merge
+edges and bypasses are one operation: the gene says what may be read, the solve says how.
+Sources: least squares for channel pruning (He et al. 2017), Gram-based compensation (GRAIL),
+recalibrated batch statistics (EagleEye, Li et al. 2020).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from moodistill.graph import TeacherGraph
+from moodistill.statistics import CalibrationConfig, TeacherSamples, sample_pixels
+from moodistill.student import Student, Unit
+
+Mode = Literal["slice", "teacher", "student"]
+
+
+@dataclass(frozen=True)
+class InheritConfig:
+    """How weights are inherited.
+
+    Attributes:
+        mode: `slice` keeps the sliced weights; `teacher` solves with the teacher's own channels as
+            `u`; `student` walks the student layer by layer and solves with what it produces. All
+            three recalibrate the batch statistics on the calibration images.
+        ridge: pull towards `A0`, relative to the mean diagonal of the Gram matrix, where samples
+            abound; it grows with `k / n` where they are few.
+    """
+
+    mode: Mode = "student"
+    ridge: float = 1e-3
+    scarce: float = 0.1
+
+
+@torch.no_grad()
+def inherit(
+    student: Student,
+    graph: TeacherGraph,
+    samples: TeacherSamples,
+    config: InheritConfig = InheritConfig(),
+) -> None:
+    """Set the student's weights and batch statistics in place, in one pass over its graph."""
+    units = {unit.target: unit for unit in student.units}
+    norms = {norm.target for norm in student.norms}
+    values: dict[fx.Node, torch.Tensor] = {}
+    last_use = _last_uses(student.module.graph)
+
+    def read(argument: object) -> object:
+        return fx.node.map_arg(argument, lambda node: values[node])  # type: ignore[arg-type]
+
+    for node in student.module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = samples.images
+        elif node.op == "output":
+            break
+        elif node.op == "call_module":
+            module = student.module.get_submodule(str(node.target))
+            source = values[node.args[0]]
+            unit = units.get(str(node.target))
+            if unit is not None and config.mode != "slice":
+                _solve_unit(unit, module, source, graph, samples, config)
+            if str(node.target) in norms:
+                _recalibrate(module, source)
+            values[node] = module(source)
+        else:
+            arguments, keywords = read(node.args), read(node.kwargs)
+            if node.op == "call_function":
+                values[node] = node.target(*arguments, **keywords)  # type: ignore
+            else:
+                first, *rest = arguments  # type: ignore
+                values[node] = getattr(first, str(node.target))(*rest, **keywords)  # type: ignore
+        for done in last_use.get(node, ()):
+            del values[done]
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For every node, the values that nobody needs after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    result: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        result.setdefault(node, []).append(source)
+    return result
+
+
+def _recalibrate(norm: nn.Module, source: torch.Tensor) -> None:
+    """Set running mean and variance to those of `source`."""
+    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    axes = [axis for axis in range(source.ndim) if axis != 1]
+    variance, mean = torch.var_mean(source, dim=axes, unbiased=False)
+    if norm.running_mean is not None and norm.running_var is not None:
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+
+def _solve_unit(
+    unit: Unit,
+    module: nn.Module,
+    source: torch.Tensor,
+    graph: TeacherGraph,
+    samples: TeacherSamples,
+    config: InheritConfig,
+) -> None:
+    """Solve one conv or linear module of the student from the teacher's layer."""
+    layer = graph.layer_module(unit.layer)
+    target = samples.inputs[unit.layer]
+    # Only a layer without padding may take the constant of the estimate into its bias: at a
+    # padded border some taps see no input and no constant either.
+    padded = isinstance(layer, nn.Conv2d) and any(p != 0 for p in _padding(layer))
+    centred = not padded and module.bias is not None
+    if not unit.through and sum(len(i) for i in unit.inputs) == target.shape[1]:
+        if config.mode == "teacher":
+            return
+    offered = None
+    if config.mode == "student" or unit.through:
+        offered = sample_pixels(source, unit.repeat, samples.config)
+    start = 0
+    rows, biases = [], []
+    for outputs, inputs in zip(unit.outputs, unit.inputs, strict=True):
+        if offered is not None:
+            u = offered[:, start : start + len(inputs)]
+            start += len(inputs)
+        else:
+            u = target[:, torch.from_numpy(inputs)]
+        repeat = unit.repeat
+        if u.shape[0] != target.shape[0]:
+            # A bypassed linear layer behind a flatten: every feature is a channel of its own.
+            u = source.reshape(len(source), -1)
+            repeat = 1
+        estimate, constant = estimate_inputs(
+            target, u, None if unit.through else inputs, centred, config
+        )
+        weight = layer.weight[torch.from_numpy(outputs)]
+        rows.append(_fold(weight, estimate, target.shape[1], repeat))
+        if centred:
+            taps = weight.reshape(len(weight), target.shape[1], -1).sum(2)
+            biases.append(layer.bias[torch.from_numpy(outputs)] + taps @ constant)
+    module.weight.copy_(torch.cat(rows))
+    if biases:
+        module.bias.copy_(torch.cat(biases))
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+    if isinstance(layer.padding, str):
+        return (0,) if layer.padding == "valid" else tuple(k - 1 for k in layer.kernel_size)
+    return tuple(layer.padding)
+
+
+def estimate_inputs(
+    target: torch.Tensor,
+    offered: torch.Tensor,
+    channels: np.ndarray | None,
+    centred: bool,
+    config: InheritConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`A` `(C, k)` and constant `d` `(C,)` that estimate `target` `(n, C)` from `offered` `(n, k)`.
+
+    `channels` names the teacher channel that each offered channel stands for (None if it stands
+    for none); the ridge pulls towards it. Not centred: `d` is 0.
+    """
+    count, width = offered.shape
+    mean_u = offered.mean(0) if centred else torch.zeros(width)
+    mean_a = target.mean(0) if centred else torch.zeros(target.shape[1])
+    u = offered - mean_u if centred else offered
+    a = target - mean_a if centred else target
+    gram = (u.T @ u).double() / count
+    cross = (u.T @ a).double() / count
+    scale = gram.diagonal().mean().clamp_min(1e-12)
+    ridge = scale * (config.ridge + config.scarce * (width / count) ** 2)
+    gram.diagonal().add_(ridge)
+    if channels is not None:
+        cross[torch.arange(width), torch.from_numpy(channels)] += ridge
+    factor = torch.linalg.cholesky(gram)
+    estimate = torch.cholesky_solve(cross, factor).T.float()
+    return estimate, mean_a - estimate @ mean_u
+
+
+def _fold(weight: torch.Tensor, estimate: torch.Tensor, channels: int, repeat: int) -> torch.Tensor:
+    """`W'[o, k, ...] = sum_c W[o, c, ...] A[c, k]`, shared over the positions of a flatten."""
+    outputs, width = len(weight), estimate.shape[1]
+    taps = weight.reshape(outputs, channels, -1)  # a conv's taps, or a linear layer's positions
+    folded = (taps.transpose(1, 2).reshape(-1, channels) @ estimate).reshape(outputs, -1, width)
+    folded = folded.transpose(1, 2)
+    if weight.ndim == 4:
+        return folded.reshape(outputs, width, *weight.shape[2:])
+    if repeat == 1:
+        return folded.reshape(outputs, width)
+    return folded.reshape(outputs, width * repeat)

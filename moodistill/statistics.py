@@ -1,0 +1,104 @@
+"""What inheritance and importance need of the teacher: sampled inputs of every layer, cached."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moodistill.data import ImageData
+from moodistill.errors import UserError
+from moodistill.graph import TeacherGraph
+from moodistill.teachers import read_safetensors, save_atomic
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Images and sampled pixels per layer of the calibration pass (training split only)."""
+
+    images: int = 512
+    pixels: int = 8000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TeacherSamples:
+    """The teacher's layer inputs at fixed pixels of the calibration images.
+
+    Attributes:
+        images: `(n, C, H, W)` normalised calibration images.
+        inputs: for every layer, `(pixels, channels)` sampled inputs (before a flatten).
+        config: how they were drawn.
+    """
+
+    images: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    config: CalibrationConfig
+
+
+def sample_positions(count: int, area: int, config: CalibrationConfig) -> torch.Tensor:
+    """Flat indices into `(count, area)`, equal for all maps of one resolution."""
+    total = count * area
+    if total <= config.pixels:
+        return torch.arange(total)
+    rng = np.random.default_rng([config.seed, area])
+    return torch.from_numpy(np.sort(rng.choice(total, config.pixels, replace=False)))
+
+
+def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) -> torch.Tensor:
+    """Sampled rows `(pixels, channels)` of a map `(n, C, H, W)` or features `(n, C * repeat)`."""
+    if values.ndim == 2:
+        values = values.unflatten(1, (-1, repeat))
+    else:
+        values = values.flatten(2)
+    count, channels, area = values.shape
+    index = sample_positions(count, area, config)
+    return values[index // area, :, index % area].reshape(-1, channels)
+
+
+@torch.no_grad()
+def collect_samples(
+    graph: TeacherGraph,
+    data: ImageData,
+    config: CalibrationConfig,
+    cache_dir: Path | None,
+    teacher_digest: str,
+) -> TeacherSamples:
+    """One pass of the teacher over the calibration images, or its result from the cache.
+
+    The cache file is keyed by teacher, data and configuration; a damaged one is made again.
+    """
+    images = data.calibration(config.images)
+    key = hashlib.sha256(f"{teacher_digest} {data.digest} {config}".encode()).hexdigest()[:16]
+    path = cache_dir / f"samples-{key}.safetensors" if cache_dir else None
+    if path is not None and path.exists():
+        try:
+            stored, _ = read_safetensors(path)
+            if set(stored) == {layer.name for layer in graph.layers}:
+                return TeacherSamples(images, stored, config)
+        except UserError:
+            path.unlink()
+    repeats = {s.name: s.repeat for s in graph.steps}
+    inputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for layer in graph.layers:
+
+        def hook(module: torch.nn.Module, args: tuple, name: str, repeat: int) -> None:
+            inputs[name] = sample_pixels(args[0], repeat, config)
+
+        def bound(module, args, name=layer.name, repeat=repeats[layer.inputs[0]]):  # type: ignore
+            hook(module, args, name, repeat)
+
+        handles.append(graph.layer_module(layer.name).register_forward_pre_hook(bound))
+    try:
+        # All images at once: every layer samples its pixels over the whole set.
+        graph.module(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if path is not None:
+        save_atomic(inputs, path)
+    return TeacherSamples(images, inputs, config)
