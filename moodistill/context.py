@@ -1,0 +1,73 @@
+"""A teacher made ready for a search: its graph, samples, layout and data, loaded once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moodistill.data import ImageData
+from moodistill.errors import UserError
+from moodistill.genome import GenomeLayout
+from moodistill.graph import TeacherGraph, trace
+from moodistill.layout import build_layout
+from moodistill.statistics import CalibrationConfig, TeacherSamples, collect_samples
+from moodistill.task import Task
+from moodistill.teachers import file_digest, load_weights
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """Everything that scoring a student needs of its teacher."""
+
+    task: Task
+    graph: TeacherGraph
+    samples: TeacherSamples
+    layout: GenomeLayout
+    data: ImageData
+    teacher_digest: str
+
+
+def default_cache_dir() -> Path:
+    """`$MOODISTILL_CACHE`, or `~/.cache/moodistill`; everything in it can be made again."""
+    return Path(os.environ.get("MOODISTILL_CACHE", Path.home() / ".cache" / "moodistill"))
+
+
+def load_context(
+    task: Task,
+    data_dir: Path | None = None,
+    weights: Path | None = None,
+    calibration: CalibrationConfig = CalibrationConfig(),
+    cache_dir: Path | None = None,
+) -> TeacherContext:
+    """Load a task's data and teacher and prepare them for a search.
+
+    Raises:
+        UserError: if data or weights are missing, damaged or of another architecture.
+    """
+    path = weights or task.weights
+    if not path.is_file():
+        raise UserError(
+            f"teacher weights {path} do not exist; train them with: "
+            f"python scripts/train_teacher.py --model {task.name}"
+        )
+    teacher = load_weights(task.build(), path)
+    data = task.load_data(data_dir)
+    graph = trace(teacher, data.input_shape)
+    digest = file_digest(path)
+    samples = collect_samples(
+        graph, data, calibration, cache_dir or default_cache_dir(), digest
+    )
+    return TeacherContext(task, graph, samples, build_layout(graph, samples), data, digest)
+
+
+def default_threads() -> int:
+    """Threads for torch: the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_threads(threads: int | None) -> None:
+    """Set torch's threads for everything but the latency measurement."""
+    torch.set_num_threads(threads or default_threads())

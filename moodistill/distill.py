@@ -1,0 +1,144 @@
+"""Distilling a student with the teacher's soft targets, computed once for a fixed set of views."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moodistill.data import ImageData
+from moodistill.errors import UserError
+from moodistill.teachers import read_safetensors, save_atomic
+from moodistill.training import augment
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A finalist's budget.
+
+    Attributes:
+        steps: SGD steps of `batch_size` images.
+        lr: peak rate; a closed-form start wants a small one.
+        temperature: of the soft targets (Hinton et al. 2015).
+        hard: weight of the cross-entropy with the labels beside the soft targets.
+        views: batches of augmented training images whose teacher logits are cached; longer
+            distillations go through them again in another order.
+        pad, flip: the augmentation of the views.
+    """
+
+    steps: int = 100
+    batch_size: int = 64
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    temperature: float = 4.0
+    hard: float = 0.1
+    views: int = 1000
+    pad: int = 4
+    flip: bool = True
+    seed: int = 0
+
+
+class SoftTargets:
+    """Augmented training batches and the teacher's logits of them, cached on disk by batch."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        data: ImageData,
+        config: DistillConfig,
+        cache_dir: Path | None,
+        teacher_digest: str,
+    ) -> None:
+        self.teacher = teacher.eval()
+        self.data = data
+        self.config = config
+        parts = (teacher_digest, data.digest, config.batch_size, config.pad, config.flip)
+        key = hashlib.sha256(f"{parts} {config.seed}".encode()).hexdigest()[:16]
+        self.path = cache_dir / f"logits-{key}.safetensors" if cache_dir else None
+        self.logits: dict[str, torch.Tensor] = {}
+        if self.path is not None and self.path.exists():
+            try:
+                self.logits, _ = read_safetensors(self.path)
+            except UserError:
+                self.path.unlink()
+
+    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images `(B, C, H, W)` and labels `(B,)` of view batch `index`; always the same."""
+        rng = np.random.default_rng([self.config.seed, index])
+        chosen = rng.choice(len(self.data.train), self.config.batch_size, replace=False)
+        images = augment(self.data.train.images[chosen], self.config.pad, self.config.flip, rng)
+        labels = torch.from_numpy(self.data.train.labels[chosen])
+        return self.data.normalise(images), labels
+
+    @torch.no_grad()
+    def soft(self, index: int, images: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits `(B, classes)` of view batch `index`."""
+        key = str(index)
+        if key not in self.logits:
+            device = next(self.teacher.parameters()).device
+            self.logits[key] = self.teacher(images.to(device)).cpu()
+        return self.logits[key]
+
+    def save(self) -> None:
+        """Write what has been computed, so that the next finalist or run has it."""
+        if self.path is not None:
+            save_atomic(self.logits, self.path)
+
+
+def distill(
+    student: nn.Module,
+    targets: SoftTargets,
+    config: DistillConfig,
+    seed: int = 0,
+    report: Callable[[int, float], None] | None = None,
+) -> nn.Module:
+    """A distilled copy of `student` in eval mode.
+
+    SGD with Nesterov momentum, 10% warm-up, then a cosine; soft targets at `temperature` with the
+    weight `1 - hard`, scaled by its square. `report(step, loss)` is called after each step.
+
+    Raises:
+        FloatingPointError: if the loss is not finite.
+    """
+    model = copy.deepcopy(student).train()
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain}],
+        lr=config.lr, momentum=config.momentum, nesterov=True,
+    )  # fmt: skip
+    views = min(config.views, config.steps)
+    warmup = max(1, config.steps // 10)
+    for step in range(config.steps):
+        rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * rate
+        epoch, place = divmod(step, views)
+        index = int(np.random.default_rng([seed, epoch]).permutation(views)[place])
+        images, labels = targets.batch(index)
+        soft = targets.soft(index, images)
+        logits = model(images)
+        scale = config.temperature
+        divergence = F.kl_div(
+            F.log_softmax(logits / scale, 1), F.log_softmax(soft / scale, 1),
+            log_target=True, reduction="batchmean",
+        )  # fmt: skip
+        loss = (1 - config.hard) * scale**2 * divergence
+        loss = loss + config.hard * F.cross_entropy(logits, labels)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the distillation loss became {loss.item()} at step {step}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if report is not None:
+            report(step + 1, loss.item())
+    return model.eval()

@@ -1,0 +1,107 @@
+"""Finalists: distilled for a real budget, confirmed on latency, tested once, exported."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moodistill.context import TeacherContext
+from moodistill.distill import DistillConfig, SoftTargets, distill
+from moodistill.evaluation import Evaluation
+from moodistill.export import export_onnx
+from moodistill.recipe import Recipe, make_student
+from moodistill.store import write_json_atomic
+from moodistill.student import Student
+from moodistill.student_file import save_student
+from moodistill.training import accuracy
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """What is kept of a distilled student in `students/<id>/result.json`."""
+
+    student: str
+    genome_hash: str
+    budget: dict
+    accuracy_before: float
+    accuracy: float
+    test_accuracy: float
+    size_bytes: int
+    parity_images: int
+    parity_max_difference: float
+    seconds: float
+
+
+def finish(
+    context: TeacherContext,
+    evaluation: Evaluation,
+    student_id: str,
+    folder: Path,
+    recipe: Recipe,
+    config: DistillConfig,
+    targets: SoftTargets,
+    report: Callable[[int, float], None] | None = None,
+) -> Finalist:
+    """Distil one student, save it, export it with the parity check and test it once.
+
+    A result that is already in `folder` for the same budget is read back instead.
+    """
+    budget = asdict(config)
+    found = read_finalist(folder)
+    if found is not None and found.genome_hash == evaluation.genome_hash and found.budget == budget:
+        return found
+    began = time.perf_counter()
+    genome = context.layout.unpack(evaluation.genome)
+    student = make_student(context, genome, recipe)
+    before = accuracy(student.module, context.data, context.data.validation)
+    seed = int(evaluation.genome_hash[:8], 16)
+    module = distill(student.module, targets, config, seed, report)
+    distilled = Student(module, student.units, student.norms)  # type: ignore[arg-type]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)
+    save_student(
+        distilled, context.layout, genome, folder / "student.safetensors", context.task.name
+    )
+    parity = export_onnx(distilled.module, context.data, folder / "model.onnx")
+    result = Finalist(
+        student=student_id,
+        genome_hash=evaluation.genome_hash,
+        budget=budget,
+        accuracy_before=before,
+        accuracy=accuracy(distilled.module, context.data, context.data.validation),
+        test_accuracy=accuracy(distilled.module, context.data, context.data.test),
+        size_bytes=(folder / "model.onnx").stat().st_size,
+        parity_images=parity.images,
+        parity_max_difference=parity.max_difference,
+        seconds=time.perf_counter() - began,
+    )
+    # Written last: a folder with a result is complete.
+    write_json_atomic(folder / "result.json", asdict(result))
+    return result
+
+
+def read_finalist(folder: Path) -> Finalist | None:
+    """The complete result in a student's folder, or None."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        return Finalist(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return None
+
+
+def objectives(evaluations: list[Evaluation]) -> np.ndarray:
+    """`(n, 3)` error, parameters and latency of successful evaluations."""
+    return np.array(
+        [
+            (1.0 - e.accuracy, e.parameters, e.latency.latency_ms)
+            for e in evaluations
+            if e.latency is not None
+        ]
+    ).reshape(-1, 3)

@@ -1,0 +1,70 @@
+"""Layer-wise crossover: whole layers change hands, sometimes blocks within a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pymoo.core.crossover import Crossover
+
+from moodistill.genome import GenomeLayout
+
+
+class LayerCrossover(Crossover):
+    """Two parents, two children.
+
+    The genes of one channel group (its mask, the connections and bypasses of the layers that
+    write it) travel together; merge edges travel one Add at a time. Half of the matings exchange
+    one run of layers (so that what fits together stays together), half every group by a coin. In
+    `within` of the exchanged groups only some blocks of channels change hands.
+    """
+
+    def __init__(self, layout: GenomeLayout, within: float = 0.2) -> None:
+        super().__init__(2, 2, prob=1.0)
+        self.layout = layout
+        self.within = within
+        self.heritable = [group for group in layout.groups.values() if not group.frozen]
+
+    def _do(
+        self,
+        problem: Any,
+        X: np.ndarray,
+        *args: Any,
+        random_state: np.random.Generator,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """`(2, matings, n_var)` parents to as many children (copies)."""
+        children = X.copy()
+        for mating in range(X.shape[1]):
+            swap = self._swap(random_state)
+            children[0, mating, swap] = X[1, mating, swap]
+            children[1, mating, swap] = X[0, mating, swap]
+        return children
+
+    def _swap(self, rng: np.random.Generator) -> np.ndarray:
+        """`(n_var,)` bool: the bits that change hands."""
+        layout = self.layout
+        swap = np.zeros(layout.length, dtype=bool)
+        count = len(self.heritable)
+        if rng.random() < 0.5:
+            low, high = sorted(rng.integers(0, count + 1, size=2))
+            chosen = np.zeros(count, dtype=bool)
+            chosen[low:high] = True
+        else:
+            chosen = rng.random(count) < 0.5
+        for group, taken in zip(self.heritable, chosen, strict=True):
+            if not taken:
+                continue
+            if group.blocks > 1 and rng.random() < self.within:
+                blocks = rng.random(group.blocks) < 0.5
+                layout.view(swap, f"mask/{group.name}")[:] = blocks[group.block]
+                continue
+            layout.view(swap, f"mask/{group.name}")[:] = True
+            for layer in layout.layers:
+                if layer.group == group.name:
+                    for kind in ("block", "bypass"):
+                        if f"{kind}/{layer.name}" in layout.slices:
+                            layout.view(swap, f"{kind}/{layer.name}")[:] = True
+        for merge in layout.merges:
+            layout.view(swap, f"merge/{merge.name}")[:] = rng.random() < 0.5
+        return swap

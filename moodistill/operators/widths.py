@@ -1,0 +1,31 @@
+"""Shared by sampling and mutation: choosing which channels of a group stay."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moodistill.genome import Group
+
+
+def noisy_top(
+    group: Group, count: int, noise: float, rng: np.random.Generator, kept: np.ndarray | None = None
+) -> np.ndarray:
+    """`(size,)` mask of the `count` channels of highest log-importance plus Gumbel noise.
+
+    Top-k of Gumbel-perturbed scores draws without replacement with probabilities that follow
+    the importance (Kool et al. 2019). Channels in `kept` are preferred, so that a mask shrinks
+    and grows around what it has.
+    """
+    score = np.log(group.importance + 1e-12)
+    score = (score - score.mean()) / (score.std() + 1e-12)
+    score = score + noise * rng.gumbel(size=group.size)
+    if kept is not None:
+        score = score + np.where(kept, 3.0, 0.0)
+    mask = np.zeros(group.size, dtype=bool)
+    mask[np.argsort(-score, kind="stable")[: max(1, count)]] = True
+    return mask
+
+
+def snap(width: float, size: int, step: int) -> int:
+    """A width in whole steps, between one step and the full size."""
+    return int(min(size, max(step, round(width / step) * step)))

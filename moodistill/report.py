@@ -1,0 +1,139 @@
+"""What a person looks at: the front as pictures and as a table for the terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moodistill.front import Student
+from moodistill.store import Generation, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart with any colour vision.
+GREY, BLUE, VERMILION, BLACK = "#999999", "#0072B2", "#D55E00", "#000000"
+
+
+def plot_front(rows: Sequence[Student], path: Path, title: str) -> None:
+    """Write a PNG of accuracy against latency and against parameters, finalists marked."""
+    figure = _figure(11.0, 4.8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _panel(left, rows, "latency_ms", "latency at batch 1 (ms, log scale)")
+    _panel(right, rows, "parameters", "parameters (log scale)")
+    left.set_ylabel("validation accuracy (%)")
+    handles, labels = left.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+    figure.suptitle(title, parse_math=False)
+    _save(figure, path)
+
+
+def _panel(axes: Axes, rows: Sequence[Student], field: str, label: str) -> None:
+    def points(stage: str) -> tuple[list[Student], list[float], list[float]]:
+        found = [row for row in rows if row.stage == stage]
+        return found, [getattr(row, field) for row in found], [100 * r.accuracy for r in found]
+
+    _, x, y = points("searched")
+    if x:
+        axes.plot(x, y, "o", color=GREY, alpha=0.5, markersize=4, mew=0, label="searched")
+    finalists, x, y = points("distilled")
+    before = [100 * (r.accuracy if r.search_accuracy is None else r.search_accuracy)
+              for r in finalists]  # fmt: skip
+    for place, low, high in zip(x, before, y, strict=True):
+        axes.plot([place, place], [low, high], "-", color=BLUE, linewidth=0.8, zorder=1)
+    if finalists:
+        axes.plot(x, before, "o", color=BLUE, markerfacecolor="white", markersize=5,
+                  label="finalist before distillation")  # fmt: skip
+        axes.plot(x, y, "o", color=BLUE, markersize=6, label="finalist distilled")
+    if field == "latency_ms":
+        # The low and high end of a bootstrap need not enclose the median to the last digit.
+        below = [max(r.latency_ms - r.latency_ms_low, 0.0) for r in finalists]
+        above = [max(r.latency_ms_high - r.latency_ms, 0.0) for r in finalists]
+        axes.errorbar(x, y, xerr=[below, above], fmt="none", ecolor=BLUE, elinewidth=0.8)
+    _, x, y = points("teacher")
+    if x:
+        axes.axhline(y[0], color=VERMILION, linewidth=0.8, linestyle=":")
+        axes.plot(x, y, "*", color=VERMILION, markersize=13, label="teacher")
+    if rows:
+        _log_axis(axes, [getattr(row, field) for row in rows])
+    axes.set_xlabel(label)
+    axes.grid(True, which="both", alpha=0.2)
+
+
+def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+    from matplotlib.ticker import AutoLocator, EngFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    # Matplotlib's own labels (3 x 10^-1, 4 x 10^-1) overlap on one decade.
+    ratio = max(values) / min(values)
+    if ratio < 4:
+        axes.xaxis.set_major_locator(AutoLocator())
+    else:
+        steps = (1, 1.5, 2, 3, 5, 7) if ratio < 30 else (1, 2, 5) if ratio < 1000 else (1,)
+        axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    thousands = EngFormatter(sep="")
+    axes.xaxis.set_major_formatter(lambda x, _: thousands(x) if x >= 1000 else f"{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def plot_history(generations: Sequence[Generation], path: Path) -> None:
+    """Write a PNG of the front's hypervolume against the number of evaluations."""
+    figure = _figure(6.0, 4.0)
+    axes = figure.subplots()
+    axes.plot(
+        [generation.evaluations for generation in generations],
+        [generation.hypervolume for generation in generations],
+        "o-", color=BLUE, markersize=4,
+    )  # fmt: skip
+    axes.set_xlabel("students evaluated")
+    axes.set_ylabel("hypervolume of the front")
+    axes.grid(True, alpha=0.2)
+    _save(figure, path)
+
+
+def _figure(width_inches: float, height_inches: float) -> Figure:
+    # Here, because matplotlib takes half a second and the table does not need it. No pyplot: its
+    # global state would leak figures and pick a display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width_inches, height_inches), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_atomic(path, picture.getvalue())
+
+
+def front_table(rows: Sequence[Student]) -> str:
+    """Aligned plain text: finalists, searched students and the teacher, most accurate first."""
+    teacher = next((row for row in rows if row.stage == "teacher"), None)
+    order = ("distilled", "searched", "teacher")
+    ranked = sorted(rows, key=lambda row: (order.index(row.stage), -row.accuracy, row.latency_ms))
+    lines = [
+        ("student", "stage", "accuracy", "test accuracy", "parameters", "x fewer parameters",
+         "latency ms", "x faster"),
+    ]  # fmt: skip
+    for row in ranked:
+        fewer = f"{teacher.parameters / row.parameters:.2f}" if teacher else "-"
+        lines.append((
+            row.student, row.stage, f"{row.accuracy:.4f}",
+            "-" if row.test_accuracy is None else f"{row.test_accuracy:.4f}",
+            f"{row.parameters:,}", fewer, f"{row.latency_ms:.4g}",
+            f"{row.teacher_latency_ms / row.latency_ms:.2f}",
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

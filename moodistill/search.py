@@ -1,0 +1,184 @@
+"""The only NSGA-II driver: ask, answer from the store or evaluate, tell."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.core.evaluator import Evaluator as PymooEvaluator
+from pymoo.indicators.hv import HV
+from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
+from pymoo.operators.survival.rank_and_crowding.metrics import get_crowding_function
+from pymoo.problems.static import StaticProblem
+
+from moodistill.errors import UserError
+from moodistill.evaluation import Evaluation
+from moodistill.genome import GenomeLayout
+from moodistill.operators import (
+    CanonicalRepair,
+    ComposedMutation,
+    ConnectionMutation,
+    DensitySampling,
+    LayerCrossover,
+    MaskMutation,
+    SeenElimination,
+)
+from moodistill.problem import StructuralDistillationProblem
+from moodistill.store import Store
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """NSGA-II's settings; `generations` counts the initial one."""
+
+    population: int = 32
+    generations: int = 5
+    seed: int = 0
+    simd_step: int = 8
+    min_accuracy: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.population < 4:
+            raise UserError(f"population {self.population} is too small; expected at least 4")
+        if self.generations < 1:
+            raise UserError(f"generations {self.generations} is too small; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the driver reports after each evaluation and, with `done`, each generation."""
+
+    generation: int
+    evaluated: int
+    total: int
+    replayed: int
+    front_size: int
+    hypervolume: float
+    generation_done: bool
+    last: Evaluation
+
+
+def log_crowding(F: np.ndarray, **kwargs: object) -> np.ndarray:
+    """NSGA-II's crowding distance with parameters and latency on a logarithmic scale.
+
+    Halving a small student is worth as much as halving a large one; dominance does not change.
+    """
+    scaled = F.copy()
+    scaled[:, 1:] = np.log2(np.maximum(scaled[:, 1:], 1e-9))
+    return get_crowding_function("cd").do(scaled, **kwargs)
+
+
+def hypervolume(objectives: np.ndarray, reference: np.ndarray) -> float:
+    """Normalised hypervolume of `(n, 3)` [error, parameters, latency] against the teacher's.
+
+    Axes: accuracy above 0, and log2 of how many times fewer parameters and less time, up to
+    1,024 times each; the reference point is accuracy 0 at the teacher's size and time. In [0, 1].
+    """
+    if not len(objectives):
+        return 0.0
+    smaller = np.log2(reference[None, 1:] / objectives[:, 1:]) / 10.0
+    points = np.column_stack([objectives[:, 0], 1.0 - np.clip(smaller, 0.0, 1.0)])
+    return float(HV(ref_point=np.ones(3))(points))
+
+
+class Search:
+    """A deterministic NSGA-II over genomes, replayed from a store.
+
+    Given a seed and the objective values it was told, the loop always asks for the same genomes:
+    to resume is to run it again with every finished evaluation answered from the store.
+    """
+
+    def __init__(
+        self,
+        layout: GenomeLayout,
+        config: SearchConfig,
+        store: Store,
+        evaluate: Callable[[np.ndarray], Evaluation],
+    ) -> None:
+        self.layout = layout
+        self.config = config
+        self.store = store
+        self.evaluate = evaluate
+        self.problem = StructuralDistillationProblem(
+            layout.length, lambda x: [self._answer(g)[0] for g in x], config.min_accuracy
+        )
+        step = config.simd_step
+        self.seen = SeenElimination()
+        self.algorithm = NSGA2(
+            pop_size=config.population,
+            sampling=DensitySampling(layout, step),
+            crossover=LayerCrossover(layout),
+            mutation=ComposedMutation(
+                [(MaskMutation(layout, step), 0.7), (ConnectionMutation(layout), 0.7)]
+            ),
+            repair=CanonicalRepair(layout, step),
+            eliminate_duplicates=self.seen,
+            survival=RankAndCrowding(crowding_func=log_crowding),
+        )
+        self.algorithm.setup(
+            self.problem, termination=("n_gen", config.generations), seed=config.seed, verbose=False
+        )
+
+    def _answer(self, genome: np.ndarray) -> tuple[Evaluation, bool]:
+        """An evaluation and whether it came from the store."""
+        found = self.store.get(self.layout.digest(genome))
+        if found is not None:
+            return found, True
+        made = self.evaluate(genome)
+        self.store.add(made)
+        return made, False
+
+    def run(self) -> Iterator[Progress]:
+        """Run all generations, yielding after every evaluation; everything is stored at once."""
+        config = self.config
+        total = config.population * config.generations
+        evaluated = replayed = 0
+        reference: np.ndarray | None = None
+        known: list[Evaluation] = []
+        while self.algorithm.has_next():
+            began = time.perf_counter()
+            offspring = self.algorithm.ask()
+            if offspring is None or len(offspring) == 0:
+                break
+            number = self.algorithm.n_gen
+            genomes = offspring.get("X").astype(bool)
+            digests = [self.layout.digest(genome) for genome in genomes]
+            evaluations = []
+            for index, genome in enumerate(genomes):
+                answer, from_store = self._answer(genome)
+                evaluations.append(answer)
+                known.append(answer)
+                evaluated += 1
+                replayed += from_store
+                if reference is None:
+                    # The first genome is the teacher: its objectives are the reference.
+                    reference = self.problem.score([answer]).F[0]
+                front = front_of(self.problem, known)
+                last = index + 1 == len(genomes)
+                volume = hypervolume(front, reference) if last else 0.0
+                if last:
+                    generation_hash = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+                    self.store.add_generation(
+                        number, generation_hash, time.perf_counter() - began, len(front), volume
+                    )
+                    self.seen.seen.update(np.packbits(g).tobytes() for g in genomes)
+                    score = self.problem.score(evaluations)
+                    static = StaticProblem(self.problem, F=score.F, G=score.G)
+                    PymooEvaluator().eval(static, offspring)
+                    self.algorithm.tell(infills=offspring)
+                yield Progress(
+                    number, evaluated, total, replayed, len(front), volume, last, answer
+                )
+
+
+def front_of(problem: StructuralDistillationProblem, evaluations: list[Evaluation]) -> np.ndarray:
+    """Objectives `(n, 3)` of the feasible non-dominated evaluations."""
+    from moodistill.front import non_dominated
+
+    score = problem.score(evaluations)
+    feasible = score.F[(score.G <= 0).all(axis=1)]
+    return feasible[non_dominated(feasible)] if len(feasible) else feasible

@@ -1,0 +1,416 @@
+"""A run folder: every evaluation and generation in SQLite, and `run.json` next to it.
+
+An evaluation is on disk before the search goes on, so a killed run loses at most the student that
+was being scored. One process writes at a time (`.lock`); any number may read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moodistill.errors import UserError
+from moodistill.evaluation import Evaluation, Latency
+
+DATABASE = "evaluations.sqlite"
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+SCHEMA_VERSION = 1
+_COLUMNS = (
+    "genome_hash, genome, accuracy, parameters, macs, size_bytes, latency_ms, latency_ms_low, "
+    "latency_ms_high, latency_ratio, samples, seconds, failure, summary"
+)
+_SCHEMA = f"""
+CREATE TABLE evaluations (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, genome_hash TEXT NOT NULL UNIQUE,
+    genome BLOB NOT NULL, accuracy REAL NOT NULL, parameters INTEGER NOT NULL,
+    macs INTEGER NOT NULL, size_bytes INTEGER NOT NULL, latency_ms REAL, latency_ms_low REAL,
+    latency_ms_high REAL, latency_ratio REAL, samples TEXT, seconds TEXT NOT NULL, failure TEXT,
+    summary TEXT NOT NULL, timestamp TEXT NOT NULL);
+CREATE TABLE generations (
+    number INTEGER PRIMARY KEY, offspring_hash TEXT NOT NULL, seconds REAL NOT NULL,
+    front_size INTEGER NOT NULL, hypervolume REAL NOT NULL, evaluations INTEGER NOT NULL);
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+# A forked worker would keep the lock alive after its parent was killed, so it lets go at once.
+_held_locks: set[int] = set()
+
+
+def _drop_locks_after_fork() -> None:
+    while _held_locks:
+        os.close(_held_locks.pop())
+
+
+os.register_at_fork(after_in_child=_drop_locks_after_fork)
+
+
+class ReplayDiverged(UserError):
+    """A resumed search bred other offspring than the run it continues."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished generation.
+
+    Attributes:
+        number: counted from 0 or 1, as the search does.
+        offspring_hash: digest of the offspring's genome hashes, in order.
+        seconds: wall time of the generation when it was first run.
+        front_size: students that no other student dominates.
+        hypervolume: of that front.
+        evaluations: students stored when the generation ended.
+    """
+
+    number: int
+    offspring_hash: str
+    seconds: float
+    front_size: int
+    hypervolume: float
+    evaluations: int
+
+
+class Store:
+    """The evaluations of one run; made by `Store.create` or `Store.open`."""
+
+    def __init__(self, folder: Path, connection: sqlite3.Connection, lock: int | None) -> None:
+        """Use `create` or `open`."""
+        self.folder = folder
+        self._connection = connection
+        self._lock = lock
+
+    @classmethod
+    def create(cls, folder: Path) -> Store:
+        """Start an empty store in `folder` (made if needed) and become its writer."""
+        with _guard(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(folder)
+        try:
+            database = folder / DATABASE
+            if database.exists():
+                raise UserError(f"{database} exists; continue it with --resume")
+            with _guard(database):
+                connection = _connect(database, readonly=False)
+                connection.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
+        except BaseException:
+            _release_lock(lock)
+            raise
+        return cls(folder, connection, lock)
+
+    @classmethod
+    def open(cls, folder: Path, readonly: bool = False) -> Store:
+        """Open the store of an existing run, as its writer unless `readonly`.
+
+        Raises:
+            UserError: if the folder is no run, its database is damaged, or another process writes.
+        """
+        database = folder / DATABASE
+        for expected in (folder / RUN_FILE, database):
+            if not expected.is_file():
+                raise UserError(
+                    f"{folder} is not a run: expected {expected.name} in it; "
+                    "name the folder that a search wrote"
+                )
+        lock = None if readonly else _take_lock(folder)
+        connection = None
+        try:
+            with _guard(database):
+                connection = _connect(database, readonly)
+                _check(connection, database)
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            _release_lock(lock)
+            raise
+        return cls(folder, connection, lock)
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Store one evaluation; it is on disk when this returns.
+
+        Raises:
+            ValueError: if the genome is stored already, a number is NaN, or the store is read-only.
+        """
+        self._must_write()
+        latency = evaluation.latency
+        times: list[float | None] = [None] * 4
+        samples = None
+        if latency is not None:
+            measured = (latency.latency_ms, latency.low_ms, latency.high_ms, latency.ratio)
+            times = [float(value) for value in measured]
+            raw = {"samples_ms": latency.samples_ms, "reference_ms": latency.reference_ms}
+            samples = json.dumps({k: [float(v) for v in values] for k, values in raw.items()})
+        # SQLite stores NaN as NULL, which would come back as "not measured".
+        if any(value is not None and math.isnan(value) for value in (evaluation.accuracy, *times)):
+            raise ValueError(f"evaluation {evaluation.genome_hash} holds NaN and is not stored")
+        seconds = json.dumps({k: float(v) for k, v in evaluation.seconds.items()})
+        # float() and int() because sqlite3 stores NumPy scalars as blobs.
+        row = (
+            evaluation.genome_hash, bytes(evaluation.genome), float(evaluation.accuracy),
+            int(evaluation.parameters), int(evaluation.macs), int(evaluation.size_bytes),
+            *times, samples, seconds, evaluation.failure, evaluation.summary,
+            datetime.now(UTC).isoformat(timespec="milliseconds"),
+        )  # fmt: skip
+        marks = ", ".join("?" * len(row))
+        with self._guard():
+            try:
+                self._connection.execute(
+                    f"INSERT INTO evaluations ({_COLUMNS}, timestamp) VALUES ({marks})", row
+                )
+            except sqlite3.IntegrityError as error:
+                raise ValueError(f"{evaluation.genome_hash} is not stored: {error}") from error
+
+    def get(self, genome_hash: str) -> Evaluation | None:
+        """The evaluation of a genome, or None if it was never scored."""
+        query = f"SELECT {_COLUMNS} FROM evaluations WHERE genome_hash = ?"
+        with self._guard(ValueError, TypeError, KeyError, AttributeError):
+            row = self._connection.execute(query, (genome_hash,)).fetchone()
+            return None if row is None else _evaluation(row)
+
+    def all(self) -> list[Evaluation]:
+        """Every evaluation, in the order stored."""
+        query = f"SELECT {_COLUMNS} FROM evaluations ORDER BY number"
+        with self._guard(ValueError, TypeError, KeyError, AttributeError):
+            return [_evaluation(row) for row in self._connection.execute(query)]
+
+    def __len__(self) -> int:
+        """How many evaluations are stored."""
+        with self._guard():
+            return self._connection.execute("SELECT count(*) FROM evaluations").fetchone()[0]
+
+    def add_generation(
+        self, number: int, offspring_hash: str, seconds: float, front_size: int, hypervolume: float
+    ) -> None:
+        """Store one finished generation; one that is stored already is left as it is.
+
+        Raises:
+            ReplayDiverged: if `number` is stored with another `offspring_hash`.
+        """
+        self._must_write()
+        find = "SELECT offspring_hash FROM generations WHERE number = ?"
+        with self._guard():
+            known = self._connection.execute(find, (int(number),)).fetchone()
+            if known is None:
+                self._connection.execute(
+                    "INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?)",
+                    (int(number), offspring_hash, float(seconds), int(front_size),
+                     float(hypervolume), len(self)),
+                )  # fmt: skip
+            elif known[0] != offspring_hash:
+                raise ReplayDiverged(
+                    f"{self.folder}: generation {number} bred offspring {offspring_hash[:12]}, "
+                    f"but the run stored {known[0][:12]}; the code, a library or a setting changed "
+                    "since: resume with the versions in run.json, or start anew with another --out"
+                )
+
+    def generations(self) -> list[Generation]:
+        """Every finished generation, by number."""
+        query = "SELECT * FROM generations ORDER BY number"
+        with self._guard():
+            return [Generation(*row) for row in self._connection.execute(query)]
+
+    def close(self) -> None:
+        """Close the database and let go of the lock; may be called twice."""
+        self._connection.close()
+        _release_lock(self._lock)
+        self._lock = None
+
+    def __enter__(self) -> Store:
+        """Return the store itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the store."""
+        self.close()
+
+    def _must_write(self) -> None:
+        if self._lock is None:
+            raise ValueError(f"the store of {self.folder} is read-only or closed")
+
+    def _guard(self, *also: type[Exception]) -> Any:
+        return _guard(self.folder / DATABASE, *also)
+
+
+@contextmanager
+def _guard(path: Path, *also: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.DatabaseError, OSError, UnicodeDecodeError) + also as error:
+        raise UserError(
+            f"{path} cannot be used ({error}); if it is damaged, restore it from a copy or search "
+            "again with another --out; if not, check the disk's space and permissions"
+        ) from error
+
+
+def _connect(database: Path, readonly: bool) -> sqlite3.Connection:
+    address = f"{database.resolve().as_uri()}?mode={'ro' if readonly else 'rwc'}"
+    writable = os.access(database.parent, os.W_OK)
+    if readonly and not writable and not database.with_name(f"{DATABASE}-wal").exists():
+        address += "&immutable=1"  # WAL mode otherwise needs to create files next to the database
+    connection = sqlite3.connect(address, uri=True, isolation_level=None)
+    if not readonly:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _check(connection: sqlite3.Connection, database: Path) -> None:
+    found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(str(found).splitlines()[-1])
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        raise sqlite3.DatabaseError(f"schema version {version}, expected {SCHEMA_VERSION}")
+
+
+def _evaluation(row: tuple[Any, ...]) -> Evaluation:
+    genome_hash, genome, accuracy, parameters, macs, size_bytes, *times = row[:10]
+    samples, seconds, failure, summary = row[10:]
+    latency = None
+    if samples is not None:
+        raw: Any = {key: tuple(values) for key, values in json.loads(samples).items()}
+        latency = Latency(*times, **raw)
+    return Evaluation(
+        genome_hash, genome, accuracy, parameters, macs, size_bytes,
+        latency, dict(json.loads(seconds)), failure, summary,
+    )  # fmt: skip
+
+
+def _take_lock(folder: Path) -> int:
+    path = folder / LOCK_FILE
+    with _guard(path):
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise UserError(
+                f"{folder} is being written by process {holder or '(unknown)'}; "
+                "wait until it ends, stop it, or give another --out"
+            ) from error
+        raise UserError(f"{path} cannot be locked ({error}); use a local disk") from error
+    _held_locks.add(lock)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
+
+
+def _release_lock(lock: int | None) -> None:
+    if lock in _held_locks:
+        _held_locks.remove(lock)
+        os.ftruncate(lock, 0)
+        os.close(lock)
+
+
+# ------------------------------------------------------------------ files of a run folder
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a kill leaves the old content or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, obj: Any) -> None:
+    """Write strict JSON (a NaN is a ValueError) so that a kill leaves the old file or the new."""
+    text = json.dumps(obj, indent=2, allow_nan=False, default=_plain)
+    write_atomic(path, f"{text}\n".encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Raises:
+        UserError: if the folder is no run or the file is not a JSON object.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a run: expected {RUN_FILE} in it; name the folder that a search wrote"
+        )
+    try:
+        run = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); restore it from a copy") from error
+    if not isinstance(run, dict):
+        raise UserError(f"{path} holds a {type(run).__name__}, expected an object; restore it")
+    return run
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write `run.json` atomically."""
+    write_json_atomic(folder / RUN_FILE, run)
+
+
+def new_run_folder(out: Path) -> Path:
+    """Make the folder of a new run.
+
+    Raises:
+        UserError: if `out` exists and is not an empty folder, or cannot be made.
+    """
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists; continue it with --resume or give another --out")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error}); give another --out") from error
+    return out
+
+
+def versions() -> dict[str, Any]:
+    """What a run was made with: library versions, platform, and the git commit if there is one."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("moodistill", "torch", "pymoo", "onnxruntime", "numpy", "onnx"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return {**found, "git": _git()}
+
+
+def _git() -> dict[str, Any] | None:
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent,
+            capture_output=True, text=True, check=True, timeout=30,
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        # Fails in a virtual environment that lies inside some other project's checkout.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,8 @@
+"""Choose a student from a run."""
+
+import sys
+
+from moodistill.cli import run_tool
+
+if __name__ == "__main__":
+    sys.exit(run_tool("choose"))

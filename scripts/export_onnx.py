@@ -1,0 +1,8 @@
+"""Export a student of a run to ONNX."""
+
+import sys
+
+from moodistill.cli import run_tool
+
+if __name__ == "__main__":
+    sys.exit(run_tool("export"))
