@@ -31,8 +31,10 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _places_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-dir", type=Path, help="data folder (default: $MOODISTILL_DATA, data/)")
-    parser.add_argument("--teacher", type=Path, help="teacher weights (.safetensors) to use instead")
+    parser.add_argument(
+        "--data-dir", type=Path, help="data folder (default: $MOODISTILL_DATA, then data/)"
+    )
+    parser.add_argument("--teacher", type=Path, help="other teacher weights (.safetensors)")
     parser.add_argument("--threads", type=int, help="threads for everything but latency")
 
 

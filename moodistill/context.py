@@ -39,7 +39,7 @@ def load_context(
     task: Task,
     data_dir: Path | None = None,
     weights: Path | None = None,
-    calibration: CalibrationConfig = CalibrationConfig(),
+    calibration: CalibrationConfig | None = None,
     cache_dir: Path | None = None,
 ) -> TeacherContext:
     """Load a task's data and teacher and prepare them for a search.
@@ -58,7 +58,7 @@ def load_context(
     graph = trace(teacher, data.input_shape)
     digest = file_digest(path)
     samples = collect_samples(
-        graph, data, calibration, cache_dir or default_cache_dir(), digest
+        graph, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
     )
     return TeacherContext(task, graph, samples, build_layout(graph, samples), data, digest)
 

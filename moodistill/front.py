@@ -1,7 +1,7 @@
 """The Pareto front of a run: `pareto.csv`, and ways to choose one student from it.
 
-Accuracies are fractions. Students are chosen by `accuracy` (validation images); `test_accuracy` is
-only reported, so that it stays an honest estimate.
+Accuracies are fractions. Students are chosen by their validation accuracy; `test_accuracy` is only
+reported, so that it stays an honest estimate.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Student:
     Attributes:
         student: short name, unique within its stage.
         stage: `teacher`, `searched` (weights inherited) or `distilled` (a finalist).
-        search_accuracy: validation accuracy that the search saw; None for the teacher.
-        accuracy: validation accuracy of the weights in `onnx`.
+        search_accuracy: what the search saw, on its part of the validation images.
+        accuracy: on all validation images; None where it was not measured (never if distilled).
         test_accuracy: None unless a finalist or the teacher.
         latency_ms, latency_ms_low, latency_ms_high: median and its 95% interval.
         teacher_latency_ms: of the teacher in the same measurement.
@@ -56,6 +56,14 @@ class Student:
     onnx: str
     genome_hash: str
     summary: str
+
+    @property
+    def validation_accuracy(self) -> float:
+        """`accuracy`, or `search_accuracy` where that was not measured."""
+        known = self.search_accuracy if self.accuracy is None else self.accuracy
+        if known is None:
+            raise UserError(f"{self.student} has no accuracy; expected one: resume its run")
+        return known
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,9 @@ _LIMITS = {
     "max_parameters": _Limit(
         "parameters", 1, "parameters <= {:,.0f}", "the smallest has {:,.0f} parameters"
     ),
-    "min_accuracy": _Limit("accuracy", -1, "accuracy >= {:.6g}", "the most accurate has {:.4f}"),
+    "min_accuracy": _Limit(
+        "validation_accuracy", -1, "accuracy >= {:.6g}", "the most accurate has {:.4f}"
+    ),
     "max_size_bytes": _Limit(
         "size_bytes", 1, "size <= {:,.0f} bytes", "the smallest file has {:,.0f} bytes"
     ),
@@ -298,11 +308,13 @@ def weighted(
 
 
 def _preference(row: Student) -> tuple[float, float, int]:
-    return -row.accuracy, row.latency_ms, row.parameters
+    return -row.validation_accuracy, row.latency_ms, row.parameters
 
 
 def _objectives(rows: Sequence[Student]) -> np.ndarray:
-    return np.array([[1 - row.accuracy, row.parameters, row.latency_ms] for row in rows], float)
+    return np.array(
+        [[1 - row.validation_accuracy, row.parameters, row.latency_ms] for row in rows], float
+    )
 
 
 def _front_of(rows: Sequence[Student]) -> list[Student]:
@@ -364,7 +376,7 @@ def _best(pool: Sequence[Student], name: str) -> str:
     text = limit.best.format(getattr(row, limit.field))
     if name == "min_accuracy":
         return f"{text} at {row.latency_ms:.4g} ms and {row.parameters:,} parameters"
-    return f"{text} at accuracy {row.accuracy:.4f}"
+    return f"{text} at accuracy {row.validation_accuracy:.4f}"
 
 
 def _choice(
@@ -385,7 +397,7 @@ def _choice(
         student,
         f"{student.student} is {title} among {among}.",
         GivesUp(
-            accuracy_points=100 * (teacher.accuracy - student.accuracy),
+            accuracy_points=100 * (teacher.validation_accuracy - student.validation_accuracy),
             times_fewer_parameters=teacher.parameters / student.parameters,
             times_faster=student.teacher_latency_ms / student.latency_ms,
         ),
@@ -469,8 +481,10 @@ def _student(cells: dict[str, str], where: str) -> Student:
     onnx = PurePosixPath(values["onnx"])
     if onnx.is_absolute() or ".." in onnx.parts:
         raise UserError(f"{where} onnx: {values['onnx']!r}; expected a path in the run folder")
-    if values["search_accuracy"] is None and values["stage"] != "teacher":
-        raise UserError(f"{where} search_accuracy: empty; expected a fraction between 0 and 1")
+    if values["accuracy"] is None and (
+        values["stage"] == "distilled" or values["search_accuracy"] is None
+    ):
+        raise UserError(f"{where} accuracy: empty; expected a fraction between 0 and 1")
     return Student(**values)
 
 

@@ -207,11 +207,8 @@ def _wiring(layout: GenomeLayout, genome: np.ndarray) -> Structure:
     group: dict[str, str] = {}
     past: dict[str, bool] = {}  # whether a node's value comes past a bypassed layer
     for node in layout.nodes:
-        if node.kind == INPUT:
-            group[node.name], past[node.name] = node.group, False
-        elif node.kind == "layer" and node.name not in bypassed:
-            group[node.name], past[node.name] = node.group, False
-        elif node.kind == "merge":
+        own = node.kind in (INPUT, "merge") or (node.kind == "layer" and node.name not in bypassed)
+        if own:
             group[node.name], past[node.name] = node.group, False
         else:
             group[node.name] = group[node.inputs[0]]

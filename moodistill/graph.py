@@ -167,7 +167,7 @@ def _read_node(
             raise UserError("the network's output is not one tensor of logits (N, classes)")
         return step("output", steps[inputs[0]].group)
     if first is None:
-        raise UserError(f"{_called(module, node)} ({node.name}) is not supported: it reads no input")
+        raise UserError(f"{_called(module, node)} (at {node.name}) reads no input: not supported")
     if node.op == "call_module":
         target = str(node.target)
         called = module.get_submodule(target)

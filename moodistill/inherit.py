@@ -15,14 +15,14 @@ recalibrated batch statistics (EagleEye, Li et al. 2020).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import fx, nn
 
 from moodistill.graph import TeacherGraph
-from moodistill.statistics import CalibrationConfig, TeacherSamples, sample_pixels
+from moodistill.statistics import TeacherSamples, sample_pixels
 from moodistill.student import Student, Unit
 
 Mode = Literal["slice", "teacher", "student"]
@@ -50,7 +50,7 @@ def inherit(
     student: Student,
     graph: TeacherGraph,
     samples: TeacherSamples,
-    config: InheritConfig = InheritConfig(),
+    config: InheritConfig,
 ) -> None:
     """Set the student's weights and batch statistics in place, in one pass over its graph."""
     units = {unit.target: unit for unit in student.units}
@@ -58,8 +58,8 @@ def inherit(
     values: dict[fx.Node, torch.Tensor] = {}
     last_use = _last_uses(student.module.graph)
 
-    def read(argument: object) -> object:
-        return fx.node.map_arg(argument, lambda node: values[node])  # type: ignore[arg-type]
+    def read(argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda node: values[node])
 
     for node in student.module.graph.nodes:
         if node.op == "placeholder":
@@ -71,6 +71,7 @@ def inherit(
             source = values[node.args[0]]
             unit = units.get(str(node.target))
             if unit is not None and config.mode != "slice":
+                assert isinstance(module, nn.Conv2d | nn.Linear)
                 _solve_unit(unit, module, source, graph, samples, config)
             if str(node.target) in norms:
                 _recalibrate(module, source)
@@ -78,10 +79,10 @@ def inherit(
         else:
             arguments, keywords = read(node.args), read(node.kwargs)
             if node.op == "call_function":
-                values[node] = node.target(*arguments, **keywords)  # type: ignore
+                values[node] = node.target(*arguments, **keywords)
             else:
-                first, *rest = arguments  # type: ignore
-                values[node] = getattr(first, str(node.target))(*rest, **keywords)  # type: ignore
+                first, *rest = arguments
+                values[node] = getattr(first, str(node.target))(*rest, **keywords)
         for done in last_use.get(node, ()):
             del values[done]
 
@@ -110,7 +111,7 @@ def _recalibrate(norm: nn.Module, source: torch.Tensor) -> None:
 
 def _solve_unit(
     unit: Unit,
-    module: nn.Module,
+    module: nn.Conv2d | nn.Linear,
     source: torch.Tensor,
     graph: TeacherGraph,
     samples: TeacherSamples,
@@ -123,9 +124,9 @@ def _solve_unit(
     # padded border some taps see no input and no constant either.
     padded = isinstance(layer, nn.Conv2d) and any(p != 0 for p in _padding(layer))
     centred = not padded and module.bias is not None
-    if not unit.through and sum(len(i) for i in unit.inputs) == target.shape[1]:
-        if config.mode == "teacher":
-            return
+    whole = not unit.through and sum(len(i) for i in unit.inputs) == target.shape[1]
+    if whole and config.mode == "teacher":
+        return
     offered = None
     if config.mode == "student" or unit.through:
         offered = sample_pixels(source, unit.repeat, samples.config)
@@ -149,9 +150,10 @@ def _solve_unit(
         rows.append(_fold(weight, estimate, target.shape[1], repeat))
         if centred:
             taps = weight.reshape(len(weight), target.shape[1], -1).sum(2)
+            assert layer.bias is not None
             biases.append(layer.bias[torch.from_numpy(outputs)] + taps @ constant)
     module.weight.copy_(torch.cat(rows))
-    if biases:
+    if module.bias is not None and biases:
         module.bias.copy_(torch.cat(biases))
 
 

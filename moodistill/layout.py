@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from moodistill.genome import Group, GenomeLayout, Node
+from moodistill.genome import GenomeLayout, Group, Node
 from moodistill.graph import Step, TeacherGraph
 from moodistill.statistics import TeacherSamples
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+
 from moodistill.context import TeacherContext
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.genome import canonical

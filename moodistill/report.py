@@ -35,14 +35,20 @@ def plot_front(rows: Sequence[Student], path: Path, title: str) -> None:
 def _panel(axes: Axes, rows: Sequence[Student], field: str, label: str) -> None:
     def points(stage: str) -> tuple[list[Student], list[float], list[float]]:
         found = [row for row in rows if row.stage == stage]
-        return found, [getattr(row, field) for row in found], [100 * r.accuracy for r in found]
+        return (
+            found,
+            [getattr(row, field) for row in found],
+            [100 * r.validation_accuracy for r in found],
+        )
 
     _, x, y = points("searched")
     if x:
         axes.plot(x, y, "o", color=GREY, alpha=0.5, markersize=4, mew=0, label="searched")
     finalists, x, y = points("distilled")
-    before = [100 * (r.accuracy if r.search_accuracy is None else r.search_accuracy)
-              for r in finalists]  # fmt: skip
+    before = [
+        100 * (r.validation_accuracy if r.search_accuracy is None else r.search_accuracy)
+        for r in finalists
+    ]
     for place, low, high in zip(x, before, y, strict=True):
         axes.plot([place, place], [low, high], "-", color=BLUE, linewidth=0.8, zorder=1)
     if finalists:
@@ -116,7 +122,9 @@ def front_table(rows: Sequence[Student]) -> str:
     """Aligned plain text: finalists, searched students and the teacher, most accurate first."""
     teacher = next((row for row in rows if row.stage == "teacher"), None)
     order = ("distilled", "searched", "teacher")
-    ranked = sorted(rows, key=lambda row: (order.index(row.stage), -row.accuracy, row.latency_ms))
+    ranked = sorted(
+        rows, key=lambda row: (order.index(row.stage), -row.validation_accuracy, row.latency_ms)
+    )
     lines = [
         ("student", "stage", "accuracy", "test accuracy", "parameters", "x fewer parameters",
          "latency ms", "x faster"),
@@ -124,7 +132,7 @@ def front_table(rows: Sequence[Student]) -> str:
     for row in ranked:
         fewer = f"{teacher.parameters / row.parameters:.2f}" if teacher else "-"
         lines.append((
-            row.student, row.stage, f"{row.accuracy:.4f}",
+            row.student, row.stage, f"{row.validation_accuracy:.4f}",
             "-" if row.test_accuracy is None else f"{row.test_accuracy:.4f}",
             f"{row.parameters:,}", fewer, f"{row.latency_ms:.4g}",
             f"{row.teacher_latency_ms / row.latency_ms:.2f}",

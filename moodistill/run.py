@@ -180,9 +180,7 @@ def resume_run(folder: Path, preset: str | None, places: Places) -> Path:
 
 
 def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
-    return load_context(
-        task, places.data_dir, places.weights, config.calibration, places.cache_dir
-    )
+    return load_context(task, places.data_dir, places.weights, config.calibration, places.cache_dir)
 
 
 def _meter(context: TeacherContext, config: RunConfig, calibrated: float | None) -> LatencyMeter:
@@ -264,7 +262,7 @@ def _search(search: Search, store: Store) -> None:
 
 
 def _tell(progress: Progress) -> None:
-    if progress.last.failure is not None and not progress.replayed == progress.evaluated:
+    if progress.last.failure is not None and progress.replayed != progress.evaluated:
         tqdm.write(f"student failed: {progress.last.failure}")
     if progress.generation_done:
         tqdm.write(
@@ -318,8 +316,8 @@ def _finish(
         f.student: (folder / "students" / f.student / "model.onnx").read_bytes() for f in finalists
     }
     confirmed = meter.confirm(models) if models else {}
-    accuracies = _searched_accuracies(folder, store, config, context, {f.genome_hash for f in finalists})
     by_hash = {f.genome_hash: f for f in finalists}
+    accuracies = _searched_accuracies(folder, store, config, context, set(by_hash))
     return _rows(store, context, by_hash, confirmed, accuracies, meter), finalists
 
 
@@ -348,9 +346,7 @@ def _searched_accuracies(
     """Accuracy of the front's other students on all held-out images, kept between resumes."""
     path = folder / "accuracies.json"
     known: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-    todo = [
-        e for _, e in _front(store) if e.genome_hash not in skip and e.genome_hash not in known
-    ]
+    todo = [e for _, e in _front(store) if e.genome_hash not in skip and e.genome_hash not in known]
     for evaluation in tqdm(todo, unit="student", desc="front", disable=None, file=sys.stderr):
         genome = context.layout.unpack(evaluation.genome)
         student = make_student(context, genome, config.recipe)

@@ -170,9 +170,7 @@ class Search:
                     static = StaticProblem(self.problem, F=score.F, G=score.G)
                     PymooEvaluator().eval(static, offspring)
                     self.algorithm.tell(infills=offspring)
-                yield Progress(
-                    number, evaluated, total, replayed, len(front), volume, last, answer
-                )
+                yield Progress(number, evaluated, total, replayed, len(front), volume, last, answer)
 
 
 def front_of(problem: StructuralDistillationProblem, evaluations: list[Evaluation]) -> np.ndarray:

@@ -50,10 +50,7 @@ def sample_positions(count: int, area: int, config: CalibrationConfig) -> torch.
 
 def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) -> torch.Tensor:
     """Sampled rows `(pixels, channels)` of a map `(n, C, H, W)` or features `(n, C * repeat)`."""
-    if values.ndim == 2:
-        values = values.unflatten(1, (-1, repeat))
-    else:
-        values = values.flatten(2)
+    values = values.unflatten(1, (-1, repeat)) if values.ndim == 2 else values.flatten(2)
     count, channels, area = values.shape
     index = sample_positions(count, area, config)
     return values[index // area, :, index % area].reshape(-1, channels)

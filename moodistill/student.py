@@ -137,15 +137,15 @@ class _Parts:
         """For every live group, its tensors: lists of block indices in channel order."""
         result = {}
         for name, blocks in self.alive.items():
-            split, order = [], []
+            split: list[np.ndarray] = []
+            order: list[np.ndarray] = []
             for layer in self.active:
-                for side, group in (("in", self.structure.source[layer.name]), ("out", layer.group)):
-                    if group == name:
-                        (order if layer.name in self.grouped else split).append(
-                            self._class_rank(layer.name, side)
-                            if layer.name in self.grouped
-                            else self._label(layer.name, side)
-                        )
+                ends = (("in", self.structure.source[layer.name]), ("out", layer.group))
+                for side in (side for side, group in ends if group == name):
+                    if layer.name in self.grouped:
+                        order.append(self._class_rank(layer.name, side))
+                    else:
+                        split.append(self._label(layer.name, side))
             keys = np.array([*split, *order, np.arange(len(blocks))]).reshape(-1, len(blocks))
             sequence = np.lexsort(keys[::-1])
             parts: list[list[int]] = []
@@ -356,9 +356,7 @@ def _slice_layer(layer: nn.Conv2d | nn.Linear, unit: Unit) -> nn.Module:
 def _slice_norm(norm: nn.Module, channels: np.ndarray) -> nn.Module:
     assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
     index = torch.from_numpy(channels)
-    made = type(norm)(
-        len(channels), norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-    )
+    made = type(norm)(len(channels), norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     state = {k: v[index] for k, v in norm.state_dict().items() if v.ndim == 1}
     made.load_state_dict(state, strict=False)
     return made

@@ -11,7 +11,7 @@ from torch import nn
 
 from moodistill import __version__
 from moodistill.errors import UserError
-from moodistill.genome import Group, GenomeLayout
+from moodistill.genome import GenomeLayout, Group
 from moodistill.graph import trace
 from moodistill.layout import skeleton
 from moodistill.student import Student, build_student

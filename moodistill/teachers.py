@@ -44,7 +44,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         raise UserError(f"{path} does not exist; expected a safetensors file")
     try:
         with safe_open(path, framework="pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
             return tensors, stored.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(

@@ -71,14 +71,12 @@ class Optimizer:
             parameter.grad = None
 
 
-def augment(
-    images: np.ndarray, pad: int, flip: bool, rng: np.random.Generator
-) -> np.ndarray:
+def augment(images: np.ndarray, pad: int, flip: bool, rng: np.random.Generator) -> np.ndarray:
     """Random crop with reflected padding and horizontal flip of uint8 `(N, H, W, C)`."""
     count, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
-    top = rng.integers(0, 2 * pad + 1, count)[:, None] + np.arange(height)
-    left = rng.integers(0, 2 * pad + 1, count)[:, None] + np.arange(width)
+    shifts = rng.integers(0, 2 * pad + 1, size=(2, count, 1))
+    top, left = shifts[0] + np.arange(height), shifts[1] + np.arange(width)
     if flip:
         turned = rng.random(count) < 0.5
         left[turned] = left[turned, ::-1]
@@ -126,9 +124,9 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
         order = np.random.default_rng([config.seed, epoch]).permutation(len(data.train))
         index = order[place * config.batch_size : (place + 1) * config.batch_size]
         rng = np.random.default_rng([config.seed, epoch, place])
-        images = data.normalise(
-            augment(data.train.images[index], config.pad, config.flip, rng)
-        ).to(device)
+        images = data.normalise(augment(data.train.images[index], config.pad, config.flip, rng)).to(
+            device
+        )
         if sizes[step] != full:
             shape = (sizes[step], sizes[step])
             images = F.interpolate(images, shape, mode="bilinear", antialias=True)
@@ -176,9 +174,7 @@ def _save(
     save_atomic(tensors, path, metadata)
 
 
-def _resume(
-    path: Path, signature: str, model: nn.Module, opt: Optimizer
-) -> tuple[int, float]:
+def _resume(path: Path, signature: str, model: nn.Module, opt: Optimizer) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
     tensors, metadata = read_safetensors(path)

@@ -104,6 +104,14 @@ def test_choose_breaks_ties_and_never_looks_at_the_test_set():
 
 def test_choose_falls_back_to_searched_students():
     assert choose(ROWS[:2]).student.student == "s1"
+    # A search that was stopped early has only what the search saw.
+    early = [dataclasses.replace(row, accuracy=None, search_accuracy=row.accuracy, stage=stage)
+             for row, stage in zip(ROWS, ["teacher"] + ["searched"] * 5, strict=True)]  # fmt: skip
+    assert choose(early).student.student == "d1"
+    assert choose(early).gives_up.accuracy_points == pytest.approx(1.0)
+    assert knee(early).student.student == "d2"
+    with pytest.raises(UserError, match="the most accurate has 0.9200"):
+        choose(early, Constraints(min_accuracy=0.99))
     with pytest.raises(UserError, match="no student, only the teacher"):
         choose([TEACHER])
     with pytest.raises(UserError, match="no teacher row"):
@@ -283,6 +291,9 @@ ANY_STUDENT = st.builds(
     st.none() | FRACTIONS, COUNTS, COUNTS, POSITIVE, POSITIVE, POSITIVE, POSITIVE, COUNTS,
     st.sampled_from(["", "students/a b,c.onnx"]), TEXT.filter(bool), TEXT,
 )  # fmt: skip
+ANY_STUDENT |= ANY_STUDENT.map(
+    lambda row: dataclasses.replace(row, accuracy=None, stage="searched")
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -314,11 +325,12 @@ def test_numpy_numbers_are_written_as_numbers(tmp_path):
         ("14000000", "9" * 5000, "line 2, column parameters"),
         ("0.93", "nan", "line 2, column accuracy: 'nan'; expected a fraction"),
         ("0.93", "93", "line 2, column accuracy: '93'; expected a fraction between 0 and 1"),
-        ("0.93", "", "line 2, column accuracy"),
+        ("0.93", "", "line 2, column accuracy: empty"),
+        ("0.92,", ",", "line 4, column accuracy: empty"),
         ("3.6", "inf", "line 2, column latency_ms_low: 'inf'; expected a positive number"),
         ("3.6", "1e999", "line 2, column latency_ms_low"),
         ("3.6", "-3.6", "line 2, column latency_ms_low"),
-        ("teacher,teacher", "teacher,searched", "line 2, column search_accuracy: empty"),
+        ("teacher,teacher", "teacher,searched", "0 rows have 'teacher' in column stage"),
         ("teacher,teacher", "teacher,tutor", "line 2, column stage: 'tutor'; expected one of"),
         ("d1.onnx", "../d1.onnx", "line 4, column onnx"),
         ("d1.onnx", "/d1.onnx", "line 4, column onnx"),

@@ -34,6 +34,14 @@ def test_plot_front_with_an_interval_beside_the_median(tmp_path):
     check_png(tmp_path / "pareto.png")
 
 
+def test_a_stopped_run_is_shown_with_what_the_search_saw(tmp_path):
+    rows = [dataclasses.replace(row, accuracy=None, search_accuracy=0.5)
+            for row in ROWS[:2]]  # fmt: skip
+    plot_front(rows, tmp_path / "pareto.png", "stopped")
+    check_png(tmp_path / "pareto.png")
+    assert front_table(rows).count("0.5000") == 2
+
+
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_plot_history(tmp_path, count):
     generations = [Generation(i, "aa", 1.0, 3, 0.1 * i, 20 * (i + 1)) for i in range(count)]

@@ -1,0 +1,7 @@
+"""`python -m moodistill`: the same as the `moodistill` program."""
+
+import sys
+
+from moodistill.cli import main
+
+sys.exit(main())
