@@ -69,6 +69,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
         UserError: if the file is unreadable or belongs to another architecture.
     """
     stored, _ = read_safetensors(path)
+    stored = {k: v for k, v in stored.items() if not k.endswith("num_batches_tracked")}
     wanted = {
         k: tuple(v.shape)
         for k, v in model.state_dict().items()

@@ -1,0 +1,120 @@
+"""Teachers for the tests: the shipped digits task, and VGG16 and ResNet18 without CIFAR-10."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A teacher with its graph, samples and layout, made without any data set."""
+
+    teacher: Any
+    graph: Any
+    samples: Any
+    layout: Any
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The `TeacherContext` of the digits task, with the shipped teacher."""
+    from moodistill.context import load_context
+    from moodistill.task import load_task
+
+    return load_context(load_task("digits"), cache_dir=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def random_images():
+    """96 training images of uniform noise as an `ImageData` of CIFAR-10's shape."""
+    from moodistill.data import ImageData, Split
+
+    rng = np.random.default_rng(5)
+    parts = [
+        Split(rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 10)
+        for n in (96, 8, 8)
+    ]
+    labels = tuple(str(i) for i in range(10))
+    return ImageData("noise", *parts, (0.5,) * 3, (0.3,) * 3, labels, "noise")
+
+
+def prepare(teacher, data) -> Prepared:
+    """Trace, sample and lay out a teacher."""
+    from moodistill.graph import trace
+    from moodistill.layout import build_layout
+    from moodistill.statistics import CalibrationConfig, collect_samples
+
+    graph = trace(teacher, data.input_shape)
+    config = CalibrationConfig(images=64, pixels=2000)
+    samples = collect_samples(graph, data, config, None, "")
+    return Prepared(teacher, graph, samples, build_layout(graph, samples))
+
+
+@pytest.fixture(scope="session")
+def vgg16(random_images):
+    """VGG16 with the shipped CIFAR-10 weights."""
+    from moodistill.teachers import load_weights
+    from problems.vgg16 import TASK
+
+    return prepare(load_weights(TASK.build(), TASK.weights), random_images)
+
+
+@pytest.fixture(scope="session")
+def resnet18(random_images):
+    """ResNet18 with seeded random weights; its batch normalisations are far from the identity."""
+    import torch
+    from torch import nn
+
+    from problems.resnet18 import build
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        teacher = build()
+        norms = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+        with torch.no_grad():
+            for norm in norms:
+                norm.momentum = 1.0  # one pass sets the statistics
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.uniform_(-0.5, 0.5)
+            teacher.train()
+            teacher(random_images.calibration(32))
+            for norm in norms:
+                norm.momentum = 0.1
+                norm.running_mean.add_(torch.randn(norm.num_features) * 0.2)
+                norm.running_var.mul_(torch.empty(norm.num_features).uniform_(0.5, 1.5))
+    return prepare(teacher.eval(), random_images)
+
+
+def random_genome(layout, rng: np.random.Generator, bypass: bool = False) -> np.ndarray:
+    """A varied genome: any density, whole blocks gone, block-diagonal layers, dropped edges."""
+    genome = layout.teacher()
+    shared = rng.uniform(0.1, 1.0)
+    style = rng.integers(4)
+    for name in layout.shapes:
+        view = layout.view(genome, name)
+        kind, owner = name.split("/", 1)
+        if kind == "mask":
+            group = layout.groups[owner]
+            density = shared if style != 1 else rng.uniform(0.1, 1.0)
+            if style == 2:  # all or nothing
+                view[:] = (rng.random(group.blocks) < max(0.4, density))[group.block]
+            elif style == 3:  # equal widths in all blocks, so that convolutions can be grouped
+                for block in range(group.blocks):
+                    members = np.flatnonzero(group.block == block)
+                    view[rng.permutation(members)[max(1, int(density * len(members))) :]] = False
+            else:
+                view[:] = rng.random(view.shape) < density
+        elif kind == "block":
+            choice = rng.random()
+            if choice < (0.6 if style == 3 else 0.15) and view.shape[0] == view.shape[1]:
+                view[:] = np.eye(len(view), dtype=bool)[rng.permutation(len(view))]
+            elif choice < 0.7:
+                view[:] = rng.random(view.shape) < rng.uniform(0.2, 1.0)
+        elif kind == "merge":
+            if rng.random() < 0.3:
+                view[rng.integers(len(view))] = False
+        elif bypass:
+            view[0] = rng.random() < 0.7
+    return genome

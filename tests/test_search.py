@@ -1,0 +1,190 @@
+"""The NSGA-II driver on real layouts with recorded answers instead of measurements."""
+
+import numpy as np
+import pytest
+
+from moodistill.errors import UserError
+from moodistill.evaluation import Evaluation, Latency
+from moodistill.genome import GenomeLayout, Group, Node
+from moodistill.problem import WORST, StructuralDistillationProblem
+from moodistill.search import Search, SearchConfig, hypervolume
+from moodistill.store import ReplayDiverged, Store
+
+
+def chain_layout(layers: int = 6, channels: int = 64) -> GenomeLayout:
+    """A plain chain of convolutions behind an input of 3 channels, 10 outputs."""
+    rng = np.random.default_rng(0)
+    groups = {"input": Group("input", np.zeros(3, int), np.zeros(3), True)}
+    nodes = [Node("input", "input", (), "input")]
+    for index in range(layers):
+        name = f"conv{index}"
+        block = np.arange(channels) * 4 // channels
+        groups[name] = Group(name, block, rng.random(channels))
+        energy = rng.random((4, groups[nodes[-1].group].blocks))
+        nodes.append(
+            Node(name, "layer", (nodes[-1].name,), name, nodes[-1].group, index > 0, energy)
+        )
+    groups["head"] = Group("head", np.zeros(10, int), np.zeros(10), True)
+    nodes.append(Node("head", "layer", (nodes[-1].name,), "head", nodes[-1].group))
+    nodes.append(Node("output", "output", ("head",), "head"))
+    return GenomeLayout(groups, tuple(nodes))
+
+
+LAYOUT = chain_layout()
+
+
+def recorded(genome: np.ndarray, fail: bool = False) -> Evaluation:
+    """A deterministic stand-in: accuracy follows importance kept, cost follows channels."""
+    digest = LAYOUT.digest(genome)
+    kept = [LAYOUT.view(genome, f"mask/{g}") for g in LAYOUT.groups if f"mask/{g}" in LAYOUT.slices]
+    worth = np.mean(
+        [
+            (LAYOUT.groups[f"conv{i}"].importance * mask).sum()
+            / LAYOUT.groups[f"conv{i}"].importance.sum()
+            for i, mask in enumerate(kept)
+        ]
+    )
+    widths = [int(mask.sum()) for mask in kept]
+    bypasses = sum(not LAYOUT.view(genome, f"bypass/conv{i}")[0] for i in range(1, 6))
+    parameters = sum(a * b for a, b in zip(widths, widths[1:], strict=False)) // (1 + bypasses)
+    if fail:
+        return Evaluation(
+            digest, LAYOUT.pack(genome), 0.0, parameters, 0, 0, None, failure="ValueError: no"
+        )
+    time = parameters / 4096.0 + 0.01
+    return Evaluation(
+        digest, LAYOUT.pack(genome), float(worth) ** 0.5 * 0.9**bypasses, parameters, parameters, 1,
+        Latency(time, time, time, 1.0),
+    )  # fmt: skip
+
+
+def make(folder, config, evaluate=recorded):
+    (folder / "run.json").parent.mkdir(parents=True, exist_ok=True)
+    if (folder / "evaluations.sqlite").exists():
+        store = Store.open(folder)
+    else:
+        (folder / "run.json").write_text("{}")
+        store = Store.create(folder)
+    return store, Search(LAYOUT, config, store, evaluate)
+
+
+CONFIG = SearchConfig(population=12, generations=6, seed=3, simd_step=8)
+
+
+def hashes(store):
+    return [e.genome_hash for e in store.all()]
+
+
+def test_first_is_the_teacher_and_every_genome_is_new(tmp_path):
+    store, search = make(tmp_path, CONFIG)
+    with store:
+        list(search.run())
+        done = store.all()
+        assert len(done) == 72
+        assert np.array_equal(LAYOUT.unpack(done[0].genome), LAYOUT.teacher())
+        assert len({e.genome_hash for e in done}) == 72
+        assert [g.number for g in store.generations()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_search_improves_on_its_first_generation(tmp_path):
+    store, search = make(tmp_path, SearchConfig(population=24, generations=12, seed=1))
+    with store:
+        list(search.run())
+        volumes = [g.hypervolume for g in store.generations()]
+    assert volumes == sorted(volumes)
+    assert volumes[-1] > 1.05 * volumes[0]
+
+
+def test_connection_genes_are_searched(tmp_path):
+    store, search = make(tmp_path, CONFIG)
+    with store:
+        list(search.run())
+        genomes = np.array([LAYOUT.unpack(e.genome) for e in store.all()])
+    for kind in ("mask", "block", "bypass"):
+        bits = np.concatenate([genomes[:, s] for n, s in LAYOUT.slices.items() if n.startswith(kind)], 1)
+        assert not bits.all(), kind
+
+
+@pytest.mark.parametrize("stop", [1, 5, 12, 13, 30, 71])
+def test_resume_is_replay(tmp_path, stop):
+    whole, search = make(tmp_path / "whole", CONFIG)
+    with whole:
+        list(search.run())
+        expected, volumes = hashes(whole), [g.hypervolume for g in whole.generations()]
+    evaluated = []
+
+    def interrupted(genome):
+        if len(evaluated) == stop:
+            raise KeyboardInterrupt
+        evaluated.append(genome)
+        return recorded(genome)
+
+    store, search = make(tmp_path / "part", CONFIG, interrupted)
+    with store, pytest.raises(KeyboardInterrupt):
+        list(search.run())
+    fresh = []
+
+    def counting(genome):
+        fresh.append(genome)
+        return recorded(genome)
+
+    store, search = make(tmp_path / "part", CONFIG, counting)
+    with store:
+        last = list(search.run())[-1]
+        assert hashes(store) == expected
+        assert [g.hypervolume for g in store.generations()] == volumes
+    assert last.replayed == stop and len(fresh) == 72 - stop
+
+
+def test_more_generations_carry_on_a_finished_run(tmp_path):
+    store, search = make(tmp_path, SearchConfig(population=12, generations=3, seed=3))
+    with store:
+        list(search.run())
+        first = hashes(store)
+    store, search = make(tmp_path, CONFIG)
+    with store:
+        list(search.run())
+        assert hashes(store)[: len(first)] == first and len(store) == 72
+
+
+def test_a_replay_that_diverges_is_said(tmp_path):
+    store, search = make(tmp_path, CONFIG)
+    with store:
+        list(search.run())
+    store, search = make(tmp_path, SearchConfig(population=12, generations=6, seed=4, simd_step=8))
+    with store, pytest.raises(ReplayDiverged):
+        list(search.run())
+
+
+def test_failed_students_are_rows_and_never_on_the_front(tmp_path):
+    count = iter(range(1000))
+    store, search = make(tmp_path, CONFIG, lambda g: recorded(g, fail=next(count) % 4 == 3))
+    with store:
+        last = list(search.run())[-1]
+        failed = [e for e in store.all() if e.failure]
+        assert len(failed) == 18 and last.evaluated == 72
+    assert np.isfinite(last.hypervolume) and last.hypervolume > 0
+
+
+def test_problem_works_with_pymoo_alone():
+    problem = StructuralDistillationProblem(
+        LAYOUT.length, lambda x: [recorded(g, fail=i == 1) for i, g in enumerate(x)], 0.3
+    )
+    genomes = np.array([LAYOUT.teacher()] * 2)
+    out = problem.evaluate(genomes, return_as_dictionary=True)
+    assert out["F"].shape == (2, 3) and out["F"][0, 1] == 5 * 64 * 64
+    assert tuple(out["F"][1]) == WORST and out["G"][1, 0] > 0 >= out["G"][0, 0]
+
+
+def test_hypervolume_by_hand():
+    reference = np.array([0.1, 1024.0, 8.0])
+    # Half of the possible factor in both: 1 - 0.5 on both axes; accuracy 0.8.
+    point = np.array([[0.2, 32.0, 8.0 / 32.0]])
+    assert hypervolume(point, reference) == pytest.approx(0.8 * 0.5 * 0.5)
+    assert hypervolume(np.array([[0.0, 2048.0, 16.0]]), reference) == 0.0
+
+
+@pytest.mark.parametrize("settings", [{"population": 0}, {"population": 3}, {"generations": 0}])
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(UserError, match="expected at least"):
+        SearchConfig(**settings)
