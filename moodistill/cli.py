@@ -60,7 +60,8 @@ def run_command(arguments: argparse.Namespace) -> None:
     from moodistill.device import simd_step
     from moodistill.distill import DistillConfig
     from moodistill.recipe import Recipe
-    from moodistill.run import Places, RunConfig, get_preset, resume_run, start_run
+    from moodistill.run import Places, resume_run, start_run
+    from moodistill.run_config import RunConfig, get_preset
     from moodistill.search import SearchConfig
     from moodistill.statistics import CalibrationConfig
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from moodistill.context import TeacherContext
 from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.evaluation import Evaluation
@@ -94,14 +92,3 @@ def read_finalist(folder: Path) -> Finalist | None:
         return Finalist(**json.loads(path.read_text()))
     except (ValueError, TypeError):
         return None
-
-
-def objectives(evaluations: list[Evaluation]) -> np.ndarray:
-    """`(n, 3)` error, parameters and latency of successful evaluations."""
-    return np.array(
-        [
-            (1.0 - e.accuracy, e.parameters, e.latency.latency_ms)
-            for e in evaluations
-            if e.latency is not None
-        ]
-    ).reshape(-1, 3)

@@ -41,8 +41,8 @@ class InheritConfig:
     """
 
     mode: Mode = "student"
-    ridge: float = 1e-3
-    scarce: float = 0.1
+    ridge: float = 1e-2
+    scarce: float = 2.0
 
 
 @torch.no_grad()

@@ -2,105 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from moodistill import front, report
 from moodistill.context import TeacherContext, default_cache_dir, load_context, use_threads
-from moodistill.distill import DistillConfig, SoftTargets
+from moodistill.distill import SoftTargets
 from moodistill.errors import UserError
-from moodistill.evaluation import Evaluation, Latency
-from moodistill.finalists import Finalist, finish, objectives
-from moodistill.inherit import InheritConfig
+from moodistill.evaluation import Latency
+from moodistill.finalists import finish
 from moodistill.latency import LatencyMeter, device_fingerprint
-from moodistill.recipe import Evaluator, Recipe, make_student, measure_with, teacher_onnx
-from moodistill.search import Progress, Search, SearchConfig
-from moodistill.statistics import CalibrationConfig
+from moodistill.recipe import Evaluator, measure_with, teacher_onnx
+from moodistill.results import (
+    Accuracies,
+    Searched,
+    make_rows,
+    measure_front,
+    measure_teacher,
+    objectives,
+    write_results,
+)
+from moodistill.run_config import RunConfig
+from moodistill.search import Progress, Search
 from moodistill.store import Store, new_run_folder, read_run, versions, write_run
 from moodistill.task import Task, load_task
-from moodistill.training import accuracy
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a preset sets; everything else is the same in all of them."""
-
-    generations: int
-    finalists: int
-    distill_steps: int
-
-
-PRESETS = {
-    "quick": Preset(generations=5, finalists=4, distill_steps=100),
-    "standard": Preset(generations=13, finalists=6, distill_steps=500),
-    "thorough": Preset(generations=60, finalists=10, distill_steps=10_000),
-}
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides a run's result but the machine; stored in `run.json`."""
-
-    model: str
-    preset: str
-    search: SearchConfig
-    recipe: Recipe
-    calibration: CalibrationConfig
-    distill: DistillConfig
-    finalists: int
-    latency_threads: int = 1
-
-    @staticmethod
-    def from_dict(stored: dict[str, Any]) -> RunConfig:
-        """The inverse of `asdict`.
-
-        Raises:
-            UserError: if a key is missing or unknown.
-        """
-        try:
-            recipe = dict(stored["recipe"])
-            recipe["inherit"] = InheritConfig(**recipe["inherit"])
-            return RunConfig(
-                model=stored["model"],
-                preset=stored["preset"],
-                search=SearchConfig(**stored["search"]),
-                recipe=Recipe(**recipe),
-                calibration=CalibrationConfig(**stored["calibration"]),
-                distill=DistillConfig(**stored["distill"]),
-                finalists=int(stored["finalists"]),
-                latency_threads=int(stored["latency_threads"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"run.json does not hold a configuration of this version ({error}); "
-                "start a new run with another --out"
-            ) from error
-
-    def with_preset(self, name: str) -> RunConfig:
-        """The same run with another preset's generations and finalists' budget."""
-        preset = get_preset(name)
-        return replace(
-            self,
-            preset=name,
-            search=replace(self.search, generations=preset.generations),
-            distill=replace(self.distill, steps=preset.distill_steps),
-            finalists=preset.finalists,
-        )
-
-
-def get_preset(name: str) -> Preset:
-    """A preset by name."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 @dataclass(frozen=True)
@@ -122,6 +52,10 @@ def start_run(config: RunConfig, out: Path, places: Places) -> Path:
     use_threads(places.threads)
     task = load_task(config.model)
     context = _context(task, config, places)
+    # A fifth of the way from chance to perfect: below, a student has learnt next to nothing.
+    chance = 1.0 / len(context.data.labels)
+    floor = round(chance + 0.2 * (1.0 - chance), 4)
+    config = replace(config, search=replace(config.search, min_accuracy=floor))
     folder = new_run_folder(out)
     with _meter(context, config, None) as meter:
         write_run(
@@ -200,33 +134,32 @@ def _execute(
     meter: LatencyMeter,
     places: Places,
 ) -> None:
-    say = tqdm.write
-    _estimate(context, config, say)
+    _estimate(context, config)
     evaluator = Evaluator(context, config.recipe, measure_with(meter))
     search = Search(context.layout, config.search, store, evaluator.evaluate)
+    known = Accuracies(folder / "accuracies.json")
+    confirmed: dict[str, Latency] = {}
+    status = "interrupted"
     try:
         _search(search, store)
-        rows, finalists = _finish(folder, store, config, context, meter, places)
+        confirmed = _finish(folder, store, config, context, meter, places, known)
         status = "finished"
     except KeyboardInterrupt:
-        say(f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}")
-        rows, finalists = _rows(store, context, {}, {}, {}, meter), []
-        status = "interrupted"
-    _write_results(folder, store, config, rows)
-    stored = read_run(folder)
-    stored.update(
-        status=status,
-        rejected_latency_windows=meter.rejected_windows,
-        finalists=[f.student for f in finalists],
-    )
-    write_run(folder, stored)
-    if rows:
+        tqdm.write(f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}")
+    searched = Searched.read(store, config.search.min_accuracy)
+    if searched is not None:
+        rows = make_rows(folder, searched, known.known, confirmed, meter.teacher_latency_ms)
+        title = f"{config.model}: {len(store)} students searched, {config.preset} preset"
+        write_results(folder, store, rows, title)
         print(report.front_table(rows))
+    stored = read_run(folder)
+    stored.update(status=status, rejected_latency_windows=meter.rejected_windows)
+    write_run(folder, stored)
     if status == "interrupted":
         raise KeyboardInterrupt
 
 
-def _estimate(context: TeacherContext, config: RunConfig, say: Callable[[str], None]) -> None:
+def _estimate(context: TeacherContext, config: RunConfig) -> None:
     """Print about how long the run takes, from the teacher's speed on this machine."""
     images = context.samples.images[:64]
     with torch.no_grad():
@@ -242,7 +175,7 @@ def _estimate(context: TeacherContext, config: RunConfig, say: Callable[[str], N
     checks = 0.2 * per_image * (2 * len(data.validation) + len(data.test))
     final = config.finalists * (config.distill.steps * step * 0.8 + checks)
     final += min(config.distill.steps, config.distill.views) * step
-    say(
+    tqdm.write(
         f"about {search / 60:.0f} min for {config.search.population * config.search.generations} "
         f"evaluations and {final / 60:.0f} min for {config.finalists} finalists on this machine"
     )
@@ -279,171 +212,46 @@ def _finish(
     context: TeacherContext,
     meter: LatencyMeter,
     places: Places,
-) -> tuple[list[front.Student], list[Finalist]]:
-    """Distil, export, confirm and test the finalists; the rows of `pareto.csv`."""
-    candidates = [e for e in store.all() if e.latency is not None]
-    # The teacher itself is a row of its own, never a finalist.
-    teacher, *others = candidates
-    chosen = front.pick_finalists(objectives(others), config.finalists, _useful(config, teacher))
-    numbers = {e.genome_hash: n for n, e in enumerate(store.all())}
+    known: Accuracies,
+) -> dict[str, Latency]:
+    """Distil, export and test the finalists; their latency confirmed in a fresh process."""
+    searched = Searched.read(store, config.search.min_accuracy)
+    if searched is None or not searched.students:
+        raise UserError(
+            f"{folder} holds no student that works; see the failures in evaluations.sqlite, "
+            "or search on with more --generations"
+        )
+    names = list(searched.students)
+    picked = front.pick_finalists(
+        objectives(list(searched.students.values())),
+        config.finalists,
+        # Below half of the teacher's accuracy a student is no candidate for a device.
+        0.5 * searched.teacher.accuracy,
+    )
     cache = places.cache_dir or default_cache_dir()
     targets = SoftTargets(
         context.graph.module, context.data, config.distill, cache, context.teacher_digest
     )
-    finalists = []
     steps = config.distill.steps
-    with tqdm(total=steps * len(chosen), unit="step", disable=None, file=sys.stderr) as bar:
-        for place, index in enumerate(chosen):
-            evaluation = others[index]
-            name = student_id(numbers[evaluation.genome_hash])
+    with tqdm(total=steps * len(picked), unit="step", disable=None, file=sys.stderr) as bar:
+        for place, index in enumerate(picked):
+            name = names[index]
 
             def step(done: int, loss: float, name: str = name, base: int = place * steps) -> None:
                 bar.update(base + done - bar.n)
                 bar.set_postfix(student=name, loss=f"{loss:.3f}")
 
-            finalists.append(
-                finish(
-                    context, evaluation, name, folder / "students" / name, config.recipe,
-                    config.distill, targets, step,
-                )
+            finalist = finish(
+                context, searched.students[name], name, folder / "students" / name,
+                config.recipe, config.distill, targets, step,
             )  # fmt: skip
             targets.save()
-            last = finalists[-1]
             tqdm.write(
-                f"{name}: validation accuracy {last.accuracy_before:.4f} -> {last.accuracy:.4f}"
+                f"{name}: validation accuracy {finalist.accuracy_before:.4f} -> "
+                f"{finalist.accuracy:.4f} after {steps} steps"
             )
-    models = {
-        f.student: (folder / "students" / f.student / "model.onnx").read_bytes() for f in finalists
-    }
-    confirmed = meter.confirm(models) if models else {}
-    by_hash = {f.genome_hash: f for f in finalists}
-    accuracies = _searched_accuracies(folder, store, config, context, set(by_hash))
-    return _rows(store, context, by_hash, confirmed, accuracies, meter), finalists
-
-
-def _useful(config: RunConfig, teacher: Evaluation) -> float:
-    """Finalists are picked above half of the teacher's search accuracy, if there are any."""
-    return max(config.search.min_accuracy, 0.5 * teacher.accuracy)
-
-
-def student_id(number: int) -> str:
-    """The name of the student that was evaluated as number `number`."""
-    return f"s{number:04d}"
-
-
-def _front(store: Store) -> list[tuple[int, Evaluation]]:
-    """Non-dominated successful evaluations but the teacher's, with their numbers."""
-    usable = [(n, e) for n, e in enumerate(store.all()) if e.latency is not None and n > 0]
-    if not usable:
-        return []
-    mask = front.non_dominated(objectives([e for _, e in usable]))
-    return [pair for pair, keep in zip(usable, mask, strict=True) if keep]
-
-
-def _searched_accuracies(
-    folder: Path, store: Store, config: RunConfig, context: TeacherContext, skip: set[str]
-) -> dict[str, float]:
-    """Accuracy of the front's other students on all held-out images, kept between resumes."""
-    path = folder / "accuracies.json"
-    known: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-    todo = [e for _, e in _front(store) if e.genome_hash not in skip and e.genome_hash not in known]
-    for evaluation in tqdm(todo, unit="student", desc="front", disable=None, file=sys.stderr):
-        genome = context.layout.unpack(evaluation.genome)
-        student = make_student(context, genome, config.recipe)
-        known[evaluation.genome_hash] = accuracy(
-            student.module, context.data, context.data.validation
-        )
-    from moodistill.store import write_json_atomic
-
-    write_json_atomic(path, known)
-    return known
-
-
-def _rows(
-    store: Store,
-    context: TeacherContext,
-    finalists: dict[str, Finalist],
-    confirmed: dict[str, Latency],
-    accuracies: dict[str, float],
-    meter: LatencyMeter,
-) -> list[front.Student]:
-    """The teacher, the finalists, and the rest of the searched front."""
-    evaluations = store.all()
-    if not evaluations or evaluations[0].latency is None:
-        return []
-    reference = meter.teacher_latency_ms
-
-    def row(number: int, one: Evaluation) -> front.Student:
-        finalist = finalists.get(one.genome_hash)
-        name = student_id(number)
-        latency = confirmed.get(name, one.latency)
-        assert latency is not None
-        return front.Student(
-            student=name,
-            stage="distilled" if finalist else "searched",
-            search_accuracy=one.accuracy,
-            accuracy=finalist.accuracy if finalist else accuracies.get(one.genome_hash),
-            test_accuracy=finalist.test_accuracy if finalist else None,
-            parameters=one.parameters,
-            macs=one.macs,
-            latency_ms=latency.latency_ms,
-            latency_ms_low=latency.low_ms,
-            latency_ms_high=latency.high_ms,
-            teacher_latency_ms=reference,
-            size_bytes=finalist.size_bytes if finalist else one.size_bytes,
-            onnx=f"students/{name}/model.onnx" if finalist else "",
-            genome_hash=one.genome_hash,
-            summary=one.summary,
-        )
-
-    known = teacher_accuracies(context) if finalists else None
-    teacher = replace(
-        row(0, evaluations[0]),
-        student="teacher",
-        stage="teacher",
-        accuracy=known["validation"] if known else None,
-        test_accuracy=known["test"] if known else None,
-    )
-    members = _front(store)
-    on_front = {e.genome_hash for _, e in members}
-    # A finalist of an earlier, smaller preset may have left the front: it stays exported.
-    members += [
-        (n, e)
-        for n, e in enumerate(evaluations)
-        if e.genome_hash in finalists and e.genome_hash not in on_front
-    ]
-    return [teacher, *(row(n, e) for n, e in members)]
-
-
-def teacher_accuracies(context: TeacherContext) -> dict[str, float]:
-    """The teacher's accuracy on all validation and all test images, cached by digests."""
-    name = f"teacher-{context.teacher_digest[:16]}-{context.data.digest[:16]}.json"
-    path = default_cache_dir() / name
-    if path.is_file():
-        try:
-            stored = json.loads(path.read_text())
-            return {key: float(stored[key]) for key in ("validation", "test")}
-        except (ValueError, KeyError, TypeError):
-            path.unlink()
-    from moodistill.store import write_json_atomic
-
-    data, teacher = context.data, context.graph.module
-    result = {
-        "validation": accuracy(teacher, data, data.validation),
-        "test": accuracy(teacher, data, data.test),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(path, result)
-    return result
-
-
-def _write_results(
-    folder: Path, store: Store, config: RunConfig, rows: list[front.Student]
-) -> None:
-    """`pareto.csv`, `pareto.json` and the figures."""
-    if not rows:
-        return
-    front.write_front(folder / "pareto.csv", rows)
-    title = f"{config.model}: {len(store)} students searched, {config.preset} preset"
-    report.plot_front(rows, folder / "pareto.png", title)
-    report.plot_history(store.generations(), folder / "history.png")
+    measure_teacher(known, context, cache)
+    finalists = set(searched.finalists(folder))
+    measure_front(known, searched, context, config.recipe, finalists)
+    models = {n: (folder / "students" / n / "model.onnx").read_bytes() for n in sorted(finalists)}
+    return meter.confirm(models)

@@ -33,7 +33,15 @@ from moodistill.store import Store
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """NSGA-II's settings; `generations` counts the initial one."""
+    """NSGA-II's settings.
+
+    Attributes:
+        population: students a generation.
+        generations: the initial one included.
+        simd_step: widths are whole multiples of it.
+        min_accuracy: students below it are infeasible, so that the search does not spend itself
+            on tiny networks that guess.
+    """
 
     population: int = 32
     generations: int = 5
@@ -153,6 +161,11 @@ class Search:
                 evaluations.append(answer)
                 known.append(answer)
                 evaluated += 1
+                if evaluated == 1 and answer.failure is not None:
+                    raise UserError(
+                        f"the teacher itself could not be scored ({answer.failure}); "
+                        "expected a network that runs in ONNX Runtime on this machine"
+                    )
                 replayed += from_store
                 if reference is None:
                     # The first genome is the teacher: its objectives are the reference.

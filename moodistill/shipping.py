@@ -8,7 +8,8 @@ from moodistill.context import default_cache_dir, load_context
 from moodistill.errors import UserError
 from moodistill.export import Parity, export_onnx
 from moodistill.recipe import make_student
-from moodistill.run import RunConfig, student_id
+from moodistill.results import student_id
+from moodistill.run_config import RunConfig
 from moodistill.store import Store, read_run
 from moodistill.student_file import load_student
 from moodistill.task import load_task

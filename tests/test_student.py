@@ -1,77 +1,357 @@
 """Students against an independently masked teacher: same genome, same logits."""
 
-import operator
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_genome
-from torch import fx, nn
-from torch.nn.utils import parametrize
+from torch import nn
+from torch.nn import functional as F
 
-from moodistill.genome import GenomeLayout, Group, canonical, resolve
+from moodistill.genome import canonical, resolve
 from moodistill.graph import trace
-from moodistill.inherit import inherit
-from moodistill.layout import build_layout, skeleton
 from moodistill.recipe import count_macs
-from moodistill.statistics import CalibrationConfig, TeacherSamples
 from moodistill.student import build_student
 
-MAKERS = {"vgg16": (14_991_946, 1e5), "resnet18": (11_173_962, None)}
+PARAMETERS = {"vgg16": 14_991_946, "resnet18": 11_173_962}
+STEPS = (1, 8, 16)
 
 
-class _Masked(fx.Interpreter):
-    """Runs the teacher with masked weights and without the dropped inputs of each Add.
+@pytest.fixture(scope="module", params=["vgg16", "resnet18"])
+def prepared(request):
+    return request.getfixturevalue(request.param)
 
-    Nothing works in place here, so no masked value can leak into another one.
+
+@torch.no_grad()
+def masked_logits(prepared, genome, images):
+    """What the teacher says if it sees only what the genome lets each layer read.
+
+    All modules keep their full size: weights of missing channels and connections are set to zero,
+    dropped inputs of an Add are left out. Nothing works in place, so that no value that several
+    nodes read can change.
     """
-
-    def __init__(self, prepared, structure):
-        super().__init__(prepared.graph.module)
-        self.structure = structure
-        self.merges = {s.node: s.name for s in prepared.graph.steps if s.kind == "merge"}
-        self.weights = {}
-        for step in prepared.graph.layers:
-            if step.name not in structure.live:
-                continue
-            module = prepared.graph.layer_module(step.name)
-            out_block = prepared.layout.groups[step.group].block
-            in_block = prepared.layout.groups[step.reads].block
-            mask = structure.kept[step.reads][None, :].astype(np.float32)
-            mask = mask * structure.connected[step.name][out_block][:, in_block]
-            if isinstance(module, nn.Conv2d):
-                mask = mask[:, :, None, None]
+    graph, layout = prepared.graph, prepared.layout
+    structure = resolve(layout, genome)
+    assert not structure.bypassed
+    values = {}
+    for step in graph.steps:
+        if step.name not in structure.live:
+            continue
+        inputs = [values[name] for name in step.inputs if name in values]
+        if step.kind == "input":
+            values[step.name] = images
+        elif step.kind == "output":
+            return inputs[0]
+        elif step.kind == "merge":
+            kept = structure.merges[step.name]
+            chosen = [values[n] for n, on in zip(step.inputs, kept, strict=True) if on]
+            values[step.name] = sum(chosen[1:], chosen[0])
+        elif step.kind == "layer":
+            layer = graph.layer_module(step.name)
+            rows, columns = layout.groups[step.group].block, layout.groups[step.reads].block
+            mask = structure.connected[step.name][np.ix_(rows, columns)]
+            mask = torch.from_numpy(mask & structure.kept[step.reads][None, :])
+            if isinstance(layer, nn.Linear):
+                mask = mask.repeat_interleave(layer.in_features // len(columns), dim=1)
+                values[step.name] = F.linear(inputs[0], layer.weight * mask, layer.bias)
             else:
-                mask = np.repeat(mask, module.in_features // len(in_block), axis=1)
-            self.weights[step.name] = module.weight * torch.from_numpy(mask)
+                values[step.name] = F.conv2d(
+                    inputs[0], layer.weight * mask[:, :, None, None], layer.bias,
+                    layer.stride, layer.padding, layer.dilation,
+                )  # fmt: skip
+        elif step.node.op == "call_module":
+            module = graph.module.get_submodule(step.node.target)
+            values[step.name] = module(inputs[0].clone())
+        else:
+            assert step.node.target is torch.flatten
+            values[step.name] = inputs[0].flatten(1)
+    raise AssertionError("the teacher has no output")
 
-    def run_node(self, node):
-        if node in self.merges and self.merges[node] not in self.structure.live:
-            return None
-        return super().run_node(node)
 
-    def call_module(self, target, args, kwargs):
-        (value,) = args
-        module = self.module.get_submodule(target)
-        if value is None or (isinstance(module, nn.Conv2d | nn.Linear) and target not in self.weights):
-            return None  # not live
-        if isinstance(module, nn.Conv2d):
-            return nn.functional.conv2d(
-                value, self.weights[target], module.bias, module.stride, module.padding
-            )
-        if isinstance(module, nn.Linear):
-            return nn.functional.linear(value, self.weights[target], module.bias)
-        if isinstance(module, nn.ReLU):
-            return torch.relu(value)
-        return module(value)
+def pictures(seed, size=16, count=2):
+    # Both teachers end in an adaptive pooling: smaller pictures make the same check cheaper.
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
-    def call_function(self, target, args, kwargs):
-        if target in (operator.add, operator.iadd, torch.add):
-            node = next(n for n in self.merges if n.name == self.current)
-            kept = self.structure.merges[self.merges[node]]
-            chosen = [value for value, on in zip(args, kept, strict=True) if on]
-            return chosen[0] if len(chosen) == 1 else chosen[0] + chosen[1]
-        if args[0] is None:
-            return None
-        return super().call_function(target, args, kwargs)
+
+def worst(found, expected):
+    """Largest difference, relative to the logit where that is above 1."""
+    return float(((found - expected).abs() / expected.abs().clamp_min(1.0)).max())
+
+
+def features(student, graph, structure):
+    """Which special cases a student holds."""
+    convs = [student.module.get_submodule(u.target) for u in student.units]
+    units = Counter(unit.layer for unit in student.units)
+    found = set()
+    if any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in convs):
+        found.add("grouped")
+    if max(units.values()) > 1:
+        found.add("split")
+    if any(not all(kept) for kept in structure.merges.values()):
+        found.add("dropped edge")
+    if any(layer.name not in structure.live for layer in graph.layers):
+        found.add("dead layer")
+    return found
+
+
+@torch.no_grad()
+def check_genomes(prepared, count, first_seed):
+    """Compare `count` random students with their masked teachers; returns the cases seen."""
+    seen = Counter()
+    failures = []
+    for seed in range(first_seed, first_seed + count):
+        rng = np.random.default_rng(seed)
+        genome = random_genome(prepared.layout, rng)
+        genome = canonical(prepared.layout, genome, STEPS[seed % 3])
+        images = pictures(seed)
+        expected = masked_logits(prepared, genome, images)
+        # Otherwise constants would be compared.
+        seen["sensitive"] += worst(expected[0], expected[1]) > 1e-2
+        try:
+            student = build_student(prepared.graph, prepared.layout, genome)
+            error = worst(student.module(images), expected)
+        except RuntimeError as problem:
+            failures.append(f"seed {seed}: {problem}")
+            continue
+        seen.update(features(student, prepared.graph, resolve(prepared.layout, genome)))
+        if not error < 1e-4:
+            failures.append(f"seed {seed}: off by {error:.2e}")
+    assert not failures, f"{len(failures)} of {count} differ: {failures[:5]}"
+    return seen
+
+
+def test_random_students_equal_the_masked_teacher(prepared):
+    count = 30
+    seen = check_genomes(prepared, count, first_seed=1000)
+    assert seen["grouped"] and seen["split"] >= 10, seen
+    assert seen["sensitive"] > count / 2, seen
+    if prepared.layout.merges:
+        assert seen["dropped edge"] >= 10 and seen["dead layer"] >= 10, seen
+
+
+@pytest.mark.slow
+def test_hundreds_of_random_students_equal_the_masked_teacher(prepared):
+    seen = check_genomes(prepared, 150, first_seed=5000)
+    assert seen["grouped"] and seen["split"], seen
+
+
+@torch.no_grad()
+def test_the_comparison_tells_neighbours_apart(vgg16):
+    """A masked teacher with one connection or one channel more is no match."""
+    layout = vgg16.layout
+    genome = layout.teacher()
+    layout.view(genome, "mask/features.7")[:13] = False
+    layout.view(genome, "block/features.24")[0, 1:3] = False
+    images = pictures(0)
+    student = build_student(vgg16.graph, layout, genome).module(images)
+    assert worst(student, masked_logits(vgg16, genome, images)) < 1e-4
+    for name, place in (("mask/features.7", 0), ("block/features.24", (0, 1))):
+        other = genome.copy()
+        layout.view(other, name)[place] = True
+        assert worst(student, masked_logits(vgg16, other, images)) > 1e-3
+
+
+@torch.no_grad()
+def test_digits_students_equal_the_masked_teacher(digits):
+    """A flatten with several positions per channel, and two residual blocks."""
+    images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen, failures = Counter(), []
+    for seed in range(60):
+        genome = random_genome(digits.layout, np.random.default_rng(seed))
+        genome = canonical(digits.layout, genome, STEPS[seed % 3])
+        expected = masked_logits(digits, genome, images)
+        try:
+            student = build_student(digits.graph, digits.layout, genome)
+            error = worst(student.module(images), expected)
+        except RuntimeError as problem:
+            failures.append(f"seed {seed}: {problem}")
+            continue
+        seen.update(features(student, digits.graph, resolve(digits.layout, genome)))
+        if not error < 1e-4:
+            failures.append(f"seed {seed}: off by {error:.2e}")
+    assert not failures, f"{len(failures)} differ: {failures[:5]}"
+    assert all(seen[c] for c in ("grouped", "split", "dropped edge", "dead layer")), seen
+
+
+@torch.no_grad()
+def test_a_block_diagonal_linear_layer(digits):
+    """There is no grouped Linear: the blocks must become units of their own."""
+    genome = digits.layout.teacher()
+    digits.layout.view(genome, "block/hidden")[:] = np.eye(4, dtype=bool)
+    images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    student = build_student(digits.graph, digits.layout, genome)
+    assert student.module(images).shape == (4, 10)
+    assert worst(student.module(images), masked_logits(digits, genome, images)) < 1e-4
+
+
+@torch.no_grad()
+def test_the_teachers_genome_is_the_teacher(request, prepared):
+    student = build_student(prepared.graph, prepared.layout, prepared.layout.teacher())
+    images = pictures(1, size=32, count=3)
+    name = "vgg16" if "classifier.0" in prepared.layout.by_name else "resnet18"
+    assert worst(student.module(images), prepared.teacher(images)) < 1e-5
+    assert student.parameters == PARAMETERS[name]
+    assert student.parameters == sum(p.numel() for p in prepared.teacher.parameters())
+    wanted = prepared.teacher.state_dict()
+    found = student.module.state_dict()
+    assert set(found) == set(wanted)
+    # Channels of one block lie side by side in a student: the same numbers in another order.
+    for key in wanted:
+        assert torch.equal(found[key].flatten().sort()[0], wanted[key].flatten().sort()[0]), key
+
+
+def test_macs_of_vgg16(vgg16):
+    student = build_student(vgg16.graph, vgg16.layout, vgg16.layout.teacher())
+    assert abs(count_macs(student, vgg16.graph) - 313.7e6) < 0.1e6
+
+
+def test_parameters_and_macs_follow_the_widths(vgg16):
+    layout = vgg16.layout
+    genome = layout.teacher()
+    layout.view(genome, "mask/features.3")[:24] = False  # 64 -> 40 between features.3 and .7
+    teacher = build_student(vgg16.graph, layout, layout.teacher())
+    student = build_student(vgg16.graph, layout, genome)
+    kernel = 24 * 64 * 9 + 24  # of features.3; features.7 loses 128 * 24 * 9
+    assert teacher.parameters - student.parameters == kernel + 128 * 24 * 9 + 2 * 24
+    saved = count_macs(teacher, vgg16.graph) - count_macs(student, vgg16.graph)
+    assert saved == kernel * 32 * 32 + 128 * 24 * 9 * 16 * 16
+
+
+def test_nothing_of_a_dropped_channel_is_stored(prepared):
+    layout, graph = prepared.layout, prepared.graph
+    norm_groups = {str(s.node.target): s.group for s in graph.steps if s.kind == "norm"}
+    for seed in range(12):
+        genome = canonical(layout, random_genome(layout, np.random.default_rng(seed)), STEPS[seed % 3])
+        structure = resolve(layout, genome)
+        student = build_student(graph, layout, genome)
+        weights = Counter()
+        written: dict[str, list[int]] = {}
+        for unit in student.units:
+            module = student.module.get_submodule(unit.target)
+            area = int(np.prod(graph.layer_module(unit.layer).weight.shape[2:]))
+            weights[unit.layer] += module.weight.numel() // area
+            for outs in unit.outputs:
+                written.setdefault(unit.layer, []).extend(outs.tolist())
+        assert set(written) == set(structure.source)
+        for name, source in structure.source.items():
+            group = layout.by_name[name].group
+            assert sorted(written[name]) == np.flatnonzero(structure.kept[group]).tolist()
+            rows, columns = layout.groups[group].block, layout.groups[source].block
+            pairs = structure.connected[name][np.ix_(rows, columns)]
+            pairs = pairs & structure.kept[group][:, None] & structure.kept[source][None, :]
+            assert weights[name] == pairs.sum(), name
+        widths = Counter()
+        for norm in student.norms:
+            widths[norm.norm] += len(norm.channels)
+            module = student.module.get_submodule(norm.target)
+            assert all(v.shape == (len(norm.channels),) for v in module.parameters())
+        for norm, width in widths.items():
+            assert width == structure.kept[norm_groups[norm]].sum()
+        parameters = {id(p) for p in student.module.parameters()}
+        known = [u.target for u in student.units] + [n.target for n in student.norms]
+        assert parameters == {
+            id(p) for t in known for p in student.module.get_submodule(t).parameters()
+        }
+
+
+def test_every_target_exists_and_names_are_the_teachers(prepared):
+    layout, graph = prepared.layout, prepared.graph
+    teacher_keys = {k.rpartition(".")[0] for k in prepared.teacher.state_dict()}
+    for seed in range(12):
+        genome = canonical(layout, random_genome(layout, np.random.default_rng(seed)), STEPS[seed % 3])
+        student = build_student(graph, layout, genome)
+        student.module.graph.lint()
+        called = {n.target for n in student.module.graph.nodes if n.op == "call_module"}
+        for target in called:
+            assert isinstance(student.module.get_submodule(target), nn.Module)
+        stored = {k.rpartition(".")[0] for k in student.module.state_dict()}
+        assert stored <= called
+        units = Counter(unit.layer for unit in student.units)
+        for unit in student.units:
+            expected = unit.target if units[unit.layer] == 1 else unit.target.rpartition(".")[0]
+            assert expected == unit.layer and unit.layer in teacher_keys
+            assert unit.target in stored
+        assert not [n for n in student.module.graph.nodes if n.op == "get_attr"]
+
+
+def test_a_student_shares_nothing_with_the_teacher(digits):
+    before = {k: v.clone() for k, v in digits.graph.module.state_dict().items()}
+    student = build_student(digits.graph, digits.layout, digits.layout.teacher())
+    with torch.no_grad():
+        for tensor in student.module.state_dict().values():
+            tensor.zero_()
+    after = digits.graph.module.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+class Tiny(nn.Module):
+    """Two convolutions of 32 channels, an Add of both, 4 logits."""
+
+    def __init__(self, activation=nn.ReLU):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.one = nn.Conv2d(32, 32, 3, padding=1)
+        self.two = nn.Conv2d(32, 32, 3, padding=1)
+        self.act = activation(inplace=True)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.last = nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.act(self.one(x) + x)
+        y = self.two(y) + x
+        return self.last(torch.flatten(self.pool(y), 1))
+
+
+class Scaled(Tiny):
+    """Adds with a factor."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = torch.add(self.one(x), x, alpha=0.25)
+        return self.last(torch.flatten(self.pool(self.act(y)), 1))
+
+
+def one_block_layout(graph):
+    """A layout without statistics: one block a group."""
+    from moodistill.genome import GenomeLayout, Group
+    from moodistill.layout import skeleton
+
+    blocks = {name: np.zeros(size, dtype=int) for name, size in graph.groups.items()}
+    frozen = {graph.output_group, graph.steps[0].group}
+    groups = {n: Group(n, b, np.ones(len(b)), n in frozen) for n, b in blocks.items()}
+    return GenomeLayout(groups, skeleton(graph, blocks))
+
+
+@torch.no_grad()
+def test_an_activation_in_place_does_not_reach_past_a_dropped_edge():
+    """Where only the identity is left of an Add, its reader must not change what others read."""
+    torch.manual_seed(0)
+    teacher = Tiny().eval()
+    graph = trace(teacher, (3, 8, 8))
+    layout = one_block_layout(graph)
+    images = torch.randn(2, 3, 8, 8)
+    genome = layout.teacher()
+    layout.view(genome, "merge/add")[0] = False
+    x = teacher.stem(images)
+    y = teacher.two(torch.relu(x)) + x
+    expected = teacher.last(teacher.pool(y).flatten(1))
+    student = build_student(graph, layout, genome)
+    assert worst(student.module(images), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_an_add_with_a_factor_is_refused_or_right():
+    from moodistill.errors import UserError
+
+    torch.manual_seed(0)
+    teacher = Scaled().eval()
+    try:
+        graph = trace(teacher, (3, 8, 8))
+    except UserError:
+        return
+    layout = one_block_layout(graph)
+    student = build_student(graph, layout, layout.teacher())
+    images = torch.randn(2, 3, 8, 8)
+    assert worst(student.module(images), teacher(images)) < 1e-5

@@ -1,0 +1,87 @@
+"""What decides a run's result: presets and the configuration stored in `run.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moodistill.distill import DistillConfig
+from moodistill.errors import UserError
+from moodistill.inherit import InheritConfig
+from moodistill.recipe import Recipe
+from moodistill.search import SearchConfig
+from moodistill.statistics import CalibrationConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset sets; everything else is the same in all of them."""
+
+    generations: int
+    finalists: int
+    distill_steps: int
+
+
+PRESETS = {
+    "quick": Preset(generations=5, finalists=4, distill_steps=100),
+    "standard": Preset(generations=13, finalists=6, distill_steps=500),
+    "thorough": Preset(generations=60, finalists=10, distill_steps=10_000),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result but the machine; stored in `run.json`."""
+
+    model: str
+    preset: str
+    search: SearchConfig
+    recipe: Recipe
+    calibration: CalibrationConfig
+    distill: DistillConfig
+    finalists: int
+    latency_threads: int = 1
+
+    @staticmethod
+    def from_dict(stored: dict[str, Any]) -> RunConfig:
+        """The inverse of `asdict`.
+
+        Raises:
+            UserError: if a key is missing or unknown.
+        """
+        try:
+            recipe = dict(stored["recipe"])
+            recipe["inherit"] = InheritConfig(**recipe["inherit"])
+            return RunConfig(
+                model=stored["model"],
+                preset=stored["preset"],
+                search=SearchConfig(**stored["search"]),
+                recipe=Recipe(**recipe),
+                calibration=CalibrationConfig(**stored["calibration"]),
+                distill=DistillConfig(**stored["distill"]),
+                finalists=int(stored["finalists"]),
+                latency_threads=int(stored["latency_threads"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"run.json does not hold a configuration of this version ({error}); "
+                "start a new run with another --out"
+            ) from error
+
+    def with_preset(self, name: str) -> RunConfig:
+        """The same run with another preset's generations and finalists' budget."""
+        preset = get_preset(name)
+        return replace(
+            self,
+            preset=name,
+            search=replace(self.search, generations=preset.generations),
+            distill=replace(self.distill, steps=preset.distill_steps),
+            finalists=preset.finalists,
+        )
+
+
+def get_preset(name: str) -> Preset:
+    """A preset by name."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,247 @@
+"""The commands as a user types them: a whole run on the digits, then choosing and exporting."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from moodistill.cli import run_tool
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--population", "6", "--generations", "2", "--finalists", "2", "--distill-steps", "6"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def call(cache):
+    """Runs a command in this process (a start of torch costs seconds); checks its exit code."""
+
+    def run(command, *arguments, code=0):
+        out, error = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOODISTILL_CACHE", str(cache))
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+                found = run_tool(command, [str(a) for a in arguments])
+        assert found == code, out.getvalue() + error.getvalue()
+        if code == 2:
+            assert len(error.getvalue().strip().splitlines()) == 1, error.getvalue()
+        return SimpleNamespace(stdout=out.getvalue(), stderr=error.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder, *TINY],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "MOODISTILL_CACHE": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "about" in done.stdout and "choose a student" in done.stdout
+    return folder
+
+
+def rows(folder):
+    with open(folder / "pareto.csv") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_run_leaves_what_is_documented(finished):
+    run = json.loads((finished / "run.json").read_text())
+    assert run["status"] == "finished" and run["config"]["model"] == "digits"
+    assert run["teacher_digest"] and run["data_digest"] and run["device"]
+    for name in ("pareto.json", "pareto.png", "history.png", "evaluations.sqlite"):
+        assert (finished / name).stat().st_size > 0
+    table = rows(finished)
+    assert [row["stage"] for row in table].count("teacher") == 1
+    distilled = [row for row in table if row["stage"] == "distilled"]
+    assert len(distilled) == 2
+    for row in table:
+        assert 0 <= float(row["accuracy"]) <= 1 and 0 <= float(row["search_accuracy"]) <= 1
+        assert int(row["parameters"]) > 0 and float(row["latency_ms"]) > 0
+    for row in distilled:
+        assert 0 <= float(row["test_accuracy"]) <= 1
+        assert (finished / row["onnx"]).stat().st_size == int(row["size_bytes"])
+    assert all(row["test_accuracy"] == "" for row in table if row["stage"] == "searched")
+
+
+def test_evaluations_are_stored_with_raw_samples(finished):
+    with sqlite3.connect(f"file:{finished / 'evaluations.sqlite'}?mode=ro", uri=True) as store:
+        assert store.execute("select count(*) from evaluations").fetchone()[0] == 12
+        assert store.execute("select count(*) from generations").fetchone()[0] == 2
+
+
+def test_exported_student_runs_in_onnx_runtime(finished):
+    from moodistill.data import load_digits
+
+    data = load_digits()
+    for row in rows(finished):
+        if row["stage"] == "distilled":
+            session = onnxruntime.InferenceSession(finished / row["onnx"])
+            images = data.normalise(data.validation.images).numpy()
+            (logits,) = session.run(None, {"input": images})
+            reached = (logits.argmax(1) == data.validation.labels).mean()
+            assert reached == pytest.approx(float(row["accuracy"]), abs=1 / 350)
+
+
+def test_choose_and_export(finished, call, tmp_path):
+    text = call("choose", finished, "--knee").stdout
+    assert "gives up" in text and "export_onnx.py" in text
+    chosen = json.loads(call("choose", finished, "--max-params", "1e9", "--json").stdout)
+    best = max(
+        (r for r in rows(finished) if r["stage"] == "distilled"), key=lambda r: float(r["accuracy"])
+    )
+    assert float(chosen["student"]["accuracy"]) == float(best["accuracy"])
+    call("choose", finished, "--weights", "accuracy=1,latency=2,params=0.5")
+    name = chosen["student"]["student"]
+    call("export", finished, name, "--out", tmp_path / "ship")
+    assert (tmp_path / "ship" / "model.onnx").read_bytes() == (
+        finished / "students" / name / "model.onnx"
+    ).read_bytes()
+    before = (tmp_path / "ship" / "model.onnx").stat().st_mtime_ns
+    again = call("export", finished, name, "--out", tmp_path / "ship", code=2)
+    assert "exists" in again.stderr
+    assert (tmp_path / "ship" / "model.onnx").stat().st_mtime_ns == before
+    searched = next(r["student"] for r in rows(finished) if r["stage"] == "searched")
+    call("export", finished, searched, "--out", tmp_path / "searched")
+
+
+def test_resume_of_a_finished_run_changes_nothing_but_carries_on(finished, call, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    before = rows(folder)
+    done = call("run", "--resume", folder)
+    assert "12 from the store" in done.stdout + done.stderr
+    after = rows(folder)
+    changing = ("latency_ms", "latency_ms_low", "latency_ms_high")
+    strip = [
+        [{k: v for k, v in r.items() if k not in changing} for r in t] for t in (before, after)
+    ]
+    assert strip[0] == strip[1]
+    onnx = [r["onnx"] for r in before if r["onnx"]]
+    assert all((folder / o).read_bytes() == (finished / o).read_bytes() for o in onnx)
+
+
+def test_ctrl_c_keeps_what_was_found(call, cache, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder,
+         "--population", "6", "--generations", "50", "--finalists", "1", "--distill-steps", "5"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "MOODISTILL_CACHE": str(cache)},
+    )  # fmt: skip
+    database = folder / "evaluations.sqlite"
+    for _ in range(600):
+        time.sleep(0.1)
+        if database.exists():
+            try:
+                with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as store:
+                    if store.execute("select count(*) from evaluations").fetchone()[0] >= 8:
+                        break
+            except sqlite3.OperationalError:
+                pass
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error and "--resume" in out + error
+    table = rows(folder)
+    assert table[0]["stage"] == "teacher" and len(table) > 1
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    chosen = json.loads(call("choose", folder, "--json").stdout)
+    assert chosen["student"]["stage"] == "searched"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "vgg17"], "unknown model"),
+        (["--model", "digits", "--population", "0"], "--population is 0"),
+        (["--model", "digits", "--population", "3"], "population 3"),
+        (["--model", "digits", "--preset", "best"], "unknown preset"),
+        ([], "which network"),
+        (["--resume", "no/such/run"], "no/such/run"),
+        (["--model", "digits", "--teacher", "no.safetensors"], "no.safetensors"),
+        (["--model", "digits", "--teacher", "README.md"], "README.md"),
+    ],
+)
+def test_bad_input_is_one_line(call, tmp_path, monkeypatch, arguments, words):
+    (tmp_path / "README.md").write_text("no weights\n")
+    monkeypatch.chdir(tmp_path)
+    done = call("run", *arguments, code=2)
+    assert words in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_existing_run_is_never_overwritten(finished, call):
+    before = (finished / "run.json").read_bytes()
+    done = call("run", "--model", "digits", "--out", finished, *TINY, code=2)
+    assert "--resume" in done.stderr and (finished / "run.json").read_bytes() == before
+
+
+def test_bad_choices_and_exports_are_one_line(finished, call, tmp_path):
+    assert (
+        "unknown student"
+        in call("export", finished, "s9999", "--out", tmp_path / "x", code=2).stderr
+    )
+    assert not (tmp_path / "x").exists()
+    assert "0.0001" in call("choose", finished, "--max-latency-ms", "0.0001", code=2).stderr
+    call("choose", tmp_path, code=2)
+    call("export", tmp_path, "s0001", "--out", tmp_path / "x", code=2)
+
+
+def test_teacher_of_another_architecture_is_refused(call, tmp_path):
+    import torch
+
+    from moodistill.teachers import save_atomic
+
+    save_atomic({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    done = call(
+        "run", "--model", "digits", "--teacher", tmp_path / "other.safetensors",
+        "--out", tmp_path / "run", code=2,
+    )  # fmt: skip
+    assert "does not fit DigitsNet" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_export_that_disagrees_with_torch_leaves_no_file(tmp_path, monkeypatch):
+    from moodistill import export
+    from moodistill.data import load_digits
+    from moodistill.errors import UserError
+    from moodistill.graph import trace
+    from moodistill.task import load_task
+
+    student = trace(load_task("digits").build(), (1, 32, 32)).module
+    honest = export.to_onnx
+
+    def wrong(module, shape):
+        import onnx
+        from onnx import numpy_helper
+
+        model = onnx.load_from_string(honest(module, shape))
+        tensor = max(model.graph.initializer, key=lambda t: np.prod(t.dims))
+        values = numpy_helper.to_array(tensor) + 0.05
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float32), tensor.name))
+        return model.SerializeToString()
+
+    monkeypatch.setattr(export, "to_onnx", wrong)
+    with pytest.raises(UserError, match="was not written"):
+        export.export_onnx(student, load_digits(), tmp_path / "model.onnx", 50)
+    assert not list(tmp_path.iterdir())
