@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moodistill import __version__, front
+from moodistill import __version__, choose, front
 from moodistill.errors import UserError
 
 
@@ -121,18 +121,18 @@ def _choose_arguments(parser: argparse.ArgumentParser) -> None:
 def choose_command(arguments: argparse.Namespace) -> None:
     """Choose one finalist by limits, by the knee or by weights."""
     rows = front.read_front(arguments.run)
-    limits = front.Constraints(
+    limits = choose.Constraints(
         arguments.max_latency_ms,
         arguments.max_params,
         arguments.min_accuracy,
         arguments.max_size_bytes,
     )
     if arguments.knee:
-        choice = front.knee(rows, limits)
+        choice = choose.knee(rows, limits)
     elif arguments.weights is not None:
-        choice = front.weighted(rows, arguments.weights, limits)
+        choice = choose.weighted(rows, arguments.weights, limits)
     else:
-        choice = front.choose(rows, limits)
+        choice = choose.choose(rows, limits)
     if arguments.json:
         print(json.dumps(choice.to_dict(), indent=2))
         return

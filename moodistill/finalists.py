@@ -13,7 +13,7 @@ from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.evaluation import Evaluation
 from moodistill.export import export_onnx
 from moodistill.recipe import Recipe, make_student
-from moodistill.store import write_json_atomic
+from moodistill.run_folder import write_json_atomic
 from moodistill.student import Student
 from moodistill.student_file import save_student
 from moodistill.training import accuracy

@@ -187,7 +187,7 @@ def _read_node(
         if isinstance(called, SPATIAL):
             return step("spatial", first.group, repeat=_repeat(node, first, shape, groups))
     elif node.op in ("call_function", "call_method"):
-        if node.target in ADDS and len(sources) == 2 and len(node.args) == 2:
+        if node.target in ADDS and len(sources) == len(node.args) == 2 and not node.kwargs:
             other = steps[inputs[1]]
             if other.shape != first.shape or other.repeat != first.repeat:
                 raise UserError(

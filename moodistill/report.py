@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moodistill.front import Student
-from moodistill.store import Generation, write_atomic
+from moodistill.front import FrontRow
+from moodistill.run_folder import write_atomic
+from moodistill.store import Generation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 GREY, BLUE, VERMILION, BLACK = "#999999", "#0072B2", "#D55E00", "#000000"
 
 
-def plot_front(rows: Sequence[Student], path: Path, title: str) -> None:
+def plot_front(rows: Sequence[FrontRow], path: Path, title: str) -> None:
     """Write a PNG of accuracy against latency and against parameters, finalists marked."""
     figure = _figure(11.0, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -32,8 +33,8 @@ def plot_front(rows: Sequence[Student], path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def _panel(axes: Axes, rows: Sequence[Student], field: str, label: str) -> None:
-    def points(stage: str) -> tuple[list[Student], list[float], list[float]]:
+def _panel(axes: Axes, rows: Sequence[FrontRow], field: str, label: str) -> None:
+    def points(stage: str) -> tuple[list[FrontRow], list[float], list[float]]:
         found = [row for row in rows if row.stage == stage]
         return (
             found,
@@ -118,7 +119,7 @@ def _save(figure: Figure, path: Path) -> None:
     write_atomic(path, picture.getvalue())
 
 
-def front_table(rows: Sequence[Student]) -> str:
+def front_table(rows: Sequence[FrontRow]) -> str:
     """Aligned plain text: finalists, searched students and the teacher, most accurate first."""
     teacher = next((row for row in rows if row.stage == "teacher"), None)
     order = ("distilled", "searched", "teacher")

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from moodistill import front, report
+from moodistill import front, pareto, report
 from moodistill.context import TeacherContext
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.finalists import Finalist, read_finalist
 from moodistill.recipe import Recipe, make_student
-from moodistill.store import Store, write_json_atomic
+from moodistill.run_folder import write_json_atomic
+from moodistill.store import Store
 from moodistill.training import accuracy
 
 
@@ -62,7 +63,7 @@ class Searched:
         """The non-dominated students."""
         if not self.students:
             return {}
-        mask = front.non_dominated(objectives(list(self.students.values())))
+        mask = pareto.non_dominated(objectives(list(self.students.values())))
         return {
             name: e for (name, e), keep in zip(self.students.items(), mask, strict=True) if keep
         }
@@ -131,15 +132,15 @@ def make_rows(
     known: Mapping[str, float],
     confirmed: Mapping[str, Latency],
     teacher_latency_ms: float,
-) -> list[front.Student]:
+) -> list[front.FrontRow]:
     """The teacher, the finalists, and the rest of the searched front."""
     finalists = searched.finalists(folder)
 
-    def row(name: str, one: Evaluation) -> front.Student:
+    def row(name: str, one: Evaluation) -> front.FrontRow:
         finalist = finalists.get(name)
         latency = confirmed.get(name, one.latency)
         assert latency is not None
-        return front.Student(
+        return front.FrontRow(
             student=name,
             stage="distilled" if finalist else "searched",
             search_accuracy=one.accuracy,
@@ -168,7 +169,7 @@ def make_rows(
     return [teacher, *(row(name, members[name]) for name in sorted(members))]
 
 
-def write_results(folder: Path, store: Store, rows: list[front.Student], title: str) -> None:
+def write_results(folder: Path, store: Store, rows: list[front.FrontRow], title: str) -> None:
     """`pareto.csv`, `pareto.json` and the figures."""
     front.write_front(folder / "pareto.csv", rows)
     report.plot_front(rows, folder / "pareto.png", title)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from moodistill import front, report
+from moodistill import pareto, report
 from moodistill.context import TeacherContext, default_cache_dir, load_context, use_threads
 from moodistill.distill import SoftTargets
 from moodistill.errors import UserError
@@ -28,8 +28,9 @@ from moodistill.results import (
     write_results,
 )
 from moodistill.run_config import RunConfig
+from moodistill.run_folder import new_run_folder, read_run, versions, write_run
 from moodistill.search import Progress, Search
-from moodistill.store import Store, new_run_folder, read_run, versions, write_run
+from moodistill.store import Store
 from moodistill.task import Task, load_task
 
 
@@ -222,7 +223,7 @@ def _finish(
             "or search on with more --generations"
         )
     names = list(searched.students)
-    picked = front.pick_finalists(
+    picked = pareto.pick_finalists(
         objectives(list(searched.students.values())),
         config.finalists,
         # Below half of the teacher's accuracy a student is no candidate for a device.

@@ -27,6 +27,7 @@ from moodistill.operators import (
     MaskMutation,
     SeenElimination,
 )
+from moodistill.pareto import non_dominated
 from moodistill.problem import StructuralDistillationProblem
 from moodistill.store import Store
 
@@ -188,8 +189,6 @@ class Search:
 
 def front_of(problem: StructuralDistillationProblem, evaluations: list[Evaluation]) -> np.ndarray:
     """Objectives `(n, 3)` of the feasible non-dominated evaluations."""
-    from moodistill.front import non_dominated
-
     score = problem.score(evaluations)
     feasible = score.F[(score.G <= 0).all(axis=1)]
     return feasible[non_dominated(feasible)] if len(feasible) else feasible

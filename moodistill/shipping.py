@@ -10,7 +10,8 @@ from moodistill.export import Parity, export_onnx
 from moodistill.recipe import make_student
 from moodistill.results import student_id
 from moodistill.run_config import RunConfig
-from moodistill.store import Store, read_run
+from moodistill.run_folder import read_run
+from moodistill.store import Store
 from moodistill.student_file import load_student
 from moodistill.task import load_task
 

@@ -74,7 +74,7 @@ class _Value:
 class _Parts:
     """How each live group's kept channels are cut into tensors, and which layers are grouped."""
 
-    def __init__(self, layout: GenomeLayout, structure: Structure) -> None:
+    def __init__(self, layout: GenomeLayout, structure: Structure, convs: set[str]) -> None:
         self.layout = layout
         self.structure = structure
         self.active = [layout.by_name[name] for name in structure.source]
@@ -85,7 +85,8 @@ class _Parts:
         self.grouped: dict[str, int] = {}
         self.cut = self._cut()
         for layer in self.active:
-            classes = self._classes(layer.name)
+            # Linear layers have no grouped form: theirs stay one dense layer per pattern.
+            classes = self._classes(layer.name) if layer.name in convs else 0
             if classes > 1:
                 # Taken only if the layer then reads one tensor and writes one, in class order.
                 self.grouped[layer.name] = classes
@@ -216,7 +217,8 @@ def build_student(graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray)
     slice: its weights are zero until `inherit` solves for them.
     """
     structure = resolve(layout, genome)
-    parts = _Parts(layout, structure)
+    convs = {s.name for s in graph.layers if isinstance(graph.layer_module(s.name), nn.Conv2d)}
+    parts = _Parts(layout, structure, convs)
     target_graph = fx.Graph()
     modules: dict[str, nn.Module] = {}
     values: dict[str, _Value] = {}
@@ -309,14 +311,18 @@ def _apply(
         path = str(source.target)
         if path not in modules:
             modules[path] = copy.deepcopy(graph.module.get_submodule(path))
+            if getattr(modules[path], "inplace", False):
+                # Where an edge is dropped, others may read the same tensor.
+                modules[path].inplace = False  # type: ignore[assignment]
         return target_graph.call_module(path, (node,))
     if source.target in ("view", "reshape"):
         # The teacher's sizes are those of all its channels: flatten says the same for any width.
         return target_graph.call_function(torch.flatten, (node, 1))
     arguments = (node, *source.args[1:])
+    keywords = {k: False if k == "inplace" else v for k, v in source.kwargs.items()}
     if source.op == "call_method":
-        return target_graph.call_method(str(source.target), arguments, dict(source.kwargs))
-    return target_graph.call_function(source.target, arguments, dict(source.kwargs))  # type: ignore
+        return target_graph.call_method(str(source.target).removesuffix("_"), arguments, keywords)
+    return target_graph.call_function(source.target, arguments, keywords)  # type: ignore
 
 
 def feature_index(channels: np.ndarray, repeat: int) -> torch.Tensor:
@@ -357,6 +363,5 @@ def _slice_norm(norm: nn.Module, channels: np.ndarray) -> nn.Module:
     assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
     index = torch.from_numpy(channels)
     made = type(norm)(len(channels), norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    state = {k: v[index] for k, v in norm.state_dict().items() if v.ndim == 1}
-    made.load_state_dict(state, strict=False)
+    made.load_state_dict({k: v[index] if v.ndim else v for k, v in norm.state_dict().items()})
     return made

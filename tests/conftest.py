@@ -86,8 +86,7 @@ def resnet18(random_images):
             for norm in norms:
                 norm.momentum = 0.1
                 norm.running_mean.add_(torch.randn(norm.num_features) * 0.2)
-                # Below 1, so that the picture is still seen behind many masked layers.
-                norm.running_var.mul_(torch.empty(norm.num_features).uniform_(0.15, 0.6))
+                norm.running_var.mul_(torch.empty(norm.num_features).uniform_(0.5, 1.5))
     return prepare(teacher.eval(), random_images)
 
 

@@ -1,4 +1,4 @@
-"""The store: exact round trips, one writer, nothing lost to a kill, damage told in one line."""
+"""The store and its folder: exact round trips, one writer, nothing lost to a kill, damage told in one line."""
 
 import contextlib
 import json
@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from moodistill import store as store_module
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
-from moodistill.store import (
-    ReplayDiverged,
-    Store,
+from moodistill.run_folder import (
     new_run_folder,
     read_run,
     versions,
     write_json_atomic,
     write_run,
 )
+from moodistill.store import ReplayDiverged, Store
 
 FLOATS = st.floats(allow_nan=False)
 COUNTS = st.integers(0, 2**62)
@@ -319,7 +318,7 @@ def test_versions(monkeypatch):
 
 
 def test_no_heavy_imports():
-    names = "moodistill.store, moodistill.front, moodistill.report"
+    names = "moodistill.store, moodistill.choose, moodistill.report"
     code = f"import sys, {names}; print([m for m in ('torch', 'pymoo') if m in sys.modules])"
     root = os.path.dirname(os.path.dirname(store_module.__file__))
     done = subprocess.run(

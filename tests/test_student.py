@@ -69,14 +69,24 @@ def masked_logits(prepared, genome, images):
     raise AssertionError("the teacher has no output")
 
 
-def pictures(seed, size=16, count=2):
-    # Both teachers end in an adaptive pooling: smaller pictures make the same check cheaper.
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+def noise(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(seed, channels=3, size=16):
+    """Two pictures, each four times, 1 to 10^10 times as bright.
+
+    Masked layers fade a picture until the biases decide alone; bright ones are still seen. Both
+    large teachers end in an adaptive pooling: smaller pictures make the same check cheaper.
+    """
+    brightness = torch.tensor([1.0, 1e3, 1e6, 1e10]).repeat_interleave(2)
+    return noise(seed, 2, channels, size, size).repeat(4, 1, 1, 1) * brightness[:, None, None, None]
 
 
 def worst(found, expected):
-    """Largest difference, relative to the logit where that is above 1."""
-    return float(((found - expected).abs() / expected.abs().clamp_min(1.0)).max())
+    """Largest difference, relative to a picture's largest logit where that is above 1."""
+    scale = expected.abs().amax(dim=1, keepdim=True).clamp_min(1.0)
+    return float(((found - expected).abs() / scale).max())
 
 
 def features(student, graph, structure):
@@ -96,18 +106,16 @@ def features(student, graph, structure):
 
 
 @torch.no_grad()
-def check_genomes(prepared, count, first_seed):
+def check_genomes(prepared, count, first_seed, size=16):
     """Compare `count` random students with their masked teachers; returns the cases seen."""
-    seen = Counter()
-    failures = []
+    seen, failures = Counter(), []
     for seed in range(first_seed, first_seed + count):
-        rng = np.random.default_rng(seed)
-        genome = random_genome(prepared.layout, rng)
+        genome = random_genome(prepared.layout, np.random.default_rng(seed))
         genome = canonical(prepared.layout, genome, STEPS[seed % 3])
-        images = pictures(seed)
+        images = pictures(seed, prepared.graph.input_shape[0], size)
         expected = masked_logits(prepared, genome, images)
         # Otherwise constants would be compared.
-        seen["sensitive"] += worst(expected[0], expected[1]) > 1e-2
+        seen["sensitive"] += worst(expected[0::2], expected[1::2]) > 1e-2
         try:
             student = build_student(prepared.graph, prepared.layout, genome)
             error = worst(student.module(images), expected)
@@ -118,22 +126,24 @@ def check_genomes(prepared, count, first_seed):
         if not error < 1e-4:
             failures.append(f"seed {seed}: off by {error:.2e}")
     assert not failures, f"{len(failures)} of {count} differ: {failures[:5]}"
-    return seen
+    assert seen["sensitive"] >= 0.9 * count, seen
+    assert seen["grouped"] and seen["split"], seen
+    if prepared.layout.merges:
+        assert seen["dropped edge"] and seen["dead layer"], seen
 
 
 def test_random_students_equal_the_masked_teacher(prepared):
-    count = 30
-    seen = check_genomes(prepared, count, first_seed=1000)
-    assert seen["grouped"] and seen["split"] >= 10, seen
-    assert seen["sensitive"] > count / 2, seen
-    if prepared.layout.merges:
-        assert seen["dropped edge"] >= 10 and seen["dead layer"] >= 10, seen
+    check_genomes(prepared, 30, first_seed=1000)
 
 
 @pytest.mark.slow
 def test_hundreds_of_random_students_equal_the_masked_teacher(prepared):
-    seen = check_genomes(prepared, 150, first_seed=5000)
-    assert seen["grouped"] and seen["split"], seen
+    check_genomes(prepared, 150, first_seed=5000)
+
+
+def test_digits_students_equal_the_masked_teacher(digits):
+    """A flatten with several positions per channel, and two residual blocks."""
+    check_genomes(digits, 100, first_seed=0, size=32)
 
 
 @torch.no_grad()
@@ -153,33 +163,11 @@ def test_the_comparison_tells_neighbours_apart(vgg16):
 
 
 @torch.no_grad()
-def test_digits_students_equal_the_masked_teacher(digits):
-    """A flatten with several positions per channel, and two residual blocks."""
-    images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    seen, failures = Counter(), []
-    for seed in range(60):
-        genome = random_genome(digits.layout, np.random.default_rng(seed))
-        genome = canonical(digits.layout, genome, STEPS[seed % 3])
-        expected = masked_logits(digits, genome, images)
-        try:
-            student = build_student(digits.graph, digits.layout, genome)
-            error = worst(student.module(images), expected)
-        except RuntimeError as problem:
-            failures.append(f"seed {seed}: {problem}")
-            continue
-        seen.update(features(student, digits.graph, resolve(digits.layout, genome)))
-        if not error < 1e-4:
-            failures.append(f"seed {seed}: off by {error:.2e}")
-    assert not failures, f"{len(failures)} differ: {failures[:5]}"
-    assert all(seen[c] for c in ("grouped", "split", "dropped edge", "dead layer")), seen
-
-
-@torch.no_grad()
 def test_a_block_diagonal_linear_layer(digits):
     """There is no grouped Linear: the blocks must become units of their own."""
     genome = digits.layout.teacher()
     digits.layout.view(genome, "block/hidden")[:] = np.eye(4, dtype=bool)
-    images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = noise(0, 4, 1, 32, 32)
     student = build_student(digits.graph, digits.layout, genome)
     assert student.module(images).shape == (4, 10)
     assert worst(student.module(images), masked_logits(digits, genome, images)) < 1e-4
@@ -188,7 +176,7 @@ def test_a_block_diagonal_linear_layer(digits):
 @torch.no_grad()
 def test_the_teachers_genome_is_the_teacher(request, prepared):
     student = build_student(prepared.graph, prepared.layout, prepared.layout.teacher())
-    images = pictures(1, size=32, count=3)
+    images = noise(1, 3, 3, 32, 32)
     name = "vgg16" if "classifier.0" in prepared.layout.by_name else "resnet18"
     assert worst(student.module(images), prepared.teacher(images)) < 1e-5
     assert student.parameters == PARAMETERS[name]
@@ -197,7 +185,7 @@ def test_the_teachers_genome_is_the_teacher(request, prepared):
     found = student.module.state_dict()
     assert set(found) == set(wanted)
     # Channels of one block lie side by side in a student: the same numbers in another order.
-    for key in wanted:
+    for key in (k for k in wanted if "num_batches" not in k):
         assert torch.equal(found[key].flatten().sort()[0], wanted[key].flatten().sort()[0]), key
 
 
@@ -331,7 +319,7 @@ def test_an_activation_in_place_does_not_reach_past_a_dropped_edge():
     teacher = Tiny().eval()
     graph = trace(teacher, (3, 8, 8))
     layout = one_block_layout(graph)
-    images = torch.randn(2, 3, 8, 8)
+    images = noise(1, 2, 3, 8, 8)
     genome = layout.teacher()
     layout.view(genome, "merge/add")[0] = False
     x = teacher.stem(images)
@@ -353,5 +341,5 @@ def test_an_add_with_a_factor_is_refused_or_right():
         return
     layout = one_block_layout(graph)
     student = build_student(graph, layout, layout.teacher())
-    images = torch.randn(2, 3, 8, 8)
+    images = noise(1, 2, 3, 8, 8)
     assert worst(student.module(images), teacher(images)) < 1e-5

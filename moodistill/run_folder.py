@@ -1,0 +1,110 @@
+"""The files of a run folder: `run.json`, atomic writes, and what a run was made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from moodistill.errors import UserError
+
+RUN_FILE = "run.json"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a kill leaves the old content or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, obj: Any) -> None:
+    """Write strict JSON (a NaN is a ValueError) so that a kill leaves the old file or the new."""
+    text = json.dumps(obj, indent=2, allow_nan=False, default=_plain)
+    write_atomic(path, f"{text}\n".encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Raises:
+        UserError: if the folder is no run or the file is not a JSON object.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a run: expected {RUN_FILE} in it; name the folder that a search wrote"
+        )
+    try:
+        run = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); restore it from a copy") from error
+    if not isinstance(run, dict):
+        raise UserError(f"{path} holds a {type(run).__name__}, expected an object; restore it")
+    return run
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write `run.json` atomically."""
+    write_json_atomic(folder / RUN_FILE, run)
+
+
+def new_run_folder(out: Path) -> Path:
+    """Make the folder of a new run.
+
+    Raises:
+        UserError: if `out` exists and is not an empty folder, or cannot be made.
+    """
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists; continue it with --resume or give another --out")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error}); give another --out") from error
+    return out
+
+
+def versions() -> dict[str, Any]:
+    """What a run was made with: library versions, platform, and the git commit if there is one."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("moodistill", "torch", "pymoo", "onnxruntime", "numpy", "onnx"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return {**found, "git": _git()}
+
+
+def _git() -> dict[str, Any] | None:
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent,
+            capture_output=True, text=True, check=True, timeout=30,
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        # Fails in a virtual environment that lies inside some other project's checkout.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
