@@ -61,7 +61,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     from moodistill.distill import DistillConfig
     from moodistill.recipe import Recipe
     from moodistill.run import Places, resume_run, start_run
-    from moodistill.run_config import RunConfig, get_preset
+    from moodistill.run_config import Budget, RunConfig, get_preset
     from moodistill.search import SearchConfig
     from moodistill.statistics import CalibrationConfig
 
@@ -74,7 +74,10 @@ def run_command(arguments: argparse.Namespace) -> None:
     if arguments.resume is not None:
         if arguments.out is not None:
             raise UserError("--resume continues in its own folder; leave out --out")
-        folder = resume_run(arguments.resume, arguments.preset, places)
+        budget = Budget(
+            arguments.preset, arguments.generations, arguments.finalists, arguments.distill_steps
+        )
+        folder = resume_run(arguments.resume, budget, places)
     else:
         if arguments.model is None:
             raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")

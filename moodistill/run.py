@@ -27,7 +27,7 @@ from moodistill.results import (
     objectives,
     write_results,
 )
-from moodistill.run_config import RunConfig
+from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import new_run_folder, read_run, versions, write_run
 from moodistill.search import Progress, Search
 from moodistill.store import Store
@@ -78,25 +78,23 @@ def start_run(config: RunConfig, out: Path, places: Places) -> Path:
     return folder
 
 
-def resume_run(folder: Path, preset: str | None, places: Places) -> Path:
+def resume_run(folder: Path, budget: Budget, places: Places) -> Path:
     """Carry on a run, finished or not; finished evaluations are answered from its store.
 
     Raises:
-        UserError: if `folder` is no run, or teacher or data are not those it was started with.
+        UserError: if `folder` is no run, teacher or data are not those it was started with, or the
+            budget has fewer generations than the run has finished.
     """
     stored = read_run(folder)
-    config = RunConfig.from_dict(stored.get("config", {}))
-    if preset is not None:
-        wanted = config.with_preset(preset)
-        if wanted.search.generations < config.search.generations:
-            raise UserError(
-                f"{folder} was run with preset {config.preset!r} "
-                f"({config.search.generations} generations); {preset!r} has fewer "
-                f"({wanted.search.generations}): resume with a larger preset or none"
-            )
-        config = wanted
+    config = RunConfig.from_dict(stored.get("config", {})).with_budget(budget)
     use_threads(places.threads)
     with Store.open(folder) as store:
+        finished = len(store.generations())
+        if config.search.generations < finished:
+            raise UserError(
+                f"{folder} has {finished} finished generations, more than the "
+                f"{config.search.generations} asked for: resume it with a larger budget or none"
+            )
         context = _context(load_task(config.model), config, places)
         for key, found in (
             ("teacher_digest", context.teacher_digest),

@@ -30,6 +30,16 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What may change when a run is resumed; None keeps what the run or the preset has."""
+
+    preset: str | None = None
+    generations: int | None = None
+    finalists: int | None = None
+    distill_steps: int | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run's result but the machine; stored in `run.json`."""
 
@@ -68,15 +78,20 @@ class RunConfig:
                 "start a new run with another --out"
             ) from error
 
-    def with_preset(self, name: str) -> RunConfig:
-        """The same run with another preset's generations and finalists' budget."""
-        preset = get_preset(name)
+    def with_budget(self, budget: Budget) -> RunConfig:
+        """The same run with other generations and another finalists' budget."""
+        preset = get_preset(budget.preset) if budget.preset else None
+        generations, finalists, steps = (
+            (preset.generations, preset.finalists, preset.distill_steps)
+            if preset
+            else (self.search.generations, self.finalists, self.distill.steps)
+        )
         return replace(
             self,
-            preset=name,
-            search=replace(self.search, generations=preset.generations),
-            distill=replace(self.distill, steps=preset.distill_steps),
-            finalists=preset.finalists,
+            preset=budget.preset or self.preset,
+            search=replace(self.search, generations=budget.generations or generations),
+            distill=replace(self.distill, steps=budget.distill_steps or steps),
+            finalists=budget.finalists or finalists,
         )
 
 

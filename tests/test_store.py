@@ -1,4 +1,4 @@
-"""The store and its folder: exact round trips, one writer, nothing lost to a kill, damage told in one line."""
+"""The store: exact round trips, one writer, nothing lost to a kill, damage told in one line."""
 
 import contextlib
 import json

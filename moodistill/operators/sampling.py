@@ -12,7 +12,9 @@ from moodistill.operators.widths import noisy_top, snap
 
 
 class DensitySampling(Sampling):
-    """The teacher, then students whose mean width falls geometrically to `smallest`.
+    """The teacher, then students whose mean width falls geometrically, `largest` to `smallest`.
+
+    Between the teacher and `largest` little is to be won and each student costs most.
 
     Half of them have one width share in every group, half a width share per group. Half lose
     block connections, half bypass layers, a third lose merge edges; which ones is drawn with
@@ -20,10 +22,13 @@ class DensitySampling(Sampling):
     at half width.
     """
 
-    def __init__(self, layout: GenomeLayout, step: int, smallest: float = 0.12) -> None:
+    def __init__(
+        self, layout: GenomeLayout, step: int, largest: float = 0.8, smallest: float = 0.12
+    ) -> None:
         super().__init__()
         self.layout = layout
         self.step = step
+        self.largest = largest
         self.smallest = smallest
 
     def _do(
@@ -36,9 +41,9 @@ class DensitySampling(Sampling):
     ) -> np.ndarray:
         """`(n_samples, n_var)` bool."""
         genomes = np.tile(self.layout.teacher(), (n_samples, 1))
-        shares = np.geomspace(1.0, self.smallest, n_samples)
-        for index in range(1, n_samples):
-            self.draw(genomes[index], float(shares[index]), random_state)
+        shares = np.geomspace(self.largest, self.smallest, n_samples - 1)
+        for genome, share in zip(genomes[1:], shares, strict=True):
+            self.draw(genome, float(share), random_state)
         return genomes
 
     def draw(self, genome: np.ndarray, share: float, rng: np.random.Generator) -> None:

@@ -1,0 +1,279 @@
+"""Tracing: what is understood, and what is refused by name."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import moodistill
+from moodistill.errors import UserError
+from moodistill.graph import trace
+
+SHAPE = (3, 8, 8)
+
+
+class Net(nn.Module):
+    """A stem of 8 channels, something in the middle, a linear head."""
+
+    def __init__(self, middle=None, **modules):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(8, 4)
+        self.middle = middle
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        if self.middle is not None:
+            x = self.middle(self, x)
+        return self.head(torch.flatten(self.pool(x), 1))
+
+
+class Shared(Net):
+    """Calls `middle` as a function of the whole network."""
+
+    def forward(self, x):
+        return self.middle(self, x)
+
+
+def kinds(graph):
+    return {step.name: step.kind for step in graph.steps}
+
+
+@pytest.mark.parametrize(
+    ("name", "middle", "modules"),
+    [
+        ("sort", lambda net, x: torch.sort(x)[0], {}),
+        ("PixelShuffle", lambda net, x: net.odd(x), {"odd": nn.PixelShuffle(2)}),
+        ("Softmax", lambda net, x: net.odd(x), {"odd": nn.Softmax(dim=1)}),
+        ("GroupNorm", lambda net, x: net.odd(x), {"odd": nn.GroupNorm(2, 8)}),
+        ("ConvTranspose2d", lambda net, x: net.odd(x), {"odd": nn.ConvTranspose2d(8, 8, 1)}),
+        ("InstanceNorm2d", lambda net, x: net.odd(x), {"odd": nn.InstanceNorm2d(8)}),
+        ("PReLU", lambda net, x: net.odd(x), {"odd": nn.PReLU(8)}),
+        ("mul", lambda net, x: x * net.conv(x), {}),
+        ("mul", lambda net, x: x * 2.0, {}),
+        ("sub", lambda net, x: x - net.conv(x), {}),
+        ("add", lambda net, x: x + 1.0, {}),
+        ("cat", lambda net, x: torch.cat([x, net.conv(x)], 1)[:, :8], {}),
+        ("permute", lambda net, x: x.permute(0, 1, 3, 2), {}),
+        ("mean", lambda net, x: x.mean((2, 3), keepdim=True), {}),
+        ("softmax", lambda net, x: F.softmax(x, dim=1), {}),
+        ("chunk", lambda net, x: x.chunk(2, 3)[0], {}),
+        ("add", lambda net, x: torch.add(x, net.conv(x), alpha=0.5), {}),
+        ("add", lambda net, x: x + x, {}),
+    ],
+)
+def test_an_unknown_operation_is_refused_by_name(name, middle, modules):
+    with pytest.raises(UserError, match=name) as caught:
+        trace(Net(middle, **modules), SHAPE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("match", "odd"),
+    [
+        ("odd: grouped convolution.*groups=2", nn.Conv2d(8, 8, 3, padding=1, groups=2)),
+        ("odd: grouped convolution.*groups=8", nn.Conv2d(8, 8, 3, padding=1, groups=8)),
+        ("odd: padding_mode 'reflect'", nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")),
+        (r"odd: Linear on a tensor of shape \(8, 8, 8\)", nn.Linear(8, 8)),
+    ],
+)
+def test_layers_that_cannot_be_cut_are_refused(match, odd):
+    with pytest.raises(UserError, match=match):
+        trace(Net(lambda net, x: net.odd(x), odd=odd), SHAPE)
+
+
+def test_a_shared_layer_is_refused():
+    with pytest.raises(UserError, match="layer conv is used twice"):
+        trace(Net(lambda net, x: net.conv(net.conv(x))), SHAPE)
+
+
+def test_a_shared_norm_is_refused():
+    """One BatchNorm on two channel groups could be cut for one of them only."""
+    with pytest.raises(UserError, match="norm"):
+        trace(Net(lambda net, x: net.norm(net.conv(x))), SHAPE)
+
+
+def test_a_norm_behind_a_flatten_is_refused():
+    net = Shared(
+        lambda net, x: net.last(net.odd(torch.flatten(net.stem(x), 1))),
+        odd=nn.BatchNorm1d(512), last=nn.Linear(512, 4),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="odd: BatchNorm behind a flatten"):
+        trace(net, SHAPE)
+
+
+class TwoInputs(Net):
+    """Takes a second picture."""
+
+    def forward(self, x, other):
+        return super().forward(x) + super().forward(other)
+
+
+class Optional(Net):
+    """Has a second input with a default."""
+
+    def forward(self, x, factor=None):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("net", "match"), [(TwoInputs(), "other"), (Optional(), "factor")])
+def test_a_second_input_is_refused(net, match):
+    with pytest.raises(UserError, match=match):
+        trace(net, SHAPE)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.stem(x),
+        lambda net, x: (net.head(net.pool(net.stem(x)).flatten(1)), x),
+        lambda net, x: {"logits": net.head(net.pool(net.stem(x)).flatten(1))},
+        lambda net, x: None,
+    ],
+)
+def test_an_output_that_is_no_logits_is_refused(forward):
+    with pytest.raises(UserError, match="output is not one tensor of logits"):
+        trace(Shared(forward), SHAPE)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda net, x: x + net.pool(x),
+        lambda net, x: net.pool(x) + x,
+        lambda net, x: x + net.odd(x),
+    ],
+)
+def test_a_broadcasting_add_is_refused(middle):
+    with pytest.raises(UserError, match=r"Add add.* joins \(.*\) and \(.*\).*broadcasting"):
+        trace(Net(middle, odd=nn.Conv2d(8, 1, 1)), SHAPE)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda net, x: net.conv(x) if x.sum() > 0 else x,
+        lambda net, x: [x for _ in range(int(x.max()))][0],
+        lambda net, x: 1 / 0,
+    ],
+)
+def test_what_cannot_be_traced_is_refused_by_the_networks_name(middle):
+    with pytest.raises(UserError, match="Net cannot be traced by torch.fx") as caught:
+        trace(Net(middle), SHAPE)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_input_shape_is_refused():
+    with pytest.raises(UserError, match=r"input \(1, 1, 8, 8\)"):
+        trace(Net(), (1, 8, 8))
+
+
+def test_a_view_across_pictures_is_refused():
+    """Only the flatten of one picture keeps channels apart."""
+    net = Shared(lambda net, x: net.head(net.stem(x).permute(0, 1, 2, 3).reshape(-1, 8)))
+    with pytest.raises(UserError):
+        trace(net, SHAPE)
+    with pytest.raises(UserError):
+        trace(Shared(lambda net, x: net.head(net.stem(x).reshape(-1, 8))), SHAPE)
+
+
+@pytest.mark.parametrize("name", ["input", "output", "add", "x", "relu", "flatten"])
+def test_any_name_of_a_layer_will_do(name):
+    """Names of modules, of traced operations and of the picture do not get mixed up."""
+
+    def forward(net, x):
+        x = F.relu(net.stem(x))
+        y = F.relu(getattr(net, name)(x))
+        return net.head(torch.flatten(net.pool(net.conv(y) + x), 1))
+
+    net = Shared(forward, **{name: nn.Conv2d(8, 12, 1), "conv": nn.Conv2d(12, 8, 1)})
+    graph = trace(net, SHAPE)
+    assert [step.name for step in graph.layers] == ["stem", name, "conv", "head"]
+    assert [graph.groups[step.group] for step in graph.layers] == [8, 12, 8, 4]
+    assert [graph.groups[step.reads] for step in graph.layers] == [3, 8, 12, 8]
+    assert len({step.name for step in graph.steps}) == len(graph.steps)
+
+
+def test_a_layer_called_input_as_the_first_one():
+    net = Shared(
+        lambda net, x: net.head(torch.flatten(net.pool(net.input(x)), 1)),
+        input=nn.Conv2d(3, 8, 1),
+    )
+    graph = trace(net, SHAPE)
+    (first, head) = graph.layers
+    assert first.reads != first.group and head.reads == first.group
+    assert graph.groups[first.reads] == 3 and graph.groups[first.group] == 8
+
+
+def test_everything_that_is_supported():
+    def forward(net, x):
+        x = net.gelu(net.norm(net.stem(x)))
+        y = torch.relu(net.conv(x))
+        y += x
+        x = torch.add(net.drop(y), x)
+        x = F.max_pool2d(F.relu(x, inplace=True), 2)
+        x = F.avg_pool2d(x, 2).relu()
+        return net.last(net.bn(net.first(x.flatten(1))))
+
+    net = Shared(
+        forward, gelu=nn.GELU(), drop=nn.Dropout2d(), first=nn.Linear(32, 6),
+        bn=nn.BatchNorm1d(6), last=nn.Linear(6, 4),
+    )  # fmt: skip
+    graph = trace(net, SHAPE)
+    assert [step.name for step in graph.layers] == ["stem", "conv", "first", "last"]
+    by_name = {step.name: step for step in graph.steps}
+    assert by_name["stem"].group == by_name["conv"].group == "stem"
+    assert by_name["flatten"].repeat == 4 and by_name["first"].repeat == 1
+    assert sum(step.kind == "merge" for step in graph.steps) == 2
+    assert graph.output_group == "last" and graph.input_shape == SHAPE
+    assert by_name["conv"].shape == (8, 8, 8) and by_name["first"].shape == (6,)
+
+
+def test_dead_code_is_left_out():
+    def forward(net, x):
+        x = net.stem(x)
+        torch.sort(x)
+        net.conv(x)
+        return net.head(torch.flatten(net.pool(x), 1))
+
+    assert [step.name for step in trace(Shared(forward), SHAPE).layers] == ["stem", "head"]
+
+
+def test_the_shipped_teachers(digits, vgg16, resnet18):
+    counts = [(len(p.graph.layers), len(p.layout.merges)) for p in (digits, vgg16, resnet18)]
+    assert counts == [(10, 2), (15, 0), (21, 8)]
+
+
+@pytest.mark.parametrize("module", ["graph", "genome", "student", "layout", "inherit", "statistics"])
+def test_no_architecture_is_named(module):
+    """General rules only: no name of an architecture, of its layers or of a problem in code."""
+    path = Path(moodistill.__file__).parent / f"{module}.py"
+    tree = ast.parse(path.read_text())
+    words = []
+    docstrings = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            docstrings.add(id(node.body[0].value))
+        if isinstance(node, ast.Name):
+            words.append(node.id)
+        elif isinstance(node, ast.Attribute):
+            words.append(node.attr)
+        elif isinstance(node, ast.alias):
+            words.append(node.name)
+        elif isinstance(node, ast.arg | ast.keyword) and node.arg:
+            words.append(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            words.append(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words += [node.value] if id(node) not in docstrings else []
+    assert len(words) > 100
+    named = ("vgg", "resnet", "digits", "cifar", "downsample", "classifier", "shortcut", "problems")
+    assert not [w for w in words for name in named if name in w.lower()]
