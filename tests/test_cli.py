@@ -245,3 +245,16 @@ def test_export_that_disagrees_with_torch_leaves_no_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="was not written"):
         export.export_onnx(student, load_digits(), tmp_path / "model.onnx", 50)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_goes_on_with_a_larger_budget(finished, call, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    done = call("run", "--resume", folder, "--generations", "3", "--finalists", "3")
+    assert "18 evaluated (12 from the store)" in done.stdout
+    with sqlite3.connect(f"file:{folder / 'evaluations.sqlite'}?mode=ro", uri=True) as store:
+        assert store.execute("select count(*) from evaluations").fetchone()[0] == 18
+    assert sum(row["stage"] == "distilled" for row in rows(folder)) >= 3
+    fewer = call("run", "--resume", folder, "--generations", "1", code=2)
+    assert "3 finished generations" in fewer.stderr
+    assert len(rows(folder)) > 3

@@ -101,7 +101,8 @@ def test_connection_genes_are_searched(tmp_path):
         list(search.run())
         genomes = np.array([LAYOUT.unpack(e.genome) for e in store.all()])
     for kind in ("mask", "block", "bypass"):
-        bits = np.concatenate([genomes[:, s] for n, s in LAYOUT.slices.items() if n.startswith(kind)], 1)
+        chosen = [s for name, s in LAYOUT.slices.items() if name.startswith(kind)]
+        bits = np.concatenate([genomes[:, s] for s in chosen], 1)
         assert not bits.all(), kind
 
 
