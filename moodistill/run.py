@@ -133,7 +133,7 @@ def _execute(
     meter: LatencyMeter,
     places: Places,
 ) -> None:
-    _estimate(context, config)
+    _estimate(context, config, len(store))
     evaluator = Evaluator(context, config.recipe, measure_with(meter))
     search = Search(context.layout, config.search, store, evaluator.evaluate)
     known = Accuracies(folder / "accuracies.json")
@@ -158,7 +158,7 @@ def _execute(
         raise KeyboardInterrupt
 
 
-def _estimate(context: TeacherContext, config: RunConfig) -> None:
+def _estimate(context: TeacherContext, config: RunConfig, stored: int) -> None:
     """Print about how long the run takes, from the teacher's speed on this machine."""
     images = context.samples.images[:64]
     with torch.no_grad():
@@ -166,17 +166,18 @@ def _estimate(context: TeacherContext, config: RunConfig) -> None:
         began = time.perf_counter()
         context.graph.module(images)
     per_image = (time.perf_counter() - began) / len(images)
-    # A student of the search costs about a fifth of the teacher; training three forward passes.
+    # A student of the search costs about a quarter of the teacher; training, three passes.
     passes = config.recipe.validation_images + 1.5 * config.calibration.images
-    search = config.search.population * config.search.generations * (0.2 * per_image * passes + 0.6)
+    count = max(0, config.search.population * config.search.generations - stored)
+    search = count * (0.25 * per_image * passes + 0.6)
     data = context.data
     step = config.distill.batch_size * per_image
     checks = 0.2 * per_image * (2 * len(data.validation) + len(data.test))
     final = config.finalists * (config.distill.steps * step * 0.8 + checks)
     final += min(config.distill.steps, config.distill.views) * step
     tqdm.write(
-        f"about {search / 60:.0f} min for {config.search.population * config.search.generations} "
-        f"evaluations and {final / 60:.0f} min for {config.finalists} finalists on this machine"
+        f"about {search / 60:.0f} min for {count} evaluations and {final / 60:.0f} min for "
+        f"{config.finalists} finalists on this machine"
     )
 
 
