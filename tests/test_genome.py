@@ -175,11 +175,7 @@ def flip_irrelevant(layout, genome, rng):
         kind, owner = name.split("/", 1)
         view = layout.view(other, name)
         everything = np.ones(shape, dtype=bool)
-        if kind == "mask" and owner not in structure.kept:
-            scatter(view, everything)
-        elif kind == "merge" and owner not in structure.live:
-            scatter(view, everything)
-        elif kind == "bypass" and owner not in structure.live:
+        if kind == "mask" and owner not in structure.kept or kind == "merge" and owner not in structure.live or kind == "bypass" and owner not in structure.live:
             scatter(view, everything)
         elif kind == "block":
             if owner not in structure.source or owner in structure.through:
