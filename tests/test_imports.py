@@ -1,4 +1,4 @@
-"""The arrows between the modules: what may import what."""
+"""The import arrows: who may know numpy, torch and pymoo."""
 
 import ast
 import subprocess
@@ -7,61 +7,91 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "moodistill"
-NO_TORCH = ["genome", "evaluation", "errors", "pareto", "front", "choose", "store", "run_folder",
-            "report", "problem", "search", "latency", "latency_worker", "device", "cli"]  # fmt: skip
-NO_TORCH += [f"operators/{p.stem}" for p in (PACKAGE / "operators").glob("*.py")]
-NO_PYMOO = ["genome", "graph", "layout", "statistics", "student", "student_file", "inherit",
-            "distill", "training", "teachers", "data", "onnx_writer", "onnx_graph"]  # fmt: skip
+import moodistill
+
+PACKAGE = Path(moodistill.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NO_TORCH = ["search", "front", "store", "problem", "latency", "latency_worker", "genome", "errors",
+            "evaluation", "pareto", "run_folder"]  # fmt: skip
+NO_PYMOO = ["graph", "student", "inherit", "distill", "layout", "statistics", "genome", "recipe",
+            "student_file", "latency", "store", "front"]  # fmt: skip
 
 
-def imported(module: str, top_level_only: bool = False) -> set[str]:
-    """Top-level names that a module's source imports."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    found = set()
-    for node in nodes:
+def imported(path):
+    """Full names of everything that a file imports, at the top or inside."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-@pytest.mark.parametrize("module", NO_TORCH)
-def test_no_torch(module):
-    assert not {"torch", "torchvision"} & imported(module)
+def tops(path):
+    return {name.split(".")[0] for name in imported(path)}
 
 
-@pytest.mark.parametrize("module", NO_PYMOO)
-def test_no_pymoo(module):
-    assert "pymoo" not in imported(module)
+def loaded(module):
+    """Which heavy packages a fresh interpreter holds after importing a module."""
+    code = f"import sys, {module}; print(*(m for m in ('torch', 'pymoo') if m in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    return set(done.stdout.split())
 
 
-def test_genome_knows_numpy_alone():
-    outside = imported("genome") - set(sys.stdlib_module_names)
-    assert outside == {"numpy", "moodistill"}
+def test_the_genome_knows_numpy_alone():
+    path = PACKAGE / "genome.py"
+    others = tops(path) - set(sys.stdlib_module_names)
+    assert others == {"numpy", "moodistill"}
+    own = {name for name in imported(path) if name.startswith("moodistill")}
+    assert own == {"moodistill.errors.UserError"}
 
 
-def test_nothing_imports_problems():
-    for path in PACKAGE.rglob("*.py"):
-        module = str(path.relative_to(PACKAGE).with_suffix(""))
-        assert "problems" not in imported(module), module
+@pytest.mark.parametrize("name", [*NO_TORCH, "operators"])
+def test_no_torch(name):
+    path = PACKAGE / name
+    paths = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    assert paths and all(p.is_file() for p in paths)
+    for one in paths:
+        assert not tops(one) & {"torch", "torchvision", "safetensors"}, one.name
 
 
-@pytest.mark.parametrize("module", ["genome", "front", "choose", "store", "latency", "cli"])
-def test_light_modules_start_without_torch(module):
-    code = f"import sys, moodistill.{module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize("name", NO_PYMOO)
+def test_no_pymoo(name):
+    assert "pymoo" not in tops(PACKAGE / f"{name}.py")
 
 
-@pytest.mark.parametrize("module", ["graph", "genome", "layout", "student", "inherit"])
-def test_no_architecture_is_named(module):
-    """General rules only: no identifier or string in the code names VGG or ResNet."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    words = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
-    words += [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
-    words += [
-        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    ]
-    assert not [w for w in words if "vgg" in w.lower() or "resnet" in w.lower()]
+@pytest.mark.parametrize("name", ["genome", "front", "store", "latency", "cli"])
+def test_nothing_heavy_is_loaded(name):
+    assert loaded(f"moodistill.{name}") == set()
+
+
+@pytest.mark.parametrize("name", ["operators", "search", "problem"])
+def test_the_search_loads_no_torch(name):
+    assert loaded(f"moodistill.{name}") == {"pymoo"}
+
+
+def test_the_network_side_loads_no_pymoo():
+    code = "import moodistill.student_file, moodistill.recipe, moodistill.distill as module"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; print('pymoo' in sys.modules)"],
+        capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
+    )  # fmt: skip
+    assert done.stdout.strip() == "False"
+
+
+def test_problems_are_found_by_name_only():
+    assert len(MODULES) > 20
+    for path in MODULES:
+        assert "problems" not in tops(path), path.name
+    dynamic = {p.stem for p in MODULES if "importlib" in tops(p) and "import_module" in p.read_text()}
+    assert dynamic == {"task"}
+
+
+def test_operators_know_the_genome_only():
+    for path in (PACKAGE / "operators").glob("*.py"):
+        own = {n for n in imported(path) if n.startswith("moodistill")}
+        assert all(n.startswith(("moodistill.genome.", "moodistill.operators.")) for n in own), path

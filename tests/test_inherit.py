@@ -192,7 +192,12 @@ def test_hand_made_layers_equal_lstsq(random_images):
         estimate, constant = solution[:, :-1], solution[:, -1]
         taps = weight.reshape(len(weight), target.shape[1], -1)
         expected = np.einsum("ocp,ck->okp", taps, estimate).reshape(module.weight.shape)
-        np.testing.assert_allclose(module.weight.detach().numpy(), expected, atol=1e-2)
+        # A channel that is never active says nothing about its weight.
+        seen = np.repeat(offered.std(0) > 1e-6, expected[0].size // offered.shape[1])
+        found = module.weight.detach().numpy().reshape(len(weight), -1)[:, seen]
+        expected = expected.reshape(len(weight), -1)[:, seen]
+        assert seen.sum() > seen.size / 2
+        np.testing.assert_allclose(found, expected, atol=1e-2)
         offset = bias + taps.sum(2) @ constant
         np.testing.assert_allclose(module.bias.detach().numpy(), offset, atol=1e-2)
 
