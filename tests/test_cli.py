@@ -148,6 +148,8 @@ def test_ctrl_c_keeps_what_was_found(call, cache, tmp_path):
          "--population", "6", "--generations", "50", "--finalists", "1", "--distill-steps", "5"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "MOODISTILL_CACHE": str(cache)},
+        # A background job may inherit an ignored SIGINT; a terminal's program does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     database = folder / "evaluations.sqlite"
     for _ in range(600):

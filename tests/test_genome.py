@@ -175,7 +175,14 @@ def flip_irrelevant(layout, genome, rng):
         kind, owner = name.split("/", 1)
         view = layout.view(other, name)
         everything = np.ones(shape, dtype=bool)
-        if kind == "mask" and owner not in structure.kept or kind == "merge" and owner not in structure.live or kind == "bypass" and owner not in structure.live:
+        if (
+            kind == "mask"
+            and owner not in structure.kept
+            or kind == "merge"
+            and owner not in structure.live
+            or kind == "bypass"
+            and owner not in structure.live
+        ):
             scatter(view, everything)
         elif kind == "block":
             if owner not in structure.source or owner in structure.through:
@@ -250,9 +257,7 @@ def test_the_empty_genome_is_repaired_to_a_working_network(prepared, step):
     with torch.no_grad():
         logits = student.module(torch.zeros(2, *prepared.graph.input_shape))
     assert logits.shape == (2, 10) and torch.isfinite(logits).all()
-    assert student.parameters < 0.05 * sum(
-        p.numel() for p in prepared.graph.module.parameters()
-    )
+    assert student.parameters < 0.05 * sum(p.numel() for p in prepared.graph.module.parameters())
 
 
 def test_bypass_passes_the_input_on(vgg16):

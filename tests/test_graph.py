@@ -51,9 +51,14 @@ def kinds(graph):
     ("name", "middle", "modules"),
     [
         ("sort", lambda net, x: torch.sort(x)[0], {}),
-        ("PixelShuffle", lambda net, x: net.back(net.odd(x)), {
-            "odd": nn.PixelShuffle(2), "back": nn.Conv2d(2, 8, 1),
-        }),
+        (
+            "PixelShuffle",
+            lambda net, x: net.back(net.odd(x)),
+            {
+                "odd": nn.PixelShuffle(2),
+                "back": nn.Conv2d(2, 8, 1),
+            },
+        ),
         ("Softmax", lambda net, x: net.odd(x), {"odd": nn.Softmax(dim=1)}),
         ("GroupNorm", lambda net, x: net.odd(x), {"odd": nn.GroupNorm(2, 8)}),
         ("ConvTranspose2d", lambda net, x: net.odd(x), {"odd": nn.ConvTranspose2d(8, 8, 1)}),
@@ -253,7 +258,9 @@ def test_the_shipped_teachers(digits, vgg16, resnet18):
     assert counts == [(10, 2), (15, 0), (21, 8)]
 
 
-@pytest.mark.parametrize("module", ["graph", "genome", "student", "layout", "inherit", "statistics"])
+@pytest.mark.parametrize(
+    "module", ["graph", "genome", "student", "layout", "inherit", "statistics"]
+)
 def test_no_architecture_is_named(module):
     """General rules only: no name of an architecture, of its layers or of a problem in code."""
     path = Path(moodistill.__file__).parent / f"{module}.py"
@@ -261,7 +268,9 @@ def test_no_architecture_is_named(module):
     words = []
     docstrings = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(
+            node
+        ):
             docstrings.add(id(node.body[0].value))
         if isinstance(node, ast.Name):
             words.append(node.id)

@@ -87,7 +87,9 @@ def test_problems_are_found_by_name_only():
     assert len(MODULES) > 20
     for path in MODULES:
         assert "problems" not in tops(path), path.name
-    dynamic = {p.stem for p in MODULES if "importlib" in tops(p) and "import_module" in p.read_text()}
+    dynamic = {
+        p.stem for p in MODULES if "importlib" in tops(p) and "import_module" in p.read_text()
+    }
     assert dynamic == {"task"}
 
 

@@ -216,9 +216,7 @@ def test_hand_made_layers_equal_lstsq(random_images):
         given = teacher.pool(
             torch.relu(student.module.get_submodule("second")(torch.relu(first(masked))))
         )
-        target = teacher.pool(
-            torch.relu(teacher.second(torch.relu(teacher.first(inner))))
-        )
+        target = teacher.pool(torch.relu(teacher.second(torch.relu(teacher.first(inner)))))
         lstsq(
             student.module.get_submodule("head"),
             given.permute(0, 2, 3, 1).reshape(-1, 5).double().numpy(),

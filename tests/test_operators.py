@@ -134,15 +134,15 @@ def test_mask_mutation_prefers_the_important(vgg16):
     mutated = mutation._do(None, genomes, random_state=np.random.default_rng(0))
     rank = np.argsort(np.argsort(group.importance)) / group.size
     kept = [layout.view(genome, "mask/features.24").copy() for genome in mutated]
-    shares = [rank[mask].mean() - rank[~mask].mean() for mask in kept if 0 < mask.sum() < group.size]
+    shares = [
+        rank[mask].mean() - rank[~mask].mean() for mask in kept if 0 < mask.sum() < group.size
+    ]
     assert len(shares) > 5 and np.mean(shares) > 0.2
 
 
 def test_connection_mutation_flips_every_kind_of_connection(layout):
     genomes = parents(layout, 100)
-    mutated = ConnectionMutation(layout)._do(
-        None, genomes, random_state=np.random.default_rng(2)
-    )
+    mutated = ConnectionMutation(layout)._do(None, genomes, random_state=np.random.default_rng(2))
     kinds = {"block": 0, "merge": 0, "bypass": 0}
     for before, after in zip(genomes, mutated, strict=True):
         assert changed(layout, before, after, "mask") == 0

@@ -210,7 +210,9 @@ def test_nothing_of_a_dropped_channel_is_stored(prepared):
     layout, graph = prepared.layout, prepared.graph
     norm_groups = {str(s.node.target): s.group for s in graph.steps if s.kind == "norm"}
     for seed in range(12):
-        genome = canonical(layout, random_genome(layout, np.random.default_rng(seed)), STEPS[seed % 3])
+        genome = canonical(
+            layout, random_genome(layout, np.random.default_rng(seed)), STEPS[seed % 3]
+        )
         structure = resolve(layout, genome)
         student = build_student(graph, layout, genome)
         weights = Counter()
@@ -247,7 +249,9 @@ def test_every_target_exists_and_names_are_the_teachers(prepared):
     layout, graph = prepared.layout, prepared.graph
     teacher_keys = {k.rpartition(".")[0] for k in prepared.teacher.state_dict()}
     for seed in range(12):
-        genome = canonical(layout, random_genome(layout, np.random.default_rng(seed)), STEPS[seed % 3])
+        genome = canonical(
+            layout, random_genome(layout, np.random.default_rng(seed)), STEPS[seed % 3]
+        )
         student = build_student(graph, layout, genome)
         student.module.graph.lint()
         called = {n.target for n in student.module.graph.nodes if n.op == "call_module"}
