@@ -50,9 +50,10 @@ def inherit(
     student: Student,
     graph: TeacherGraph,
     samples: TeacherSamples,
-    config: InheritConfig,
+    config: InheritConfig | None = None,
 ) -> None:
     """Set the student's weights and batch statistics in place, in one pass over its graph."""
+    config = config or InheritConfig()
     units = {unit.target: unit for unit in student.units}
     norms = {norm.target for norm in student.norms}
     values: dict[fx.Node, torch.Tensor] = {}
