@@ -22,7 +22,7 @@ import numpy as np
 
 from moodistill.errors import UserError
 
-INPUT = "input"  # the group of the network's input channels
+INPUT = "<input>"  # the group of the input channels; no module path looks like that
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,9 @@ def _wiring(layout: GenomeLayout, genome: np.ndarray) -> Structure:
     group: dict[str, str] = {}
     past: dict[str, bool] = {}  # whether a node's value comes past a bypassed layer
     for node in layout.nodes:
-        own = node.kind in (INPUT, "merge") or (node.kind == "layer" and node.name not in bypassed)
+        own = node.kind in ("input", "merge") or (
+            node.kind == "layer" and node.name not in bypassed
+        )
         if own:
             group[node.name], past[node.name] = node.group, False
         else:

@@ -7,6 +7,8 @@ An operation that is not known is refused by name, never taken as element-wise.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 from moodistill.errors import UserError
 from moodistill.genome import INPUT
 
+PICTURES = 2  # in the batch that shapes are propagated with
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh,
@@ -110,10 +113,13 @@ def trace(teacher: nn.Module, input_shape: tuple[int, int, int]) -> TeacherGraph
     try:
         module = fx.symbolic_trace(teacher.eval())
         module.graph.eliminate_dead_code()
-        with torch.no_grad():
-            ShapeProp(module).propagate(torch.zeros(1, *input_shape))
+        # Two pictures, so that an operation that mixes them shows; ShapeProp prints a traceback of
+        # its own, the cause of the error says the same in one line.
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+            ShapeProp(module).propagate(torch.zeros(PICTURES, *input_shape))
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise UserError(
             f"{type(teacher).__name__} cannot be traced by torch.fx with input "
             f"{(1, *input_shape)}: {reason[0]}; expected a CNN without data-dependent control flow"
@@ -122,8 +128,9 @@ def trace(teacher: nn.Module, input_shape: tuple[int, int, int]) -> TeacherGraph
     steps: dict[str, Step] = {}
     used: set[str] = set()
     names: dict[fx.Node, str] = {}
+    taken = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
     for node in module.graph.nodes:
-        step = _read_node(module, node, names, steps, groups, used)
+        step = _read_node(module, node, names, steps, groups, used, taken)
         names[node] = step.name
         steps[step.name] = step
     final = tuple(
@@ -142,6 +149,12 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(meta.shape[1:]) if isinstance(meta, fx.passes.shape_prop.TensorMetadata) else ()
 
 
+def _batch(node: fx.Node) -> int:
+    """Length of the first axis, `PICTURES` where it is not a tensor."""
+    meta = node.meta.get("tensor_meta")
+    return meta.shape[0] if isinstance(meta, fx.passes.shape_prop.TensorMetadata) else PICTURES
+
+
 def _read_node(
     module: fx.GraphModule,
     node: fx.Node,
@@ -149,6 +162,7 @@ def _read_node(
     steps: dict[str, Step],
     groups: _Groups,
     used: set[str],
+    taken: set[str],
 ) -> Step:
     shape = _shape(node)
     sources = [arg for arg in node.all_input_nodes]
@@ -156,18 +170,25 @@ def _read_node(
     first = steps[inputs[0]] if inputs else None
 
     def step(kind: str, group: str, reads: str = "", repeat: int = 1, name: str = "") -> Step:
-        return Step(name or node.name, kind, node, inputs, group, reads, repeat, shape)
+        # A layer is named by its module path; no other step may have that name.
+        own = node.name if node.name not in taken else f"{node.name} operation"
+        return Step(name or own, kind, node, inputs, group, reads, repeat, shape)
 
     if node.op == "placeholder":
         if steps:
             raise UserError(f"the network has a second input {node.name!r}; expected one image")
-        return step(INPUT, groups.new(INPUT, shape[0]))
+        return step("input", groups.new(INPUT, shape[0]))
     if node.op == "output":
         if not isinstance(node.args[0], fx.Node) or len(steps[inputs[0]].shape) != 1:
             raise UserError("the network's output is not one tensor of logits (N, classes)")
         return step("output", steps[inputs[0]].group)
     if first is None:
         raise UserError(f"{_called(module, node)} (at {node.name}) reads no input: not supported")
+    if _batch(node) != PICTURES:
+        raise UserError(
+            f"{_called(module, node)} (at {node.name}) mixes pictures; expected the first axis to "
+            "stay that of the batch"
+        )
     if node.op == "call_module":
         target = str(node.target)
         called = module.get_submodule(target)
@@ -179,6 +200,9 @@ def _read_node(
             size = called.out_channels if isinstance(called, nn.Conv2d) else called.out_features
             return step("layer", groups.new(target, size), reads=first.group, name=target)
         if isinstance(called, NORMS):
+            if target in used:
+                raise UserError(f"norm {target} is used twice; shared layers are not supported")
+            used.add(target)
             if first.repeat != 1:
                 raise UserError(f"{target}: BatchNorm behind a flatten is not supported")
             return step("norm", first.group)

@@ -125,25 +125,25 @@ def _solve_unit(
     # padded border some taps see no input and no constant either.
     padded = isinstance(layer, nn.Conv2d) and any(p != 0 for p in _padding(layer))
     centred = not padded and module.bias is not None
-    whole = not unit.through and sum(len(i) for i in unit.inputs) == target.shape[1]
+    whole = not unit.through and [len(i) for i in unit.inputs] == [target.shape[1]]
     if whole and config.mode == "teacher":
         return
+    # Past a bypassed linear layer behind a flatten every feature is a channel of its own; else the
+    # positions of a flatten share one estimate.
+    own_repeat = layer.in_features // target.shape[1] if isinstance(layer, nn.Linear) else 1
+    repeat = unit.repeat if unit.repeat == own_repeat else 1
     offered = None
     if config.mode == "student" or unit.through:
-        offered = sample_pixels(source, unit.repeat, samples.config)
+        offered = sample_pixels(source, repeat, samples.config)
     start = 0
     rows, biases = [], []
     for outputs, inputs in zip(unit.outputs, unit.inputs, strict=True):
         if offered is not None:
-            u = offered[:, start : start + len(inputs)]
-            start += len(inputs)
+            width = len(inputs) * unit.repeat // repeat
+            u = offered[:, start : start + width]
+            start += width
         else:
             u = target[:, torch.from_numpy(inputs)]
-        repeat = unit.repeat
-        if u.shape[0] != target.shape[0]:
-            # A bypassed linear layer behind a flatten: every feature is a channel of its own.
-            u = source.reshape(len(source), -1)
-            repeat = 1
         estimate, constant = estimate_inputs(
             target, u, None if unit.through else inputs, centred, config
         )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from moodistill.genome import INPUT, GenomeLayout, Structure, resolve
+from moodistill.genome import GenomeLayout, Structure, resolve
 from moodistill.graph import Step, TeacherGraph
 
 
@@ -240,7 +240,7 @@ def build_student(graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray)
         if step.name not in structure.live:
             continue
         target = str(step.node.target)
-        if step.kind == INPUT:
+        if step.kind == "input":
             node = target_graph.placeholder("input")
             values[step.name] = _Value(step.group, (node,))
             continue

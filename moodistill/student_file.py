@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,19 +12,40 @@ from torch import nn
 
 from moodistill import __version__
 from moodistill.errors import UserError
-from moodistill.genome import GenomeLayout, Group
-from moodistill.graph import trace
+from moodistill.genome import GenomeLayout, Group, canonical
+from moodistill.graph import TeacherGraph, trace
 from moodistill.layout import skeleton
 from moodistill.student import Student, build_student
 from moodistill.teachers import read_safetensors, save_atomic
 
-FORMAT = "1"
+FORMAT = "2"
+REQUIRED = ("genome", "blocks", "frozen", "task", "digest")
+
+
+def content_digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """Hex SHA-256 over all tensors and metadata but the digest itself."""
+    content = hashlib.sha256()
+    for key in sorted(metadata):
+        if key != "digest":
+            content.update(repr((key, metadata[key])).encode())
+    for key in sorted(tensors):
+        array = tensors[key].detach().contiguous().numpy()
+        content.update(repr((key, array.shape, str(array.dtype))).encode())
+        content.update(array.tobytes())
+    return content.hexdigest()
 
 
 def save_student(
     student: Student, layout: GenomeLayout, genome: np.ndarray, path: Path, task: str
 ) -> None:
-    """Write weights, the genome and the blocks that give its bits their meaning."""
+    """Write weights, the genome and the blocks that give its bits their meaning.
+
+    Raises:
+        ValueError: if the genome is not canonical; its repair needs what the file does not hold.
+    """
+    if not np.array_equal(canonical(layout, genome), genome):
+        raise ValueError("the genome is not canonical; build and save the student of canonical()")
+    tensors = dict(student.module.state_dict())
     metadata = {
         "moodistill_format": FORMAT,
         "moodistill_version": __version__,
@@ -32,7 +54,8 @@ def save_student(
         "blocks": json.dumps({g.name: g.block.tolist() for g in layout.groups.values()}),
         "frozen": json.dumps([g.name for g in layout.groups.values() if g.frozen]),
     }
-    save_atomic(dict(student.module.state_dict()), path, metadata)
+    metadata["digest"] = content_digest(tensors, metadata)
+    save_atomic(tensors, path, metadata)
 
 
 def load_student(
@@ -46,38 +69,53 @@ def load_student(
     tensors, metadata = read_safetensors(path)
     if metadata.get("moodistill_format") != FORMAT:
         raise UserError(
-            f"{path} is no student file of format {FORMAT} "
-            f"(found {metadata.get('moodistill_format')!r}); expected one from students/<id>/"
+            f"{path} is no student file: moodistill_format is "
+            f"{metadata.get('moodistill_format')!r}, expected {FORMAT!r}; "
+            "give a student.safetensors from a run's students/<id>/"
+        )
+    missing = [key for key in REQUIRED if key not in metadata]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; the file is damaged, export it again")
+    if content_digest(tensors, metadata) != metadata["digest"]:
+        raise UserError(
+            f"{path} does not have the digest it states; it is damaged, export it again"
         )
     graph = trace(teacher, input_shape)
     try:
-        blocks = {k: np.array(v, dtype=int) for k, v in json.loads(metadata["blocks"]).items()}
-        frozen = set(json.loads(metadata["frozen"]))
-        packed = bytes.fromhex(metadata["genome"])
-        sizes = {name: len(block) for name, block in blocks.items()}
-        if sizes != graph.groups:
-            raise ValueError("its channel groups are not those of the given teacher")
-        if any(block.min() < 0 or block.max() >= len(block) for block in blocks.values()):
-            raise ValueError("a block index is out of range")
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        student, genome = _rebuild(graph, metadata)
+    except UserError:
+        raise
+    except Exception as error:
+        # The digest holds, so the file was written like this; whatever it says, say it in one line.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{path} does not describe a student of {type(teacher).__name__}: {error}; "
+            f"{path} does not describe a student of {type(teacher).__name__}: {reason[0]}; "
             "give the teacher that it was made from"
         ) from error
-    groups = {n: Group(n, b, np.zeros(len(b)), n in frozen) for n, b in blocks.items()}
-    layout = GenomeLayout(groups, skeleton(graph, blocks))
-    genome = layout.unpack(packed)
-    student = build_student(graph, layout, genome)
     expected = {k: tuple(v.shape) for k, v in student.module.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in tensors.items()}
     if expected != found:
         wrong = sorted(k for k in set(expected) | set(found) if expected.get(k) != found.get(k))
         raise UserError(
             f"{path}: tensor {wrong[0]} is {found.get(wrong[0])}, its genome expects "
-            f"{expected.get(wrong[0])}; the file is damaged, export it again"
+            f"{expected.get(wrong[0])}; give the teacher that it was made from"
         )
     student.module.load_state_dict(tensors)
     for key, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{path}: {key} holds NaN or infinity; export the student again")
     return student, genome
+
+
+def _rebuild(graph: TeacherGraph, metadata: dict[str, str]) -> tuple[Student, np.ndarray]:
+    """The student's structure from the metadata; raises whatever is wrong with it."""
+    blocks = {k: np.array(v, dtype=int) for k, v in json.loads(metadata["blocks"]).items()}
+    frozen = set(json.loads(metadata["frozen"]))
+    if {name: len(block) for name, block in blocks.items()} != graph.groups:
+        raise ValueError("its channel groups are not those of the given teacher")
+    if any(block.min() < 0 or block.max() >= len(block) for block in blocks.values()):
+        raise ValueError("a block index is out of range")
+    groups = {n: Group(n, b, np.zeros(len(b)), n in frozen) for n, b in blocks.items()}
+    layout = GenomeLayout(groups, skeleton(graph, blocks))
+    genome = layout.unpack(bytes.fromhex(metadata["genome"]))
+    return build_student(graph, layout, genome), genome

@@ -89,7 +89,7 @@ def test_pack_and_unpack(size, data):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_canonical_is_idempotent_and_leaves_its_argument(layout, step):
-    for genome in genomes(layout, 40):
+    for genome in genomes(layout, 24):
         before = genome.copy()
         once = canonical(layout, genome, step)
         assert (genome == before).all()
@@ -102,7 +102,7 @@ def test_canonical_is_idempotent_and_leaves_its_argument(layout, step):
 @pytest.mark.parametrize("step", STEPS)
 def test_repaired_structures_work(layout, step):
     """Whole steps, nothing without a reader, nothing without an input."""
-    for genome in genomes(layout, 40):
+    for genome in genomes(layout, 24):
         structure = resolve(layout, genome, step)
         assert structure.kept[INPUT].all()
         last = next(n for n in layout.nodes if n.kind == "output")
@@ -201,13 +201,13 @@ def test_bits_without_effect_do_not_reach_the_canonical_form(prepared):
     if "hidden" in layout.by_name:
         images = torch.randn(2, *prepared.graph.input_shape)
     total = compared = 0
-    for seed, genome in enumerate(genomes(layout, 40)):
+    for seed, genome in enumerate(genomes(layout, 24)):
         step = STEPS[seed % 3]
         once = canonical(layout, genome, step)
         other, flipped = flip_irrelevant(layout, once, np.random.default_rng(seed))
         total += flipped
         assert (canonical(layout, other, step) == once).all()
-        if flipped and compared < 5:
+        if flipped and compared < 3:
             compared += 1
             with torch.no_grad():
                 logits = [
@@ -216,7 +216,7 @@ def test_bits_without_effect_do_not_reach_the_canonical_form(prepared):
                 ]
             assert torch.equal(logits[0], logits[1])  # repair does not change the student
             assert torch.equal(logits[2], logits[3])
-    assert total > 0 and compared == 5
+    assert total > 0 and compared == 3
 
 
 def test_masks_of_blocks_that_nobody_reads_have_no_effect(vgg16):

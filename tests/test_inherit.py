@@ -256,7 +256,7 @@ def test_a_bypassed_layer_is_the_closed_form(digits):
 
 def test_two_calls_give_equal_weights(digits):
     rng = np.random.default_rng(4)
-    for _ in range(4):
+    for _ in range(2):
         genome = canonical(digits.layout, random_genome(digits.layout, rng, bypass=True), 8)
         states = [inherited(digits, genome).module.state_dict() for _ in range(2)]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

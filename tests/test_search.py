@@ -5,7 +5,7 @@ import pytest
 
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
-from moodistill.genome import GenomeLayout, Group, Node
+from moodistill.genome import INPUT, GenomeLayout, Group, Node
 from moodistill.problem import WORST, StructuralDistillationProblem
 from moodistill.search import Search, SearchConfig, hypervolume
 from moodistill.store import ReplayDiverged, Store
@@ -14,8 +14,8 @@ from moodistill.store import ReplayDiverged, Store
 def chain_layout(layers: int = 6, channels: int = 64) -> GenomeLayout:
     """A plain chain of convolutions behind an input of 3 channels, 10 outputs."""
     rng = np.random.default_rng(0)
-    groups = {"input": Group("input", np.zeros(3, int), np.zeros(3), True)}
-    nodes = [Node("input", "input", (), "input")]
+    groups = {INPUT: Group(INPUT, np.zeros(3, int), np.zeros(3), True)}
+    nodes = [Node("x", "input", (), INPUT)]
     for index in range(layers):
         name = f"conv{index}"
         block = np.arange(channels) * 4 // channels

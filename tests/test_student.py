@@ -133,7 +133,7 @@ def check_genomes(prepared, count, first_seed, size=16):
 
 
 def test_random_students_equal_the_masked_teacher(prepared):
-    check_genomes(prepared, 30, first_seed=1000)
+    check_genomes(prepared, 24, first_seed=1000)
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_hundreds_of_random_students_equal_the_masked_teacher(prepared):
 
 def test_digits_students_equal_the_masked_teacher(digits):
     """A flatten with several positions per channel, and two residual blocks."""
-    check_genomes(digits, 100, first_seed=0, size=32)
+    check_genomes(digits, 60, first_seed=0, size=32)
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def test_parameters_and_macs_follow_the_widths(vgg16):
 def test_nothing_of_a_dropped_channel_is_stored(prepared):
     layout, graph = prepared.layout, prepared.graph
     norm_groups = {str(s.node.target): s.group for s in graph.steps if s.kind == "norm"}
-    for seed in range(12):
+    for seed in range(6):
         genome = canonical(
             layout, random_genome(layout, np.random.default_rng(seed)), STEPS[seed % 3]
         )
@@ -248,7 +248,7 @@ def test_nothing_of_a_dropped_channel_is_stored(prepared):
 def test_every_target_exists_and_names_are_the_teachers(prepared):
     layout, graph = prepared.layout, prepared.graph
     teacher_keys = {k.rpartition(".")[0] for k in prepared.teacher.state_dict()}
-    for seed in range(12):
+    for seed in range(6):
         genome = canonical(
             layout, random_genome(layout, np.random.default_rng(seed)), STEPS[seed % 3]
         )
@@ -347,3 +347,28 @@ def test_an_add_with_a_factor_is_refused_or_right():
     student = build_student(graph, layout, layout.teacher())
     images = noise(1, 2, 3, 8, 8)
     assert worst(student.module(images), teacher(images)) < 1e-5
+
+
+class Call(Tiny):
+    """The activation as a function, in place by a positional argument."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = nn.functional.relu(self.one(x) + x, True)
+        y = self.two(y) + x
+        return self.last(torch.flatten(self.pool(y), 1))
+
+
+@torch.no_grad()
+def test_a_call_in_place_does_not_reach_past_a_dropped_edge():
+    torch.manual_seed(0)
+    teacher = Call().eval()
+    graph = trace(teacher, (3, 8, 8))
+    layout = one_block_layout(graph)
+    images = noise(1, 2, 3, 8, 8)
+    genome = layout.teacher()
+    layout.view(genome, "merge/add")[0] = False
+    x = teacher.stem(images)
+    y = teacher.two(torch.relu(x)) + x
+    expected = teacher.last(teacher.pool(y).flatten(1))
+    assert worst(build_student(graph, layout, genome).module(images), expected) < 1e-5

@@ -84,18 +84,21 @@ def test_round_trip_from_architecture_and_file_alone(digits, untrained, tmp_path
         with torch.no_grad():
             assert torch.equal(found, student.module(pictures()))
         _, metadata = read_safetensors(path)
-        assert metadata["task"] == "digits" and metadata["moodistill_format"] == "1"
+        assert metadata["task"] == "digits" and metadata["moodistill_format"] == "2"
     assert not [p for p in path.parent.iterdir() if p.suffix != ".safetensors"]
 
 
-def test_round_trip_of_a_genome_that_needs_repair(digits, untrained, tmp_path):
+def test_a_genome_that_needs_repair_is_refused_or_comes_back(digits, untrained, tmp_path):
     """The repair knows energies and importances that the file does not hold."""
     for seed in range(6):
         rng = np.random.default_rng(seed)
         genome = rng.random(digits.layout.length) < 0.3
         student = build_student(digits.graph, digits.layout, genome)
         path = tmp_path / f"{seed}.safetensors"
-        save_student(student, digits.layout, genome, path, "digits")
+        try:
+            save_student(student, digits.layout, genome, path, "digits")
+        except ValueError:
+            continue
         found, _ = logits(path, untrained)
         with torch.no_grad():
             assert torch.equal(found, student.module(pictures()))
@@ -131,7 +134,7 @@ def test_another_architecture_is_a_user_error(stored, vgg16, tmp_path):
 
 
 def test_a_teacher_file_is_no_student_file(digits, untrained):
-    with pytest.raises(UserError, match="no student file of format 1"):
+    with pytest.raises(UserError, match="no student file"):
         logits(digits.task.weights, untrained)
 
 
@@ -141,7 +144,8 @@ def test_missing_metadata_is_a_user_error(stored, untrained, tmp_path, key):
     del header["__metadata__"][key]
     path = tmp_path / "s.safetensors"
     path.write_bytes(joined(header, tensors))
-    with pytest.raises(UserError, match=key if key == "moodistill_format" else key) as caught:
+    match = "no student file" if key == "moodistill_format" else key
+    with pytest.raises(UserError, match=match) as caught:
         logits(path, untrained)
     assert "\n" not in str(caught.value)
 
@@ -264,30 +268,42 @@ def test_flipped_genomes_are_a_user_error_or_the_same_student(digits, stored, ge
         if not torch.equal(found, expected):
             names = [n for n, s in digits.layout.slices.items() if s.start <= bit < s.stop]
             wrong.append(f"bit {bit} of {names}")
-    # The same number of channels, but others.
-    view = digits.layout.view(other := genome.copy(), "mask/block2a.0")
-    view[:] = np.roll(view, 8)
     assert not wrong, f"loaded another student: {wrong}"
 
 
-def test_flipped_weights_never_crash(stored, untrained, tmp_path):
+def test_a_flipped_merge_edge_does_not_go_unnoticed(digits, untrained, tmp_path):
+    """Without the identity of a residual block every tensor keeps its name and shape."""
+    layout = digits.layout
+    genome = layout.teacher()
+    path = tmp_path / "s.safetensors"
+    save_student(made(digits, genome), layout, genome, path, "digits")
+    expected, _ = logits(path, untrained)
+    header, tensors = parts(path.read_bytes())
+    layout.view(genome, "merge/add")[1] = False
+    metadata = {**header["__metadata__"], "genome": layout.pack(genome).hex()}
+    path.write_bytes(joined({**header, "__metadata__": metadata}, tensors))
+    try:
+        found, _ = logits(path, untrained)
+    except UserError:
+        return
+    assert torch.equal(found, expected)
+
+
+def test_flipped_weights_are_noticed(stored, untrained, tmp_path):
     data, _ = stored
     (length,) = struct.unpack("<Q", data[:8])
     path = tmp_path / "s.safetensors"
     for seed in range(20):
         path.write_bytes(flipped(data, 8 + length, len(data), random.Random(seed)))
-        try:
+        with pytest.raises(UserError, match="does not have the digest"):
             logits(path, untrained)
-        except UserError as error:
-            assert "NaN or infinity" in str(error)
 
 
-def test_not_a_number_is_refused(stored, untrained, tmp_path):
-    header, tensors = parts(stored[0])
-    key = "output.weight"
-    begin, _ = header[key]["data_offsets"]
-    broken = tensors[:begin] + struct.pack("<f", float("nan")) + tensors[begin + 4 :]
+def test_not_a_number_is_refused(digits, genome, untrained, tmp_path):
+    student = made(digits, genome)
+    with torch.no_grad():
+        student.module.get_parameter("output.weight")[0, 0] = float("nan")
     path = tmp_path / "s.safetensors"
-    path.write_bytes(joined(header, broken))
+    save_student(student, digits.layout, genome, path, "digits")
     with pytest.raises(UserError, match=r"output\.weight holds NaN"):
         logits(path, untrained)

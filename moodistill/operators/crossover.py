@@ -23,7 +23,9 @@ class LayerCrossover(Crossover):
         super().__init__(2, 2, prob=1.0)
         self.layout = layout
         self.within = within
-        self.heritable = [group for group in layout.groups.values() if not group.frozen]
+        # Of a frozen group (the output) the connections of its layers are heritable.
+        written = {n.group for n in layout.layers if f"block/{n.name}" in layout.slices}
+        self.heritable = [g for g in layout.groups.values() if not g.frozen or g.name in written]
 
     def _do(
         self,
@@ -55,11 +57,12 @@ class LayerCrossover(Crossover):
         for group, taken in zip(self.heritable, chosen, strict=True):
             if not taken:
                 continue
-            if group.blocks > 1 and rng.random() < self.within:
+            if group.blocks > 1 and not group.frozen and rng.random() < self.within:
                 blocks = rng.random(group.blocks) < 0.5
                 layout.view(swap, f"mask/{group.name}")[:] = blocks[group.block]
                 continue
-            layout.view(swap, f"mask/{group.name}")[:] = True
+            if not group.frozen:
+                layout.view(swap, f"mask/{group.name}")[:] = True
             for layer in layout.layers:
                 if layer.group == group.name:
                     for kind in ("block", "bypass"):

@@ -27,5 +27,6 @@ def noisy_top(
 
 
 def snap(width: float, size: int, step: int) -> int:
-    """A width in whole steps, between one step and the full size."""
-    return int(min(size, max(step, round(width / step) * step)))
+    """The nearest width in whole steps, or the full size, at least one step (or the full size)."""
+    stepped = min(size, max(step, round(width / step) * step))
+    return int(size if abs(size - width) < abs(stepped - width) else stepped)
