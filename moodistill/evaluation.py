@@ -52,3 +52,10 @@ class Evaluation:
     seconds: dict[str, float] = field(default_factory=dict)
     failure: str | None = None
     summary: str = ""
+
+    @property
+    def objectives(self) -> tuple[float, float, float] | None:
+        """1 - accuracy, parameters and latency in ms, all minimised; None if it failed."""
+        if self.failure is not None or self.latency is None:
+            return None
+        return 1.0 - self.accuracy, float(self.parameters), self.latency.latency_ms

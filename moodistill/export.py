@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import fx
 
 from moodistill.data import ImageData, Split
 from moodistill.errors import UserError
+from moodistill.files import write_atomic
 from moodistill.onnx_writer import to_onnx
 
 MAX_LOGIT_DIFFERENCE = 1e-3
@@ -63,14 +63,5 @@ def export_onnx(student: fx.GraphModule, data: ImageData, path: Path, images: in
             f"{parity.max_difference:.2e} in a logit (at most {MAX_LOGIT_DIFFERENCE} allowed) and "
             f"agrees on {parity.same_predictions} of {parity.images} predictions"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(model)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, model)
     return parity

@@ -12,8 +12,8 @@ from moodistill.context import TeacherContext
 from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.evaluation import Evaluation
 from moodistill.export import export_onnx
+from moodistill.files import write_json_atomic
 from moodistill.recipe import Recipe, make_student
-from moodistill.run_folder import write_json_atomic
 from moodistill.student import Student
 from moodistill.student_file import save_student
 from moodistill.training import accuracy

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moodistill.errors import UserError
-from moodistill.run_folder import write_atomic, write_json_atomic
+from moodistill.files import write_atomic, write_json_atomic
 
 STAGES = ("teacher", "searched", "distilled")
 

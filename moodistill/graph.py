@@ -196,7 +196,7 @@ def _read_node(
             if target in used:
                 raise UserError(f"layer {target} is used twice; shared layers are not supported")
             used.add(target)
-            _check_layer(called, target, first, groups)
+            _check_layer(called, target, first)
             size = called.out_channels if isinstance(called, nn.Conv2d) else called.out_features
             return step("layer", groups.new(target, size), reads=first.group, name=target)
         if isinstance(called, NORMS):
@@ -238,7 +238,7 @@ def _called(module: fx.GraphModule, node: fx.Node) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
-def _check_layer(layer: nn.Module, name: str, source: Step, groups: _Groups) -> None:
+def _check_layer(layer: nn.Module, name: str, source: Step) -> None:
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1:
             raise UserError(f"{name}: grouped convolution (groups={layer.groups}) is not supported")

@@ -37,7 +37,8 @@ class InheritConfig:
             `u`; `student` walks the student layer by layer and solves with what it produces. All
             three recalibrate the batch statistics on the calibration images.
         ridge: pull towards `A0`, relative to the mean diagonal of the Gram matrix, where samples
-            abound; it grows with `k / n` where they are few.
+            abound.
+        scarce: added to `ridge` times `(k / n)^2`, `k` unknowns from `n` samples.
     """
 
     mode: Mode = "student"

@@ -48,12 +48,9 @@ class StructuralDistillationProblem(Problem):
         """Objectives and constraint of evaluations."""
         rows, violations = [], []
         for one in evaluations:
-            if one.failure is not None or one.latency is None:
-                rows.append(WORST)
-                violations.append(1.0)
-            else:
-                rows.append((1.0 - one.accuracy, float(one.parameters), one.latency.latency_ms))
-                violations.append(self.min_accuracy - one.accuracy)
+            failed = one.objectives is None
+            rows.append(one.objectives or WORST)
+            violations.append(1.0 if failed else self.min_accuracy - one.accuracy)
         return Score(np.array(rows).reshape(-1, 3), np.array(violations).reshape(-1, 1))
 
     def _evaluate(self, x: np.ndarray, out: dict, *args: Any, **kwargs: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from moodistill.evaluation import Evaluation, Latency
 from moodistill.genome import canonical
 from moodistill.graph import TeacherGraph
 from moodistill.inherit import InheritConfig, inherit
-from moodistill.latency import LatencyMeter
 from moodistill.onnx_writer import structure_hash, to_onnx
 from moodistill.student import Student, build_student
 from moodistill.training import accuracy
@@ -33,10 +32,6 @@ class Recipe:
     simd_step: int = 8
     validation_images: int = 1000
     inherit: InheritConfig = field(default_factory=InheritConfig)
-
-    def to_dict(self) -> dict:
-        """For `run.json`."""
-        return asdict(self)
 
 
 def make_student(context: TeacherContext, genome: np.ndarray, recipe: Recipe) -> Student:
@@ -124,8 +119,3 @@ def teacher_onnx(context: TeacherContext) -> bytes:
     """The teacher as ONNX bytes, the reference of every latency."""
     student = build_student(context.graph, context.layout, context.layout.teacher())
     return to_onnx(student.module, context.data.input_shape)
-
-
-def measure_with(meter: LatencyMeter) -> Measure:
-    """Adapts a meter to the evaluator."""
-    return lambda model, key: meter.measure(model, key)

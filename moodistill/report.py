@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moodistill.files import write_atomic
 from moodistill.front import FrontRow
-from moodistill.run_folder import write_atomic
 from moodistill.store import Generation
 
 if TYPE_CHECKING:

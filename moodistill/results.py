@@ -14,9 +14,9 @@ from tqdm import tqdm
 from moodistill import front, pareto, report
 from moodistill.context import TeacherContext
 from moodistill.evaluation import Evaluation, Latency
+from moodistill.files import write_json_atomic
 from moodistill.finalists import Finalist, read_finalist
 from moodistill.recipe import Recipe, make_student
-from moodistill.run_folder import write_json_atomic
 from moodistill.store import Store
 from moodistill.training import accuracy
 
@@ -28,9 +28,7 @@ def student_id(number: int) -> str:
 
 def objectives(evaluations: list[Evaluation]) -> np.ndarray:
     """`(n, 3)` error, parameters and latency of successful evaluations."""
-    rows = [
-        (1.0 - e.accuracy, e.parameters, e.latency.latency_ms) for e in evaluations if e.latency
-    ]
+    rows = [one.objectives for one in evaluations if one.objectives is not None]
     return np.array(rows, dtype=float).reshape(-1, 3)
 
 
@@ -93,7 +91,6 @@ class Accuracies:
     def add(self, key: str, value: float) -> None:
         """Remember and write at once."""
         self.known[key] = value
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(self.path, self.known)
 
 

@@ -16,8 +16,8 @@ from moodistill.distill import SoftTargets
 from moodistill.errors import UserError
 from moodistill.evaluation import Latency
 from moodistill.finalists import finish
-from moodistill.latency import LatencyMeter, device_fingerprint
-from moodistill.recipe import Evaluator, measure_with, teacher_onnx
+from moodistill.latency import LatencyError, LatencyMeter, device_fingerprint
+from moodistill.recipe import Evaluator, teacher_onnx
 from moodistill.results import (
     Accuracies,
     Searched,
@@ -40,7 +40,6 @@ class Places:
 
     data_dir: Path | None = None
     weights: Path | None = None
-    cache_dir: Path | None = None
     threads: int | None = None
 
 
@@ -67,14 +66,14 @@ def start_run(config: RunConfig, out: Path, places: Places) -> Path:
                 "data_digest": context.data.digest,
                 "genome_bits": context.layout.length,
                 "teacher_latency_ms": meter.teacher_latency_ms,
-                "device": device_fingerprint(),
+                "device": device_fingerprint(config.latency_threads),
                 "versions": versions(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "status": "running",
             },
         )
         with Store.create(folder) as store:
-            _execute(folder, store, config, context, meter, places)
+            _execute(folder, store, config, context, meter)
     return folder
 
 
@@ -108,21 +107,27 @@ def resume_run(folder: Path, budget: Budget, places: Places) -> Path:
                 )
         write_run(folder, {**stored, "config": asdict(config), "status": "running"})
         with _meter(context, config, stored.get("teacher_latency_ms")) as meter:
-            _execute(folder, store, config, context, meter, places)
+            _execute(folder, store, config, context, meter)
     return folder
 
 
 def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
-    return load_context(task, places.data_dir, places.weights, config.calibration, places.cache_dir)
+    return load_context(task, places.data_dir, places.weights, config.calibration)
 
 
 def _meter(context: TeacherContext, config: RunConfig, calibrated: float | None) -> LatencyMeter:
-    return LatencyMeter(
-        teacher_onnx(context),
-        context.data.input_shape,
-        config.latency_threads,
-        teacher_latency_ms=calibrated,
-    )
+    try:
+        return LatencyMeter(
+            teacher_onnx(context),
+            context.data.input_shape,
+            config.latency_threads,
+            teacher_latency_ms=calibrated,
+        )
+    except LatencyError as error:
+        raise UserError(
+            f"the teacher cannot be timed in ONNX Runtime ({error}); expected a network that runs "
+            "there on this machine"
+        ) from error
 
 
 def _execute(
@@ -131,18 +136,20 @@ def _execute(
     config: RunConfig,
     context: TeacherContext,
     meter: LatencyMeter,
-    places: Places,
 ) -> None:
     _estimate(context, config, len(store))
-    evaluator = Evaluator(context, config.recipe, measure_with(meter))
+    evaluator = Evaluator(context, config.recipe, meter.measure)
     search = Search(context.layout, config.search, store, evaluator.evaluate)
     known = Accuracies(folder / "accuracies.json")
     confirmed: dict[str, Latency] = {}
-    status = "interrupted"
+    status, problem = "interrupted", ""
     try:
         _search(search, store)
-        confirmed = _finish(folder, store, config, context, meter, places, known)
+        confirmed = _finish(folder, store, config, context, meter, known)
         status = "finished"
+    except LatencyError as error:
+        # Everything else of the finalists is on disk: their rows are written before it is said.
+        problem = f"the finalists' latency was not confirmed ({error})"
     except KeyboardInterrupt:
         tqdm.write(f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}")
     searched = Searched.read(store, config.search.min_accuracy)
@@ -154,6 +161,8 @@ def _execute(
     stored = read_run(folder)
     stored.update(status=status, rejected_latency_windows=meter.rejected_windows)
     write_run(folder, stored)
+    if problem:
+        raise UserError(f"{problem}; carry on with: --resume {folder}")
     if status == "interrupted":
         raise KeyboardInterrupt
 
@@ -175,9 +184,12 @@ def _estimate(context: TeacherContext, config: RunConfig, stored: int) -> None:
     checks = 0.2 * per_image * (2 * len(data.validation) + len(data.test))
     final = config.finalists * (config.distill.steps * step * 0.8 + checks)
     final += min(config.distill.steps, config.distill.views) * step
+    # The front, about one and a half populations, is checked on all validation images.
+    passes = len(data.validation) + 1.5 * config.calibration.images
+    front = 1.5 * config.search.population * 0.25 * per_image * passes
     tqdm.write(
-        f"about {search / 60:.0f} min for {count} evaluations and {final / 60:.0f} min for "
-        f"{config.finalists} finalists on this machine"
+        f"about {search / 60:.0f} min for {count} evaluations, {final / 60:.0f} min for "
+        f"{config.finalists} finalists and {front / 60:.0f} min for the front on this machine"
     )
 
 
@@ -211,7 +223,6 @@ def _finish(
     config: RunConfig,
     context: TeacherContext,
     meter: LatencyMeter,
-    places: Places,
     known: Accuracies,
 ) -> dict[str, Latency]:
     """Distil, export and test the finalists; their latency confirmed in a fresh process."""
@@ -228,7 +239,7 @@ def _finish(
         # Below half of the teacher's accuracy a student is no candidate for a device.
         0.5 * searched.teacher.accuracy,
     )
-    cache = places.cache_dir or default_cache_dir()
+    cache = default_cache_dir()
     targets = SoftTargets(
         context.graph.module, context.data, config.distill, cache, context.teacher_digest
     )
@@ -241,10 +252,15 @@ def _finish(
                 bar.update(base + done - bar.n)
                 bar.set_postfix(student=name, loss=f"{loss:.3f}")
 
-            finalist = finish(
-                context, searched.students[name], name, folder / "students" / name,
-                config.recipe, config.distill, targets, step,
-            )  # fmt: skip
+            try:
+                finalist = finish(
+                    context, searched.students[name], name, folder / "students" / name,
+                    config.recipe, config.distill, targets, step,
+                )  # fmt: skip
+            except (FloatingPointError, UserError) as error:
+                # A diverged distillation or a refused export costs this finalist, not the run.
+                tqdm.write(f"{name} is no finalist: {error}")
+                continue
             targets.save()
             tqdm.write(
                 f"{name}: validation accuracy {finalist.accuracy_before:.4f} -> "
@@ -254,4 +270,4 @@ def _finish(
     finalists = set(searched.finalists(folder))
     measure_front(known, searched, context, config.recipe, finalists)
     models = {n: (folder / "students" / n / "model.onnx").read_bytes() for n in sorted(finalists)}
-    return meter.confirm(models)
+    return meter.confirm(models) if models else {}

@@ -1,46 +1,18 @@
-"""The files of a run folder: `run.json`, atomic writes, and what a run was made with."""
+"""The files of a run folder: `run.json` and what a run was made with."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from moodistill.errors import UserError
+from moodistill.files import write_json_atomic
 
 RUN_FILE = "run.json"
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a kill leaves the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json_atomic(path: Path, obj: Any) -> None:
-    """Write strict JSON (a NaN is a ValueError) so that a kill leaves the old file or the new."""
-    text = json.dumps(obj, indent=2, allow_nan=False, default=_plain)
-    write_atomic(path, f"{text}\n".encode())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from moodistill.operators import (
     SeenElimination,
 )
 from moodistill.pareto import non_dominated
-from moodistill.problem import StructuralDistillationProblem
+from moodistill.problem import Score, StructuralDistillationProblem
 from moodistill.store import Store
 
 
@@ -63,7 +63,6 @@ class Progress:
 
     generation: int
     evaluated: int
-    total: int
     replayed: int
     front_size: int
     hypervolume: float
@@ -143,11 +142,9 @@ class Search:
 
     def run(self) -> Iterator[Progress]:
         """Run all generations, yielding after every evaluation; everything is stored at once."""
-        config = self.config
-        total = config.population * config.generations
         evaluated = replayed = 0
         reference: np.ndarray | None = None
-        known: list[Evaluation] = []
+        front = np.empty((0, 3))
         while self.algorithm.has_next():
             began = time.perf_counter()
             offspring = self.algorithm.ask()
@@ -160,7 +157,6 @@ class Search:
             for index, genome in enumerate(genomes):
                 answer, from_store = self._answer(genome)
                 evaluations.append(answer)
-                known.append(answer)
                 evaluated += 1
                 if evaluated == 1 and answer.failure is not None:
                     raise UserError(
@@ -171,7 +167,7 @@ class Search:
                 if reference is None:
                     # The first genome is the teacher: its objectives are the reference.
                     reference = self.problem.score([answer]).F[0]
-                front = front_of(self.problem, known)
+                front = _extended(front, self.problem.score([answer]))
                 last = index + 1 == len(genomes)
                 volume = hypervolume(front, reference) if last else 0.0
                 if last:
@@ -184,11 +180,10 @@ class Search:
                     static = StaticProblem(self.problem, F=score.F, G=score.G)
                     PymooEvaluator().eval(static, offspring)
                     self.algorithm.tell(infills=offspring)
-                yield Progress(number, evaluated, total, replayed, len(front), volume, last, answer)
+                yield Progress(number, evaluated, replayed, len(front), volume, last, answer)
 
 
-def front_of(problem: StructuralDistillationProblem, evaluations: list[Evaluation]) -> np.ndarray:
-    """Objectives `(n, 3)` of the feasible non-dominated evaluations."""
-    score = problem.score(evaluations)
-    feasible = score.F[(score.G <= 0).all(axis=1)]
-    return feasible[non_dominated(feasible)] if len(feasible) else feasible
+def _extended(front: np.ndarray, score: Score) -> np.ndarray:
+    """The non-dominated rows `(n, 3)` of a front and newly scored feasible students."""
+    merged = np.vstack([front, score.F[(score.G <= 0).all(axis=1)]])
+    return merged[non_dominated(merged)] if len(merged) else merged

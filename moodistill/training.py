@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from moodistill.data import ImageData, Split
 from moodistill.errors import UserError
+from moodistill.files import write_json_atomic
 from moodistill.task import Task, TrainConfig
 from moodistill.teachers import half_precision, read_safetensors, save_atomic
 
 CHECKPOINT_SECONDS = 300.0
+SGD_LR = 0.03  # peak rate of what Muon does not train: biases, norms, first and linear layers
 
 
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -64,7 +66,7 @@ class Optimizer:
                 direction = orthogonalise(update.flatten(1)).view_as(parameter)
                 parameter.add_(direction, alpha=-config.lr * fraction)
             else:
-                rate = 0.03 * fraction
+                rate = SGD_LR * fraction
                 if parameter.ndim > 1:
                     parameter.mul_(1 - rate * config.weight_decay)
                 parameter.add_(update, alpha=-rate)
@@ -160,7 +162,7 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
         "data_digest": data.digest,
         "recipe": asdict(config),
     }
-    out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json_atomic(out.with_suffix(".json"), report)
     checkpoint.unlink(missing_ok=True)
     return report
 

@@ -15,7 +15,7 @@ from moodistill.device import simd_step
 from moodistill.errors import UserError
 from moodistill.latency import LatencyMeter
 from moodistill.operators import DensitySampling
-from moodistill.recipe import Evaluator, Recipe, measure_with, teacher_onnx
+from moodistill.recipe import Evaluator, Recipe, teacher_onnx
 from moodistill.task import load_task
 
 
@@ -35,7 +35,7 @@ def main() -> int:
     sampling = DensitySampling(context.layout, step)
     genomes = sampling._do(None, arguments.students, random_state=np.random.default_rng(0))
     with LatencyMeter(teacher_onnx(context), context.data.input_shape) as meter:
-        evaluator = Evaluator(context, Recipe(simd_step=step), measure_with(meter))
+        evaluator = Evaluator(context, Recipe(simd_step=step), meter.measure)
         done = [evaluator.evaluate(genome) for genome in genomes]
     failed = [one.failure for one in done if one.failure]
     stages = {k: [one.seconds.get(k, 0.0) for one in done] for k in done[0].seconds}

@@ -260,3 +260,42 @@ def test_a_finished_run_goes_on_with_a_larger_budget(finished, call, tmp_path):
     fewer = call("run", "--resume", folder, "--generations", "1", code=2)
     assert "3 finished generations" in fewer.stderr
     assert len(rows(folder)) > 3
+
+
+def test_a_finalist_that_fails_costs_itself_only(call, tmp_path, monkeypatch):
+    from moodistill import finalists
+
+    real, seen = finalists.distill, []
+
+    def diverges(*arguments, **keywords):
+        seen.append(1)
+        if len(seen) == 1:
+            raise FloatingPointError("the distillation loss became nan at step 3")
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(finalists, "distill", diverges)
+    done = call("run", "--model", "digits", "--out", tmp_path / "run", *TINY)
+    assert "is no finalist: the distillation loss became nan" in done.stdout
+    assert [row["stage"] for row in rows(tmp_path / "run")].count("distilled") == 1
+
+
+def test_a_latency_that_cannot_be_confirmed_loses_nothing(call, tmp_path, monkeypatch):
+    from moodistill.latency import LatencyError, LatencyMeter
+
+    def dies(*arguments, **keywords):
+        raise LatencyError("the latency worker died (exit code -9)")
+
+    monkeypatch.setattr(LatencyMeter, "confirm", dies)
+    done = call("run", "--model", "digits", "--out", tmp_path / "run", *TINY, code=2)
+    assert "was not confirmed" in done.stderr and "--resume" in done.stderr
+    assert [row["stage"] for row in rows(tmp_path / "run")].count("distilled") == 2
+    monkeypatch.undo()
+    assert "12 from the store" in call("run", "--resume", tmp_path / "run").stdout
+
+
+def test_a_teacher_that_cannot_be_timed_is_one_line(call, tmp_path, monkeypatch):
+    from moodistill import run
+
+    monkeypatch.setattr(run, "teacher_onnx", lambda context: b"no model")
+    done = call("run", "--model", "digits", "--out", tmp_path / "run", *TINY, code=2)
+    assert "the teacher cannot be timed" in done.stderr
