@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moodistill import __version__, choose, front
 from moodistill.errors import UserError
+from moodistill.latency import LatencyConfig
+from moodistill.latency_worker import CPU
 
 
 def _number(text: str) -> float:
@@ -35,7 +39,13 @@ def _places_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-dir", type=Path, help="data folder (default: $MOODISTILL_DATA, then data/)"
     )
     parser.add_argument("--teacher", type=Path, help="other teacher weights (.safetensors)")
-    parser.add_argument("--threads", type=int, help="threads for everything but latency")
+    parser.add_argument("--torch-threads", type=int, help="threads for everything but latency")
+
+
+# What decides a run's result besides its budget: a resume cannot change it.
+FIXED = (
+    "model", "seed", "population", "simd_step", "threads", "batch", "provider", "int8_max_loss",
+)  # fmt: skip
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +53,22 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help="quick (default), standard or thorough")
     parser.add_argument("--out", type=Path, help="new run folder (default: results/<model>-<time>)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="carry on this run")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of the search (default 0)")
     parser.add_argument("--population", type=int, help="students a generation (default 32)")
     parser.add_argument("--generations", type=int, help="instead of the preset's")
     parser.add_argument("--finalists", type=int, help="instead of the preset's")
     parser.add_argument("--distill-steps", type=int, help="instead of the preset's")
-    parser.add_argument("--simd-step", type=int, help="channels per SIMD block (default: by CPU)")
-    parser.add_argument("--latency-threads", type=int, default=1)
+    parser.add_argument(
+        "--simd-step", type=int, help="channels per SIMD block (default: probed on this device)"
+    )
+    parser.add_argument("--threads", type=int, help="of ONNX Runtime (default 1)")
+    parser.add_argument("--batch", type=int, help="images a latency is of (default 1)")
+    parser.add_argument("--provider", help=f"of ONNX Runtime (default {CPU})")
+    parser.add_argument("--no-int8", action="store_true", help="no INT8 twins of the finalists")
+    parser.add_argument(
+        "--int8-max-loss", type=_number, metavar="FRACTION",
+        help="validation accuracy that an INT8 twin may lose (default 0.01, one point)",
+    )  # fmt: skip
     _places_arguments(parser)
 
 
@@ -57,23 +76,32 @@ def run_command(arguments: argparse.Namespace) -> None:
     """Search, distil, confirm, export."""
     from dataclasses import replace
 
-    from moodistill.device import simd_step
+    from moodistill.context import default_cache_dir
+    from moodistill.device import check_provider, probe_simd
     from moodistill.distill import DistillConfig
+    from moodistill.int8 import Int8Config
     from moodistill.recipe import Recipe
-    from moodistill.run import Places, resume_run, start_run
+    from moodistill.run import Places, refuse_changes, resume_run, start_run
     from moodistill.run_config import Budget, RunConfig, get_preset
     from moodistill.search import SearchConfig
     from moodistill.statistics import CalibrationConfig
 
-    for name in ("population", "generations", "finalists", "distill_steps", "simd_step", "threads"):
+    for name in (
+        "population", "generations", "finalists", "distill_steps", "simd_step",
+        "threads", "batch", "torch_threads",
+    ):  # fmt: skip
         value = getattr(arguments, name)
         if value is not None and value < 1:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} is {value}; expected a whole number of at least 1")
-    places = Places(arguments.data_dir, arguments.teacher, arguments.threads)
+    places = Places(arguments.data_dir, arguments.teacher, arguments.torch_threads)
     if arguments.resume is not None:
         if arguments.out is not None:
             raise UserError("--resume continues in its own folder; leave out --out")
+        given = {n: getattr(arguments, n) for n in FIXED if getattr(arguments, n) is not None}
+        if arguments.no_int8:
+            given["no_int8"] = True
+        refuse_changes(arguments.resume, given)
         budget = Budget(
             arguments.preset, arguments.generations, arguments.finalists, arguments.distill_steps
         )
@@ -83,13 +111,18 @@ def run_command(arguments: argparse.Namespace) -> None:
             raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
         preset = arguments.preset or "quick"
         settings = get_preset(preset)
-        step = arguments.simd_step or simd_step()
+        latency = LatencyConfig(
+            arguments.threads or 1, arguments.batch or 1, arguments.provider or CPU
+        )
+        check_provider(latency.provider)
+        step = arguments.simd_step or probe_simd(latency, default_cache_dir()).step
         search = SearchConfig(
             population=arguments.population or 32,
             generations=arguments.generations or settings.generations,
-            seed=arguments.seed,
+            seed=arguments.seed or 0,
             simd_step=step,
         )
+        loss = arguments.int8_max_loss
         config = RunConfig(
             model=arguments.model,
             preset=preset,
@@ -100,7 +133,8 @@ def run_command(arguments: argparse.Namespace) -> None:
                 DistillConfig(), steps=arguments.distill_steps or settings.distill_steps
             ),
             finalists=arguments.finalists or settings.finalists,
-            latency_threads=arguments.latency_threads,
+            latency=latency,
+            int8=Int8Config(not arguments.no_int8, 0.01 if loss is None else loss),
         )
         stem = Path(arguments.model).stem
         out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -153,19 +187,69 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("student", metavar="STUDENT", help="a student's id from pareto.csv")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--softmax", action="store_true", help="probabilities instead of logits")
+    parser.add_argument("--int8", action="store_true", help="quantised, if that is faster here")
+    entry = parser.add_mutually_exclusive_group()
+    entry.add_argument("--float32", action="store_true", help="take 0-255 pixels as float32")
+    entry.add_argument(
+        "--bare", action="store_true", help="the bare network: normalising is up to the caller"
+    )
 
 
 def export_command(arguments: argparse.Namespace) -> None:
-    """Write a student's ONNX file after comparing it with torch on real images."""
+    """Write a student's shipped folder after comparing it with torch on real images."""
+    from moodistill.ship import ShipOptions
     from moodistill.shipping import export_student
 
-    path, parity = export_student(
-        arguments.run, arguments.student, arguments.out, arguments.data_dir
-    )
+    kind = "float32" if arguments.float32 else "normalised" if arguments.bare else "uint8"
+    options = ShipOptions(kind, arguments.softmax)
+    done = export_student(
+        arguments.run, arguments.student, arguments.out, arguments.data_dir,
+        options, arguments.int8,
+    )  # fmt: skip
+    size = done.path.stat().st_size
+    if done.parity is None:
+        print(f"wrote {done.path} ({size} bytes), INT8")
+    else:
+        print(
+            f"wrote {done.path} ({size} bytes): {done.parity.images} real images, largest "
+            f"difference from torch {done.parity.max_difference:.1e}, all predictions equal"
+        )
+    print(f"try it: python {arguments.out / 'run.py'}")
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that export wrote")
+
+
+def verify_command(arguments: argparse.Namespace) -> None:
+    """Check a shipped folder against its manifest, and run its sample."""
+    from moodistill.verify import verify_package
+
+    found = verify_package(arguments.folder)
     print(
-        f"wrote {path} ({path.stat().st_size} bytes): {parity.images} real images, largest logit "
-        f"difference {parity.max_difference:.1e}, all predictions equal"
+        f"{found.student}: {found.files} files as listed, the sample's answer as expected "
+        f"(largest difference {found.difference:.1e})"
     )
+
+
+def _clean_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, nargs="*", metavar="RUN", help="a run's folder")
+    parser.add_argument("--cache", action="store_true", help="also what all runs share")
+
+
+def clean_command(arguments: argparse.Namespace) -> None:
+    """Free what a run, or the cache, can make again."""
+    from moodistill.clean import clean_cache, clean_run
+    from moodistill.context import default_cache_dir
+
+    if not arguments.run and not arguments.cache:
+        raise UserError("nothing to clean; name a run's folder, or give --cache")
+    done = [(path, clean_run(path)) for path in arguments.run]
+    if arguments.cache:
+        done.append((default_cache_dir(), clean_cache(default_cache_dir())))
+    for path, freed in done:
+        print(f"{path}: {freed.files} files, {freed.size_bytes / 1e6:.1f} MB freed")
 
 
 def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +257,7 @@ def _teacher_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="weights file (default: the problem's own)")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--torch-threads", type=int)
 
 
 def teacher_command(arguments: argparse.Namespace) -> None:
@@ -182,7 +266,7 @@ def teacher_command(arguments: argparse.Namespace) -> None:
     from moodistill.task import load_task
     from moodistill.training import train_teacher
 
-    use_threads(arguments.threads)
+    use_threads(arguments.torch_threads)
     task = load_task(arguments.model)
     out = arguments.out or task.weights
     if out.exists():
@@ -216,6 +300,18 @@ COMMANDS: dict[str, Command] = {
         export_command,
         "example: python scripts/export_onnx.py RUN s0042 --out my_student",
     ),
+    "verify": (
+        "check a shipped folder",
+        _verify_arguments,
+        verify_command,
+        "example: moodistill verify my_student",
+    ),
+    "clean": (
+        "free what can be made again",
+        _clean_arguments,
+        clean_command,
+        "example: moodistill clean results/mine --cache",
+    ),
     "teacher": (
         "train a teacher",
         _teacher_arguments,
@@ -244,7 +340,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _call(COMMANDS[parsed.command][2], parsed)
 
 
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def _call(command: Callable[[argparse.Namespace], None], parsed: argparse.Namespace) -> int:
+    if threading.current_thread() is threading.main_thread():
+        # A service manager's way to say Ctrl-C.
+        signal.signal(signal.SIGTERM, _stop)
     try:
         command(parsed)
     except UserError as error:

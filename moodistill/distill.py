@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from moodistill.data import ImageData
@@ -96,12 +96,12 @@ class SoftTargets:
 
 
 def distill(
-    student: nn.Module,
+    student: fx.GraphModule,
     targets: SoftTargets,
     config: DistillConfig,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
-) -> nn.Module:
+) -> fx.GraphModule:
     """A distilled copy of `student` in eval mode.
 
     SGD with Nesterov momentum, 10% warm-up, then a cosine; soft targets at `temperature` with the

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
+# Fewer timings say nothing about a 90th percentile (MLPerf LoadGen's floor).
+P90_SAMPLES = 64
+
 
 @dataclass(frozen=True)
 class Latency:
-    """Measured time of one student at batch 1, next to the teacher.
+    """Measured time of one run of a student, next to the teacher.
 
     Attributes:
         latency_ms: median per-round ratio to the teacher times the calibrated teacher time.
@@ -23,6 +28,14 @@ class Latency:
     ratio: float
     samples_ms: tuple[float, ...] = ()
     reference_ms: tuple[float, ...] = ()
+
+    @property
+    def p90_ms(self) -> float | None:
+        """90th percentile of the times on the scale of `latency_ms`; None below 64 samples."""
+        if len(self.samples_ms) < P90_SAMPLES:
+            return None
+        middle, high = np.percentile(self.samples_ms, [50, 90])
+        return self.latency_ms * float(high / middle)
 
 
 @dataclass(frozen=True)
@@ -59,3 +72,12 @@ class Evaluation:
         if self.failure is not None or self.latency is None:
             return None
         return 1.0 - self.accuracy, float(self.parameters), self.latency.latency_ms
+
+
+def accuracy_interval(fraction: float, count: int) -> tuple[float, float]:
+    """95% interval of a fraction measured on `count` images (Wilson 1927)."""
+    z = 1.96
+    middle = fraction + z * z / (2 * count)
+    width = z * float(np.sqrt(fraction * (1 - fraction) / count + (z / (2 * count)) ** 2))
+    scale = 1 + z * z / count
+    return max(0.0, (middle - width) / scale), min(1.0, (middle + width) / scale)

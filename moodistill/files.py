@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = ".tmp"
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a kill leaves the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as stream:
             stream.write(data)
@@ -20,6 +22,17 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_orphans(folder: Path) -> int:
+    """Delete what killed writers left in `folder` and below; returns how many files.
+
+    Only for a folder that no other process writes to.
+    """
+    orphans = list(folder.rglob(f".*{TEMPORARY}"))
+    for path in orphans:
+        path.unlink(missing_ok=True)
+    return len(orphans)
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:

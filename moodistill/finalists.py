@@ -8,15 +8,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from moodistill.context import TeacherContext
 from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.evaluation import Evaluation
-from moodistill.export import export_onnx
+from moodistill.export import Origin, export_onnx
 from moodistill.files import write_json_atomic
-from moodistill.recipe import Recipe, make_student
+from moodistill.onnx_writer import to_onnx
+from moodistill.recipe import Recipe, make_student, student_accuracy
+from moodistill.runtime import onnx_accuracy
 from moodistill.student import Student
-from moodistill.student_file import save_student
-from moodistill.training import accuracy
+from moodistill.student_file import load_student, save_student
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ def finish(
 ) -> Finalist:
     """Distil one student, save it, export it with the parity check and test it once.
 
+    Distilled weights that are worse on the validation images than the inherited ones are dropped.
+
     A result that is already in `folder` for the same budget is read back instead.
     """
     budget = asdict(config)
@@ -56,24 +61,30 @@ def finish(
     began = time.perf_counter()
     genome = context.layout.unpack(evaluation.genome)
     student = make_student(context, genome, recipe)
-    before = accuracy(student.module, context.data, context.data.validation)
+    data = context.data
+    before = student_accuracy(student.module, data, data.validation)
     seed = int(evaluation.genome_hash[:8], 16)
     module = distill(student.module, targets, config, seed, report)
-    distilled = Student(module, student.units, student.norms)  # type: ignore[arg-type]
+    reached = student_accuracy(module, data, data.validation)
+    if reached < before:
+        # Few steps can cost a good start more than they bring.
+        module, reached = student.module, before
+    kept = Student(module, student.units, student.norms)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
-    save_student(
-        distilled, context.layout, genome, folder / "student.safetensors", context.task.name
-    )
-    parity = export_onnx(distilled.module, context.data, folder / "model.onnx")
+    save_student(kept, context.layout, genome, folder / "student.safetensors", context.task.name)
+    origin = Origin(context.task.name, context.teacher_digest, evaluation.genome)
+    path = folder / "model.onnx"
+    parity = export_onnx(kept.module, data, origin, path)
+    model = path.read_bytes()
     result = Finalist(
         student=student_id,
         genome_hash=evaluation.genome_hash,
         budget=budget,
         accuracy_before=before,
-        accuracy=accuracy(distilled.module, context.data, context.data.validation),
-        test_accuracy=accuracy(distilled.module, context.data, context.data.test),
-        size_bytes=(folder / "model.onnx").stat().st_size,
+        accuracy=reached,
+        test_accuracy=onnx_accuracy(model, data, data.test, torch.get_num_threads()),
+        size_bytes=len(model),
         parity_images=parity.images,
         parity_max_difference=parity.max_difference,
         seconds=time.perf_counter() - began,
@@ -92,3 +103,10 @@ def read_finalist(folder: Path) -> Finalist | None:
         return Finalist(**json.loads(path.read_text()))
     except (ValueError, TypeError):
         return None
+
+
+def float_model(folder: Path, context: TeacherContext) -> bytes:
+    """A finalist's ONNX file without preprocessing, made from its weights in `folder`."""
+    shape = context.data.input_shape
+    student, _ = load_student(folder / "student.safetensors", context.task.build(), shape)
+    return to_onnx(student.module, shape)

@@ -18,6 +18,7 @@ from moodistill.errors import UserError
 from moodistill.files import write_atomic, write_json_atomic
 
 STAGES = ("teacher", "searched", "distilled")
+PRECISIONS = ("fp32", "int8")
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,14 @@ class FrontRow:
         search_accuracy: what the search saw, on its part of the validation images.
         accuracy: on all validation images; None where it was not measured (never if distilled).
         test_accuracy: None unless a finalist or the teacher.
-        latency_ms, latency_ms_low, latency_ms_high: median and its 95% interval.
+        latency_ms, latency_ms_low, latency_ms_high: median and its 95% interval, measured again
+            after the search.
         teacher_latency_ms: of the teacher in the same measurement.
         onnx: path relative to the run folder, empty if not exported.
+        precision: `fp32` or `int8`.
+        search_latency_ms: what the search saw; None for an INT8 student.
+        latency_ms_p90: 90th percentile, None where there were fewer than 64 timings.
+        latency_samples: timings behind `latency_ms`.
     """
 
     student: str
@@ -50,6 +56,10 @@ class FrontRow:
     onnx: str
     genome_hash: str
     summary: str
+    precision: str = "fp32"
+    search_latency_ms: float | None = None
+    latency_ms_p90: float | None = None
+    latency_samples: int = 0
 
     @property
     def validation_accuracy(self) -> float:
@@ -130,6 +140,11 @@ def _row(cells: dict[str, str], where: str) -> FrontRow:
     if values["stage"] not in STAGES:
         raise UserError(
             f"{where} stage: {values['stage'][:40]!r}; expected one of {', '.join(STAGES)}"
+        )
+    if values["precision"] not in PRECISIONS:
+        raise UserError(
+            f"{where} precision: {values['precision'][:40]!r}; expected one of "
+            f"{', '.join(PRECISIONS)}"
         )
     onnx = PurePosixPath(values["onnx"])
     if onnx.is_absolute() or ".." in onnx.parts:

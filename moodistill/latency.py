@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
-import platform
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,34 @@ from moodistill.evaluation import Latency
 
 RESAMPLES = 400
 STOP_SECONDS = 5.0  # for a worker to leave after its stdin closed
-_SIMD_FLAGS = (
-    "sse4_2 avx f16c fma avx2 avx_vnni avx512f avx512bw avx512_vnni avx512_bf16 avx512_fp16 "
-    "amx_tile amx_int8 amx_bf16 asimd asimdhp asimddp sve sve2 i8mm bf16"
-)
+CONFIRMED_ROUNDS = 64  # so that a 90th percentile means something
+CONFIRMED_TOGETHER = 16  # models in one window of a confirmation
 
 
 class LatencyError(RuntimeError):
     """A model could not be timed: one line on why. The meter stays usable."""
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """What a latency is measured with, besides the device.
+
+    Attributes:
+        threads: of ONNX Runtime within one operation.
+        batch: images in one run; a latency is that of the whole batch.
+        provider: ONNX Runtime's execution provider; what it lacks runs on the CPU.
+    """
+
+    threads: int = 1
+    batch: int = 1
+    provider: str = latency_worker.CPU
+
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        for name in ("threads", "batch"):
+            value = getattr(self, name)
+            if value < 1:
+                raise UserError(f"{name} is {value}; give a whole number of at least 1")
 
 
 class _WorkerProcess:
@@ -115,9 +135,8 @@ class LatencyMeter:
         self,
         reference: bytes,
         input_shape: tuple[int, int, int],
-        threads: int = 1,
+        config: LatencyConfig | None = None,
         *,
-        batch: int = 1,
         teacher_latency_ms: float | None = None,
         seed: int = 0,
         timeout_s: float = 60.0,
@@ -127,8 +146,7 @@ class LatencyMeter:
         Args:
             reference: the teacher as an ONNX file.
             input_shape: `(C, H, W)` of one image.
-            threads: of ONNX Runtime within one operation.
-            batch: images in one run.
+            config: threads, batch and execution provider.
             teacher_latency_ms: an earlier calibration, to keep its scale; None measures.
             seed: of the order within the rounds and of the bootstrap.
             timeout_s: longest time of one request; `confirm` has as much for each model.
@@ -136,16 +154,13 @@ class LatencyMeter:
         Raises:
             LatencyError: if the reference cannot be run.
         """
-        for name, value in (("threads", threads), ("batch", batch)):
-            if value < 1:
-                raise UserError(f"{name} is {value}; give a whole number of at least 1")
         if teacher_latency_ms is not None and not 0 < teacher_latency_ms < float("inf"):
             raise UserError(
                 f"teacher_latency_ms is {teacher_latency_ms}; give a positive number of "
                 "milliseconds, or None to measure it"
             )
         self._reference = reference
-        self._settings = {"input_shape": list(input_shape), "threads": threads, "batch": batch}
+        self._settings = {"input_shape": list(input_shape), **asdict(config or LatencyConfig())}
         self._teacher_latency_ms = teacher_latency_ms
         self._seed, self._timeout_s = seed, timeout_s
         self._cache: dict[str, Latency] = {}
@@ -199,8 +214,19 @@ class LatencyMeter:
             self._cache[key] = latency
         return latency
 
-    def confirm(self, models: dict[str, bytes], rounds: int = 64) -> dict[str, Latency]:
+    def confirm(
+        self,
+        models: Mapping[str, Callable[[], bytes]],
+        rounds: int = CONFIRMED_ROUNDS,
+        report: Callable[[int], None] | None = None,
+    ) -> dict[str, Latency]:
         """Latency of several models, timed side by side in shuffled rounds of a fresh worker.
+
+        Args:
+            models: what makes each model's ONNX file; at most `CONFIRMED_TOGETHER` of them are in
+                memory at a time. Which ones are timed together is drawn at random.
+            rounds: timings of every model.
+            report: called with the number of models done.
 
         Raises:
             LatencyError: if one of the models cannot be run; the message names it.
@@ -209,22 +235,27 @@ class LatencyMeter:
             raise UserError(f"rounds is {rounds}; give at least 2")
         if not models:
             return {}
-        request = {
-            "op": "confirm",
-            "rounds": rounds,
-            "models": [[name, len(model)] for name, model in models.items()],
-        }
+        names = [str(n) for n in np.random.default_rng(self._seed).permutation(sorted(models))]
+        found: dict[str, Latency] = {}
         worker = self._start()
         try:
-            timeout_s = self._timeout_s * (len(models) + 1)
-            answer = worker.request(request, b"".join(models.values()), timeout_s)
+            for start in range(0, len(names), CONFIRMED_TOGETHER):
+                files = {n: models[n]() for n in names[start : start + CONFIRMED_TOGETHER]}
+                request = {
+                    "op": "confirm", "models": [[n, len(file)] for n, file in files.items()],
+                    "min_rounds": rounds, "max_rounds": rounds, "target": 0.0, "max_seconds": 0.0,
+                }  # fmt: skip
+                timeout_s = self._timeout_s * (len(files) + 1)
+                answer = worker.request(request, b"".join(files.values()), timeout_s)
+                self.rejected_windows += answer["rejected_windows"]
+                reference, *samples = answer["times_ms"]
+                for name, times in zip(files, samples, strict=True):
+                    found[name] = self._latency(times, reference)
+                if report is not None:
+                    report(len(found))
         finally:
             worker.stop()
-        reference, *samples = answer["times_ms"]
-        return {
-            name: self._latency(times, reference)
-            for name, times in zip(models, samples, strict=True)
-        }
+        return {name: found[name] for name in models}
 
     def close(self) -> None:
         """End the worker; a later `measure` starts another."""
@@ -269,31 +300,3 @@ class LatencyMeter:
             samples_ms=tuple(samples_ms),
             reference_ms=tuple(reference_ms),
         )
-
-
-def device_fingerprint(threads: int = 1, batch: int = 1) -> dict[str, Any]:
-    """What a latency depends on besides the model: processor, ONNX Runtime and its options."""
-    model, flags = platform.processor(), set[str]()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = (part.strip() for part in line.partition(":"))
-        if name == "model name":
-            model = value
-        elif name in ("flags", "Features"):
-            flags.update(value.split())
-    return {
-        "cpu": model,
-        "simd": [flag for flag in _SIMD_FLAGS.split() if flag in flags],
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cores": os.cpu_count(),
-        "onnxruntime": importlib.metadata.version("onnxruntime"),
-        "providers": list(latency_worker.PROVIDERS),
-        "threads": threads,
-        "batch": batch,
-        "options": {"graph_optimization": "all", "execution_mode": "sequential"}
-        | latency_worker.SESSION_CONFIG,
-    }

@@ -21,13 +21,14 @@ import numpy as np
 
 # What every session runs with, apart from the number of threads and the batch.
 SESSION_CONFIG = {"session.intra_op.allow_spinning": "0"}
-PROVIDERS = ("CPUExecutionProvider",)
+CPU = "CPUExecutionProvider"
 SHORTEST_TIMING_MS = 0.3  # shorter runs are repeated: clock and call overhead would show
 STABLE = 0.1  # two runs in a row that differ less end the warm-up
 MAX_WARMUP_RUNS, MAX_WARMUP_SECONDS = 20, 1.0
 CALIBRATION_RUNS = 31
 DRIFT = 0.2  # of the reference between the halves of a window
-OUTLIER = 2.0  # a reference time this often its median
+OUTLIER = 2.0  # a reference time this often its median ...
+OUTLIER_SHARE = 0.05  # ... in more than this share of a window's rounds
 MAX_REPEATED_WINDOWS = 2
 
 _LENGTHS = struct.Struct(">IQ")
@@ -61,8 +62,10 @@ class TimedModel:
         repeats: runs in one timing.
     """
 
-    def __init__(self, model: bytes, input_shape: list[int], threads: int, batch: int) -> None:
-        """Load the model and warm it up."""
+    def __init__(
+        self, model: bytes, input_shape: list[int], threads: int, batch: int, provider: str = CPU
+    ) -> None:
+        """Load the model and warm it up; it may take float or uint8 pixels."""
         import onnxruntime  # here, so that the meter does not load it along with this module
 
         options = onnxruntime.SessionOptions()
@@ -74,9 +77,16 @@ class TimedModel:
         options.add_free_dimension_override_by_name("batch", batch)
         for key, value in SESSION_CONFIG.items():
             options.add_session_config_entry(key, value)
-        self._session = onnxruntime.InferenceSession(model, options, providers=list(PROVIDERS))
+        # What the provider lacks runs on the CPU, as it would on the device.
+        providers = list(dict.fromkeys((provider, CPU)))
+        self._session = onnxruntime.InferenceSession(model, options, providers=providers)
+        if provider not in self._session.get_providers():
+            raise RuntimeError(f"ONNX Runtime could not start {provider}")
         images = np.random.default_rng(0).standard_normal((batch, *input_shape), np.float32)
-        self._feed = {self._session.get_inputs()[0].name: images}
+        first = self._session.get_inputs()[0]
+        if first.type == "tensor(uint8)":
+            images = (images * 64 + 128).clip(0, 255).astype(np.uint8)
+        self._feed = {first.name: images}
         self._outputs = [self._session.get_outputs()[0].name]
         self.repeats = 1
         self.warm_up()
@@ -122,7 +132,8 @@ def unsteady(reference_ms: np.ndarray) -> bool:
     half = len(reference_ms) // 2
     first, second = np.median(reference_ms[:half]), np.median(reference_ms[half:])
     drifted = abs(first - second) > DRIFT * min(first, second)
-    return bool(drifted or reference_ms.max() > OUTLIER * np.median(reference_ms))
+    jumps = reference_ms > OUTLIER * np.median(reference_ms)
+    return bool(drifted or jumps.mean() > OUTLIER_SHARE)
 
 
 class Worker:
@@ -136,7 +147,8 @@ class Worker:
 
     def start(self, request: dict[str, Any], body: bytes) -> dict[str, Any]:
         """Load the reference; calibrate it unless the caller knows its time."""
-        self._settings = {key: request[key] for key in ("input_shape", "threads", "batch")}
+        keys = ("input_shape", "threads", "batch", "provider")
+        self._settings = {key: request[key] for key in keys}
         self._rng = np.random.default_rng(request["seed"])
         self._reference = TimedModel(body, **self._settings)
         if not request["calibrate"]:
@@ -145,44 +157,18 @@ class Worker:
         return {"reference_ms": float(np.median(times))}
 
     def measure(self, request: dict[str, Any], body: bytes) -> dict[str, Any]:
-        """Time one model against the reference, window by window until one is steady."""
+        """Time one model against the reference, in as few rounds as its ratio needs."""
         assert self._reference is not None
-        candidate = TimedModel(body, **self._settings)
-        windows: list[np.ndarray] = []
-        while len(windows) <= MAX_REPEATED_WINDOWS:
-            self._reference.warm_up()
-            windows.append(self._window(candidate, request))
-            if not unsteady(windows[-1][0]):
-                best, rejected = windows[-1], len(windows) - 1
-                break
-        else:  # none was steady: the one that says most, and the caller hears of the others
-            best = min(windows, key=lambda window: half_width(window[1] / window[0]))
-            rejected = len(windows) - 1
+        pair = [self._reference, TimedModel(body, **self._settings)]
+        times, rejected = self._steady(pair, request)
         return {
-            "reference_ms": best[0].tolist(),
-            "samples_ms": best[1].tolist(),
+            "reference_ms": times[0].tolist(),
+            "samples_ms": times[1].tolist(),
             "rejected_windows": rejected,
         }
 
-    def _window(self, candidate: TimedModel, request: dict[str, Any]) -> np.ndarray:
-        """Times as `(2, rounds)`: the reference's, the candidate's."""
-        assert self._reference is not None
-        pair = (self._reference, candidate)
-        times = np.empty((2, request["max_rounds"]))
-        deadline = time.perf_counter() + request["max_seconds"]
-        for done in range(1, request["max_rounds"] + 1):
-            for index in self._rng.permutation(2):
-                times[index, done - 1] = pair[index].time_ms()
-            if done < request["min_rounds"]:
-                continue
-            if time.perf_counter() > deadline:
-                break
-            if half_width(times[1, :done] / times[0, :done]) <= request["target"]:
-                break
-        return times[:, :done]
-
     def confirm(self, request: dict[str, Any], body: bytes) -> dict[str, Any]:
-        """Time many models and the reference in the same shuffled rounds."""
+        """Time several models and the reference in the same shuffled rounds."""
         assert self._reference is not None
         models, offset = [self._reference], 0
         for name, size in request["models"]:
@@ -191,11 +177,38 @@ class Worker:
             except Exception as error:
                 raise RuntimeError(f"model {name}: {error}") from error
             offset += size
-        times = np.empty((len(models), request["rounds"]))
-        for done in range(request["rounds"]):
+        times, rejected = self._steady(models, request)
+        return {"times_ms": times.tolist(), "rejected_windows": rejected}
+
+    def _steady(self, models: list[TimedModel], request: dict[str, Any]) -> tuple[np.ndarray, int]:
+        """Times `(models, rounds)` of the first window with a steady reference.
+
+        If none is steady, of the one that says most; and how many windows were rejected.
+        """
+        windows: list[np.ndarray] = []
+        while len(windows) <= MAX_REPEATED_WINDOWS:
+            models[0].warm_up()
+            windows.append(self._window(models, request))
+            if not unsteady(windows[-1][0]):
+                return windows[-1], len(windows) - 1
+        best = min(windows, key=lambda times: max(half_width(row / times[0]) for row in times[1:]))
+        return best, len(windows) - 1
+
+    def _window(self, models: list[TimedModel], request: dict[str, Any]) -> np.ndarray:
+        """Times `(models, rounds)` of shuffled rounds until every ratio is known well enough."""
+        times = np.empty((len(models), request["max_rounds"]))
+        deadline = time.perf_counter() + request["max_seconds"]
+        for done in range(1, request["max_rounds"] + 1):
             for index in self._rng.permutation(len(models)):
-                times[index, done] = models[index].time_ms()
-        return {"times_ms": times.tolist()}
+                times[index, done - 1] = models[index].time_ms()
+            if done < request["min_rounds"]:
+                continue
+            if time.perf_counter() > deadline:
+                break
+            ratios = times[1:, :done] / times[0, :done]
+            if max(map(half_width, ratios)) <= request["target"]:
+                break
+        return times[:, :done]
 
 
 def main() -> None:

@@ -184,7 +184,8 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
             yield from _graphs(inner)
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def model_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a graph stores, in attributes and inner graphs as well."""
     for part in _graphs(graph):
         yield from part.initializer
         for attribute in (a for node in part.node for a in node.attribute):
@@ -200,7 +201,7 @@ def _denormals(tensor: onnx.TensorProto) -> tuple[np.ndarray, np.ndarray]:
 
 def _finish(model: onnx.ModelProto) -> bytes:
     """The checked file, without denormal weights."""
-    floats = [t for t in _tensors(model.graph) if t.data_type == TensorProto.FLOAT]
+    floats = [t for t in model_tensors(model.graph) if t.data_type == TensorProto.FLOAT]
     for tensor in floats:
         values, tiny = _denormals(tensor)
         if tiny.any():

@@ -32,6 +32,19 @@ def non_dominated(objectives: np.ndarray) -> np.ndarray:
     return mask
 
 
+def near_front(objectives: np.ndarray, slack: float) -> np.ndarray:
+    """Rows of `(n, 3)` that no row dominates which is more than `slack` (a fraction) faster.
+
+    `(n,)` bool: the front, and those whose place in it hangs on a small difference in latency.
+    """
+    values = np.asarray(objectives, dtype=float)
+    mask = np.zeros(len(values), dtype=bool)
+    for index, row in enumerate(values):
+        faster = values[:, 2] < row[2] * (1.0 - slack)
+        mask[index] = not (faster & (values[:, :2] <= row[:2]).all(axis=1)).any()
+    return mask
+
+
 def normalise(objectives: np.ndarray) -> np.ndarray:
     """`(n, 3)` [error, parameters, latency] scaled to 0..1, the last two on a log2 scale."""
     values = np.array(objectives, dtype=float)

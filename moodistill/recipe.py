@@ -1,21 +1,27 @@
-"""Scoring one genome: student, inheritance, accuracy, ONNX, latency. Never raises."""
+"""Scoring one genome: student, inheritance, ONNX, latency, accuracy. Never raises."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import fx
 
 from moodistill.context import TeacherContext
+from moodistill.data import ImageData, Split
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.genome import canonical
 from moodistill.graph import TeacherGraph
 from moodistill.inherit import InheritConfig, inherit
 from moodistill.onnx_writer import structure_hash, to_onnx
+from moodistill.runtime import onnx_accuracy
 from moodistill.student import Student, build_student
-from moodistill.training import accuracy
 
 Measure = Callable[[bytes, str], Latency]
 
@@ -27,10 +33,12 @@ class Recipe:
     Attributes:
         validation_images: the first so many of the search-validation split.
         simd_step: widths are whole multiples of it.
+        time_limit_s: a student that takes longer is a failed one.
     """
 
     simd_step: int = 8
     validation_images: int = 1000
+    time_limit_s: float = 600.0
     inherit: InheritConfig = field(default_factory=InheritConfig)
 
 
@@ -39,6 +47,12 @@ def make_student(context: TeacherContext, genome: np.ndarray, recipe: Recipe) ->
     student = build_student(context.graph, context.layout, genome)
     inherit(student, context.graph, context.samples, recipe.inherit)
     return student
+
+
+def student_accuracy(module: fx.GraphModule, data: ImageData, split: Split) -> float:
+    """Fraction of `split` that a student classifies correctly in ONNX Runtime."""
+    model = to_onnx(module, data.input_shape)
+    return onnx_accuracy(model, data, split, torch.get_num_threads())
 
 
 def count_macs(student: Student, graph: TeacherGraph) -> int:
@@ -75,21 +89,24 @@ class Evaluator:
         summary = ""
         parameters = macs = size = 0
         try:
-            summary = layout.summary(genome)
-            with _timed(seconds, "build"):
-                student = build_student(self.context.graph, layout, genome)
-                parameters = student.parameters
-                macs = count_macs(student, self.context.graph)
-            with _timed(seconds, "inherit"):
-                inherit(student, self.context.graph, self.context.samples, self.recipe.inherit)
-            with _timed(seconds, "accuracy"):
-                reached = accuracy(student.module, self.context.data, self.validation)
-            with _timed(seconds, "export"):
-                model = to_onnx(student.module, self.context.data.input_shape)
-                key = structure_hash(student.module)
-                size = len(model)
-            with _timed(seconds, "latency"):
-                latency = self.measure(model, key)
+            with _limited(self.recipe.time_limit_s):
+                summary = layout.summary(genome)
+                with _timed(seconds, "build"):
+                    student = build_student(self.context.graph, layout, genome)
+                    parameters = student.parameters
+                    macs = count_macs(student, self.context.graph)
+                with _timed(seconds, "inherit"):
+                    inherit(student, self.context.graph, self.context.samples, self.recipe.inherit)
+                with _timed(seconds, "export"):
+                    model = to_onnx(student.module, self.context.data.input_shape)
+                    key = structure_hash(student.module)
+                    size = len(model)
+                with _timed(seconds, "latency"):
+                    latency = self.measure(model, key)
+                # Behind the latency: a file that brings ONNX Runtime down does so in its process.
+                with _timed(seconds, "accuracy"):
+                    threads = torch.get_num_threads()
+                    reached = onnx_accuracy(model, self.context.data, self.validation, threads)
         except Exception as error:
             # One bad student must not end a search of hours: it becomes a row with a reason.
             lines = str(error).strip().splitlines() or [""]
@@ -100,6 +117,25 @@ class Evaluator:
         return Evaluation(
             digest, packed, reached, parameters, macs, size, latency, seconds, None, summary
         )
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises `TimeoutError` in a block that takes longer; only the main thread can be limited."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def expire(*_: object) -> None:
+        raise TimeoutError(f"scoring took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class _timed:

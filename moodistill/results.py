@@ -16,9 +16,9 @@ from moodistill.context import TeacherContext
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.files import write_json_atomic
 from moodistill.finalists import Finalist, read_finalist
-from moodistill.recipe import Recipe, make_student
+from moodistill.int8 import SUFFIX, Int8Result, read_int8
+from moodistill.recipe import Recipe, make_student, student_accuracy
 from moodistill.store import Store
-from moodistill.training import accuracy
 
 
 def student_id(number: int) -> str:
@@ -59,12 +59,24 @@ class Searched:
 
     def front(self) -> dict[str, Evaluation]:
         """The non-dominated students."""
-        if not self.students:
-            return {}
-        mask = pareto.non_dominated(objectives(list(self.students.values())))
-        return {
-            name: e for (name, e), keep in zip(self.students.items(), mask, strict=True) if keep
+        return self._where(pareto.non_dominated(objectives(list(self.students.values()))))
+
+    def near_front(self, slack: float) -> dict[str, Evaluation]:
+        """The front, and students that a latency smaller by `slack` (a fraction) would bring in."""
+        return self._where(pareto.near_front(objectives(list(self.students.values())), slack))
+
+    def _where(self, mask: np.ndarray) -> dict[str, Evaluation]:
+        pairs = zip(self.students.items(), mask, strict=True)
+        return {name: one for (name, one), keep in pairs if keep}
+
+    def confirmed(self, latencies: Mapping[str, Latency]) -> Searched:
+        """Only the students that were measured again, with their new latency."""
+        students = {
+            name: replace(one, latency=latencies[name])
+            for name, one in self.students.items()
+            if name in latencies
         }
+        return replace(self, students=students)
 
     def finalists(self, folder: Path) -> dict[str, Finalist]:
         """Distilled students whose results are complete on disk, whatever their budget."""
@@ -104,23 +116,28 @@ def measure_teacher(known: Accuracies, context: TeacherContext, cache_dir: Path)
     cached = Accuracies(cache_dir / f"accuracy-{key}.json")
     for name, split in (("teacher", data.validation), ("teacher_test", data.test)):
         if name not in cached.known:
-            cached.add(name, accuracy(teacher, data, split))
+            cached.add(name, student_accuracy(teacher, data, split))
         known.add(name, cached.known[name])
 
 
 def measure_front(
-    known: Accuracies, searched: Searched, context: TeacherContext, recipe: Recipe, skip: set[str]
+    known: Accuracies,
+    front: Mapping[str, Evaluation],
+    context: TeacherContext,
+    recipe: Recipe,
+    skip: set[str],
 ) -> None:
     """Accuracy of the front's students but `skip` on all validation images."""
     todo = {
         name: e
-        for name, e in searched.front().items()
+        for name, e in front.items()
         if name not in skip and e.genome_hash not in known.known
     }
     bar = tqdm(todo.values(), unit="student", desc="front", disable=None, file=sys.stderr)
     for one in bar:
         student = make_student(context, context.layout.unpack(one.genome), recipe)
-        known.add(one.genome_hash, accuracy(student.module, context.data, context.data.validation))
+        data = context.data
+        known.add(one.genome_hash, student_accuracy(student.module, data, data.validation))
 
 
 def make_rows(
@@ -130,13 +147,15 @@ def make_rows(
     confirmed: Mapping[str, Latency],
     teacher_latency_ms: float,
 ) -> list[front.FrontRow]:
-    """The teacher, the finalists, and the rest of the searched front."""
+    """The teacher, the finalists with their INT8 twins, and the rest of the front.
+
+    The front is that of the confirmed latencies, or of the search's where nothing was confirmed.
+    """
     finalists = searched.finalists(folder)
 
-    def row(name: str, one: Evaluation) -> front.FrontRow:
-        finalist = finalists.get(name)
+    def row(name: str, one: Evaluation, finalist: Finalist | None = None) -> front.FrontRow:
         latency = confirmed.get(name, one.latency)
-        assert latency is not None
+        assert latency is not None and one.latency is not None
         return front.FrontRow(
             student=name,
             stage="distilled" if finalist else "searched",
@@ -153,17 +172,58 @@ def make_rows(
             onnx=f"students/{name}/model.onnx" if finalist else "",
             genome_hash=one.genome_hash,
             summary=one.summary,
+            search_latency_ms=one.latency.latency_ms,
+            latency_ms_p90=latency.p90_ms,
+            latency_samples=len(latency.samples_ms),
         )
 
-    teacher = replace(
-        row("teacher", searched.teacher),
-        stage="teacher",
-        accuracy=known.get("teacher"),
-        test_accuracy=known.get("teacher_test"),
-    )
+    rows = [
+        replace(
+            row("teacher", searched.teacher),
+            stage="teacher",
+            accuracy=known.get("teacher"),
+            test_accuracy=known.get("teacher_test"),
+        )
+    ]
     # A finalist of an earlier, smaller preset may have left the front: it stays exported.
-    members = {**{n: searched.students[n] for n in finalists}, **searched.front()}
-    return [teacher, *(row(name, members[name]) for name in sorted(members))]
+    confirmed_front = exported_front(searched, confirmed)
+    for name in sorted({*finalists, *confirmed_front}):
+        rows.append(row(name, searched.students[name], finalists.get(name)))
+        twin = read_int8(folder / "students" / (name + SUFFIX))
+        if (
+            name in finalists
+            and twin is not None
+            and not twin.refused
+            and twin.student in confirmed
+        ):
+            rows.append(int8_row(rows[-1], twin, confirmed[twin.student]))
+    return rows
+
+
+def exported_front(searched: Searched, confirmed: Mapping[str, Latency]) -> dict[str, Evaluation]:
+    """The front by the latencies that were measured again, or the search's own without them."""
+    again = searched.confirmed(confirmed)
+    return (again if again.students else searched).front()
+
+
+def int8_row(floating: front.FrontRow, twin: Int8Result, latency: Latency) -> front.FrontRow:
+    """The row of an INT8 twin, from that of its float student."""
+    return replace(
+        floating,
+        student=twin.student,
+        precision="int8",
+        search_accuracy=None,
+        accuracy=twin.accuracy,
+        test_accuracy=twin.test_accuracy,
+        latency_ms=latency.latency_ms,
+        latency_ms_low=latency.low_ms,
+        latency_ms_high=latency.high_ms,
+        latency_ms_p90=latency.p90_ms,
+        latency_samples=len(latency.samples_ms),
+        size_bytes=twin.size_bytes,
+        onnx=f"students/{twin.student}/model.onnx",
+        search_latency_ms=None,
+    )
 
 
 def write_results(folder: Path, store: Store, rows: list[front.FrontRow], title: str) -> None:

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from moodistill import pareto, report
-from moodistill.context import TeacherContext, default_cache_dir, load_context, use_threads
-from moodistill.distill import SoftTargets
+from moodistill import report
+from moodistill.context import TeacherContext, load_context, use_threads
+from moodistill.device import device_fingerprint
 from moodistill.errors import UserError
 from moodistill.evaluation import Latency
-from moodistill.finalists import finish
-from moodistill.latency import LatencyError, LatencyMeter, device_fingerprint
+from moodistill.files import remove_orphans
+from moodistill.finishing import changed_places, finish_run, package_finalists
+from moodistill.latency import LatencyError, LatencyMeter
 from moodistill.recipe import Evaluator, teacher_onnx
-from moodistill.results import (
-    Accuracies,
-    Searched,
-    make_rows,
-    measure_front,
-    measure_teacher,
-    objectives,
-    write_results,
-)
+from moodistill.results import Accuracies, Searched, make_rows, write_results
 from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import new_run_folder, read_run, versions, write_run
 from moodistill.search import Progress, Search
@@ -66,7 +60,7 @@ def start_run(config: RunConfig, out: Path, places: Places) -> Path:
                 "data_digest": context.data.digest,
                 "genome_bits": context.layout.length,
                 "teacher_latency_ms": meter.teacher_latency_ms,
-                "device": device_fingerprint(config.latency_threads),
+                "device": device_fingerprint(config.latency),
                 "versions": versions(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "status": "running",
@@ -88,6 +82,7 @@ def resume_run(folder: Path, budget: Budget, places: Places) -> Path:
     config = RunConfig.from_dict(stored.get("config", {})).with_budget(budget)
     use_threads(places.threads)
     with Store.open(folder) as store:
+        remove_orphans(folder)
         finished = len(store.generations())
         if config.search.generations < finished:
             raise UserError(
@@ -111,6 +106,36 @@ def resume_run(folder: Path, budget: Budget, places: Places) -> Path:
     return folder
 
 
+def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
+    """Refuse options of a resume that differ from what the run was started with.
+
+    Raises:
+        UserError: lists the differences.
+    """
+    config = RunConfig.from_dict(read_run(folder).get("config", {}))
+    stored = {
+        "model": config.model,
+        "seed": config.search.seed,
+        "population": config.search.population,
+        "simd_step": config.search.simd_step,
+        "threads": config.latency.threads,
+        "batch": config.latency.batch,
+        "provider": config.latency.provider,
+        "int8_max_loss": config.int8.max_loss,
+        "no_int8": not config.int8.wanted,
+    }
+    changed = [
+        f"--{name.replace('_', '-')} {stored[name]} -> {value}"
+        for name, value in given.items()
+        if stored[name] != value
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} was started with other settings ({', '.join(changed)}); leave them out, or "
+            "start a new run with another --out"
+        )
+
+
 def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
     return load_context(task, places.data_dir, places.weights, config.calibration)
 
@@ -120,7 +145,7 @@ def _meter(context: TeacherContext, config: RunConfig, calibrated: float | None)
         return LatencyMeter(
             teacher_onnx(context),
             context.data.input_shape,
-            config.latency_threads,
+            config.latency,
             teacher_latency_ms=calibrated,
         )
     except LatencyError as error:
@@ -145,7 +170,7 @@ def _execute(
     status, problem = "interrupted", ""
     try:
         _search(search, store)
-        confirmed = _finish(folder, store, config, context, meter, known)
+        confirmed = finish_run(folder, store, config, context, meter, known)
         status = "finished"
     except LatencyError as error:
         # Everything else of the finalists is on disk: their rows are written before it is said.
@@ -153,13 +178,25 @@ def _execute(
     except KeyboardInterrupt:
         tqdm.write(f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}")
     searched = Searched.read(store, config.search.min_accuracy)
+    changes: dict[str, list[str]] = {}
     if searched is not None:
         rows = make_rows(folder, searched, known.known, confirmed, meter.teacher_latency_ms)
         title = f"{config.model}: {len(store)} students searched, {config.preset} preset"
         write_results(folder, store, rows, title)
+        package_finalists(folder, rows, searched, context, device_fingerprint(config.latency))
         print(report.front_table(rows))
+        changes = changed_places(searched, confirmed)
+        if changes["lost"] or changes["gained"]:
+            print(
+                f"measured again: {len(changes['lost'])} students lost their place in the front "
+                f"to slower timings, {len(changes['gained'])} came in (run.json names them)"
+            )
     stored = read_run(folder)
-    stored.update(status=status, rejected_latency_windows=meter.rejected_windows)
+    stored.update(
+        status=status,
+        rejected_latency_windows=meter.rejected_windows,
+        changed_by_confirmation=changes,
+    )
     write_run(folder, stored)
     if problem:
         raise UserError(f"{problem}; carry on with: --resume {folder}")
@@ -215,59 +252,3 @@ def _tell(progress: Progress) -> None:
             f"({progress.replayed} from the store), front {progress.front_size}, "
             f"hypervolume {progress.hypervolume:.4f}"
         )
-
-
-def _finish(
-    folder: Path,
-    store: Store,
-    config: RunConfig,
-    context: TeacherContext,
-    meter: LatencyMeter,
-    known: Accuracies,
-) -> dict[str, Latency]:
-    """Distil, export and test the finalists; their latency confirmed in a fresh process."""
-    searched = Searched.read(store, config.search.min_accuracy)
-    if searched is None or not searched.students:
-        raise UserError(
-            f"{folder} holds no student that works; see the failures in evaluations.sqlite, "
-            "or search on with more --generations"
-        )
-    names = list(searched.students)
-    picked = pareto.pick_finalists(
-        objectives(list(searched.students.values())),
-        config.finalists,
-        # Below half of the teacher's accuracy a student is no candidate for a device.
-        0.5 * searched.teacher.accuracy,
-    )
-    cache = default_cache_dir()
-    targets = SoftTargets(
-        context.graph.module, context.data, config.distill, cache, context.teacher_digest
-    )
-    steps = config.distill.steps
-    with tqdm(total=steps * len(picked), unit="step", disable=None, file=sys.stderr) as bar:
-        for place, index in enumerate(picked):
-            name = names[index]
-
-            def step(done: int, loss: float, name: str = name, base: int = place * steps) -> None:
-                bar.update(base + done - bar.n)
-                bar.set_postfix(student=name, loss=f"{loss:.3f}")
-
-            try:
-                finalist = finish(
-                    context, searched.students[name], name, folder / "students" / name,
-                    config.recipe, config.distill, targets, step,
-                )  # fmt: skip
-            except (FloatingPointError, UserError) as error:
-                # A diverged distillation or a refused export costs this finalist, not the run.
-                tqdm.write(f"{name} is no finalist: {error}")
-                continue
-            targets.save()
-            tqdm.write(
-                f"{name}: validation accuracy {finalist.accuracy_before:.4f} -> "
-                f"{finalist.accuracy:.4f} after {steps} steps"
-            )
-    measure_teacher(known, context, cache)
-    finalists = set(searched.finalists(folder))
-    measure_front(known, searched, context, config.recipe, finalists)
-    models = {n: (folder / "students" / n / "model.onnx").read_bytes() for n in sorted(finalists)}
-    return meter.confirm(models) if models else {}

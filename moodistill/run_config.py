@@ -8,6 +8,8 @@ from typing import Any
 from moodistill.distill import DistillConfig
 from moodistill.errors import UserError
 from moodistill.inherit import InheritConfig
+from moodistill.int8 import Int8Config
+from moodistill.latency import LatencyConfig
 from moodistill.recipe import Recipe
 from moodistill.search import SearchConfig
 from moodistill.statistics import CalibrationConfig
@@ -50,7 +52,8 @@ class RunConfig:
     calibration: CalibrationConfig
     distill: DistillConfig
     finalists: int
-    latency_threads: int = 1
+    latency: LatencyConfig = LatencyConfig()
+    int8: Int8Config = Int8Config()
 
     @staticmethod
     def from_dict(stored: dict[str, Any]) -> RunConfig:
@@ -70,7 +73,8 @@ class RunConfig:
                 calibration=CalibrationConfig(**stored["calibration"]),
                 distill=DistillConfig(**stored["distill"]),
                 finalists=int(stored["finalists"]),
-                latency_threads=int(stored["latency_threads"]),
+                latency=LatencyConfig(**stored["latency"]),
+                int8=Int8Config(**stored["int8"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(

@@ -31,6 +31,8 @@ from moodistill.pareto import non_dominated
 from moodistill.problem import Score, StructuralDistillationProblem
 from moodistill.store import Store
 
+MAX_ALIKE_FAILURES = 8
+
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -93,6 +95,10 @@ def hypervolume(objectives: np.ndarray, reference: np.ndarray) -> float:
     return float(HV(ref_point=np.ones(3))(points))
 
 
+class RepeatedFailure(UserError):
+    """Student after student failed for the same reason: something besides them is wrong."""
+
+
 class Search:
     """A deterministic NSGA-II over genomes, replayed from a store.
 
@@ -142,7 +148,8 @@ class Search:
 
     def run(self) -> Iterator[Progress]:
         """Run all generations, yielding after every evaluation; everything is stored at once."""
-        evaluated = replayed = 0
+        evaluated = replayed = alike = 0
+        failure: str | None = None
         reference: np.ndarray | None = None
         front = np.empty((0, 3))
         while self.algorithm.has_next():
@@ -164,6 +171,13 @@ class Search:
                         "expected a network that runs in ONNX Runtime on this machine"
                     )
                 replayed += from_store
+                same = answer.failure is not None and answer.failure == failure
+                failure, alike = answer.failure, alike + 1 if same and not from_store else 1
+                if failure is not None and not from_store and alike >= MAX_ALIKE_FAILURES:
+                    raise RepeatedFailure(
+                        f"{alike} students in a row failed alike ({failure}); everything so far is "
+                        f"kept: mend the cause and continue with --resume {self.store.folder}"
+                    )
                 if reference is None:
                     # The first genome is the teacher: its objectives are the reference.
                     reference = self.problem.score([answer]).F[0]

@@ -1,44 +1,81 @@
-"""From a run and a student's id to a file that has been checked."""
+"""From a run and a student's id to a folder that has been checked and can be shipped."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moodistill.context import default_cache_dir, load_context
+from moodistill.data import ImageData
+from moodistill.device import device_fingerprint
 from moodistill.errors import UserError
-from moodistill.export import Parity, export_onnx
-from moodistill.recipe import make_student
-from moodistill.results import student_id
+from moodistill.evaluation import Evaluation
+from moodistill.export import Origin, Parity, export_onnx
+from moodistill.files import write_atomic
+from moodistill.front import FrontRow, read_front
+from moodistill.int8 import SUFFIX, judge_speed, quantise_student
+from moodistill.latency import LatencyMeter
+from moodistill.onnx_writer import to_onnx
+from moodistill.package import MODEL, write_package
+from moodistill.recipe import make_student, student_accuracy
+from moodistill.results import int8_row, student_id
 from moodistill.run_config import RunConfig
 from moodistill.run_folder import read_run
+from moodistill.ship import ShipOptions
 from moodistill.store import Store
+from moodistill.student import Student
 from moodistill.student_file import load_student
 from moodistill.task import load_task
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the model's path, and its comparison with torch (None for INT8)."""
+
+    path: Path
+    parity: Parity | None
+
+
 def export_student(
-    run: Path, student: str, out: Path, data_dir: Path | None = None
-) -> tuple[Path, Parity]:
-    """Write `<out>/model.onnx` of a student; a finalist's distilled weights if it has them.
+    run: Path,
+    student: str,
+    out: Path,
+    data_dir: Path | None = None,
+    options: ShipOptions | None = None,
+    int8: bool = False,
+) -> Exported:
+    """Write the shipped folder of a student; a finalist's distilled weights if it has them.
+
+    Args:
+        run: a run's folder.
+        student: its id; `<id>-int8` is the same as `<id>` with `int8`.
+        out: new folder, or one without a model.
+        data_dir: where the data are.
+        options: how the model takes pictures and answers.
+        int8: quantise it; refused if that is not faster here or costs too much accuracy.
 
     Raises:
         UserError: if there is no such run or student, `out` holds a model already, or the file
             does not pass the comparison with torch.
     """
-    config = RunConfig.from_dict(read_run(run).get("config", {}))
-    with Store.open(run, readonly=True) as store:
-        evaluations = {student_id(n): e for n, e in enumerate(store.all())}
-    if student not in evaluations:
-        known = sorted(p.name for p in (run / "students").glob("s*"))
-        raise UserError(
-            f"unknown student {student!r} in {run}; expected an id from its pareto.csv"
-            + (f", for example {', '.join(known[:6])}" if known else "")
-        )
-    path = out / "model.onnx"
-    if path.exists():
-        raise UserError(f"{path} exists; give another --out")
+    options = options or ShipOptions()
+    stored = read_run(run)
+    config = RunConfig.from_dict(stored.get("config", {}))
+    name = student.removesuffix(SUFFIX)
+    int8 = int8 or name != student
+    evaluation = _evaluation(run, name)
+    if (out / MODEL).exists():
+        raise UserError(f"{out / MODEL} exists; give another --out")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder with --out")
+    rows = {row.student: row for row in read_front(run)}
+    teacher = next(row for row in rows.values() if row.stage == "teacher")
     task = load_task(config.model)
-    weights = run / "students" / student / "student.safetensors"
+    origin = Origin(task.name, str(stored.get("teacher_digest")), evaluation.genome)
+    weights = run / "students" / name / "student.safetensors"
     if weights.exists():
         data = task.load_data(data_dir)
         made, _ = load_student(weights, task.build(), data.input_shape)
@@ -47,6 +84,87 @@ def export_student(
             task, data_dir, calibration=config.calibration, cache_dir=default_cache_dir()
         )
         data = context.data
-        genome = context.layout.unpack(evaluations[student].genome)
+        genome = context.layout.unpack(evaluation.genome)
         made = make_student(context, genome, config.recipe)
-    return path, export_onnx(made.module, data, path)
+    row = rows.get(name) or _searched_row(name, evaluation, teacher)
+    if row.accuracy is None:
+        row = replace(row, accuracy=student_accuracy(made.module, data, data.validation))
+    device = dict(stored.get("device", {}))
+    parity = export_onnx(made.module, data, origin, out / MODEL, options)
+    if int8:
+        twin = rows.get(name + SUFFIX)
+        try:
+            row = _quantise(made, row, twin, data, origin, out, device, config, options)
+        except BaseException:
+            (out / MODEL).unlink(missing_ok=True)
+            raise
+    write_package(out, row, teacher, data, origin, device, options)
+    return Exported(out / MODEL, None if int8 else parity)
+
+
+def _evaluation(run: Path, name: str) -> Evaluation:
+    with Store.open(run, readonly=True) as store:
+        evaluations = {student_id(n): e for n, e in enumerate(store.all())}
+    if name not in evaluations or evaluations[name].latency is None:
+        known = sorted(p.name for p in (run / "students").glob("s*"))
+        raise UserError(
+            f"unknown student {name!r} in {run}; expected an id from its pareto.csv"
+            + (f", for example {', '.join(known[:6])}" if known else "")
+        )
+    return evaluations[name]
+
+
+def _searched_row(name: str, one: Evaluation, teacher: FrontRow) -> FrontRow:
+    """The row of a student that is not on the front; its latency is the search's."""
+    assert one.latency is not None
+    return FrontRow(
+        student=name, stage="searched", search_accuracy=one.accuracy, accuracy=None,
+        test_accuracy=None, parameters=one.parameters, macs=one.macs,
+        latency_ms=one.latency.latency_ms, latency_ms_low=one.latency.low_ms,
+        latency_ms_high=one.latency.high_ms, teacher_latency_ms=teacher.teacher_latency_ms,
+        size_bytes=one.size_bytes, onnx="", genome_hash=one.genome_hash, summary=one.summary,
+        search_latency_ms=one.latency.latency_ms, latency_samples=len(one.latency.samples_ms),
+    )  # fmt: skip
+
+
+def _quantise(
+    made: Student,
+    row: FrontRow,
+    twin: FrontRow | None,
+    data: ImageData,
+    origin: Origin,
+    out: Path,
+    measured_on: Mapping[str, Any],
+    config: RunConfig,
+    options: ShipOptions,
+) -> FrontRow:
+    """Replace the float model in `out` by its INT8 twin; the twin's row."""
+    device = device_fingerprint(config.latency)
+    if twin is None and device != measured_on:
+        raise UserError(
+            f"the run was measured on {measured_on.get('cpu')!r}, this is {device['cpu']!r}: "
+            "whether INT8 is faster cannot be judged here; export on the device of the run"
+        )
+    floating = (out / MODEL).read_bytes()
+    bare = to_onnx(made.module, data.input_shape)
+    assert row.accuracy is not None
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        result = quantise_student(
+            bare, row.student + SUFFIX, row.accuracy, data, origin, folder,
+            measured_on, config.int8, options,
+        )  # fmt: skip
+        model = b"" if result.refused else (folder / MODEL).read_bytes()
+    if model and twin is None:
+        with LatencyMeter(
+            floating, data.input_shape, config.latency, teacher_latency_ms=row.latency_ms
+        ) as meter:
+            times = meter.confirm({"float": lambda: floating, "int8": lambda: model})
+        result = judge_speed(result, times["int8"], times["float"])
+        twin = int8_row(row, result, times["int8"])
+    if result.refused or twin is None:
+        raise UserError(
+            f"{result.student} was not written: it {result.refused}; export it without --int8"
+        )
+    write_atomic(out / MODEL, model)
+    return twin

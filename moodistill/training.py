@@ -32,9 +32,16 @@ def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     transpose = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if transpose else matrix
     x = x / (x.norm() + 1e-7)
+    # Every step multiplies by a polynomial of the Gram matrix: the wide matrix is needed only at
+    # both ends.
+    gram = x @ x.T
+    identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    product = identity
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
     return x.T if transpose else x
 
 
@@ -107,7 +114,8 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
     """
     config = task.train
     torch.manual_seed(config.seed)
-    model = task.build().to(device)
+    # Convolutions run up to a tenth faster on pictures whose channels lie together.
+    model = task.build().to(device).to(memory_format=torch.channels_last)
     optimizer = Optimizer(model, config)
     steps_per_epoch = len(data.train) // config.batch_size
     sizes = [size for epochs, size in config.phases for _ in range(epochs * steps_per_epoch)]
@@ -133,6 +141,7 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
             shape = (sizes[step], sizes[step])
             images = F.interpolate(images, shape, mode="bilinear", antialias=True)
         labels = torch.from_numpy(data.train.labels[index]).to(device)
+        images = images.contiguous(memory_format=torch.channels_last)
         with autocast:
             loss = F.cross_entropy(model(images).float(), labels)
         loss.backward()

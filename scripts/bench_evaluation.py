@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moodistill.context import load_context, use_threads
-from moodistill.device import simd_step
+from moodistill.device import probe_simd
 from moodistill.errors import UserError
 from moodistill.latency import LatencyMeter
 from moodistill.operators import DensitySampling
@@ -31,7 +31,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    step = simd_step()
+    step = probe_simd().step
     sampling = DensitySampling(context.layout, step)
     genomes = sampling._do(None, arguments.students, random_state=np.random.default_rng(0))
     with LatencyMeter(teacher_onnx(context), context.data.input_shape) as meter:

@@ -12,7 +12,8 @@ import moodistill
 PACKAGE = Path(moodistill.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NO_TORCH = ["search", "front", "store", "problem", "latency", "latency_worker", "genome", "errors",
-            "evaluation", "pareto", "run_folder"]  # fmt: skip
+            "evaluation", "pareto", "run_folder", "files", "device", "ship", "quantise", "verify",
+            "shipped_run"]  # fmt: skip
 NO_PYMOO = ["graph", "student", "inherit", "distill", "layout", "statistics", "genome", "recipe",
             "student_file", "latency", "store", "front"]  # fmt: skip
 

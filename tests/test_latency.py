@@ -1,9 +1,11 @@
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import onnx
@@ -11,8 +13,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from moodistill import latency_worker
+from moodistill.device import check_provider, device_fingerprint, probe_simd, simd_step_of
 from moodistill.errors import UserError
-from moodistill.latency import LatencyError, LatencyMeter, device_fingerprint
+from moodistill.latency import LatencyConfig, LatencyError, LatencyMeter
 
 SHAPE = (8, 24, 24)
 
@@ -142,21 +145,73 @@ def test_timeout():
 
 def test_confirm(meter):
     worker = meter._worker
-    models = {"a": convolutions(2), "b": convolutions(12), "teacher": REFERENCE}
-    found = meter.confirm(models)
-    assert list(found) == list(models)
+    files = {"a": convolutions(2), "b": convolutions(12), "teacher": REFERENCE}
+    models = {name: partial(bytes, file) for name, file in files.items()}
+    done = []
+    found = meter.confirm(models, report=done.append)
+    assert list(found) == list(models) and done == [3]
     assert all(len(latency.samples_ms) == 64 for latency in found.values())
+    assert all(latency.p90_ms >= latency.latency_ms for latency in found.values())
+    assert meter.measure(REFERENCE, max_rounds=20).p90_ms is None
     assert found["a"].reference_ms == found["b"].reference_ms
     assert found["a"].latency_ms < found["b"].latency_ms
     assert 0.7 <= found["teacher"].ratio <= 1.4
     assert meter._worker is worker and worker.alive
     with pytest.raises(LatencyError, match="model broken"):
-        meter.confirm({"fine": REFERENCE, "broken": b"junk"}, rounds=4)
+        meter.confirm({"fine": lambda: REFERENCE, "broken": lambda: b"junk"}, rounds=4)
     assert meter.confirm({}) == {}
 
 
+def test_confirm_in_parts(meter, monkeypatch):
+    monkeypatch.setattr("moodistill.latency.CONFIRMED_TOGETHER", 2)
+    opened, done = [], []
+
+    def model(depth):
+        opened.append(depth)
+        return convolutions(depth)
+
+    models = {str(depth): partial(model, depth) for depth in (2, 3, 4, 16, 17)}
+    found = meter.confirm(models, rounds=6, report=done.append)
+    assert list(found) == list(models) and done == [2, 4, 5]
+    assert sorted(opened) == [2, 3, 4, 16, 17]
+    assert max(found[n].latency_ms for n in "234") < min(found[n].latency_ms for n in ("16", "17"))
+
+
+def test_windows_with_an_unsteady_reference_are_repeated(meter, monkeypatch):
+    worker = latency_worker.Worker()
+    start = {"input_shape": SHAPE, "threads": 1, "batch": 1, "provider": latency_worker.CPU}
+    worker.start({**start, "seed": 0, "calibrate": False}, REFERENCE)
+    answers = iter([True, False])
+    monkeypatch.setattr(latency_worker, "unsteady", lambda times: next(answers))
+    window = {"min_rounds": 2, "max_rounds": 2, "target": 0.0, "max_seconds": 1}
+    answer = worker.confirm({"models": [["a", len(REFERENCE)]], **window}, REFERENCE)
+    assert answer["rejected_windows"] == 1
+    monkeypatch.setattr(latency_worker, "unsteady", lambda times: True)
+    assert worker.measure(window, REFERENCE)["rejected_windows"] == 2
+
+
+def test_uint8_input_and_batch():
+    model = onnx.load_from_string(REFERENCE)
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    model.graph.input[0].name = "pixels"
+    model.graph.node.insert(0, helper.make_node("Cast", ["pixels"], ["input"], to=1))
+    with LatencyMeter(REFERENCE, SHAPE, LatencyConfig(batch=4)) as batches:
+        four = batches.teacher_latency_ms
+        assert 0.5 < batches.measure(model.SerializeToString()).ratio < 3
+    with LatencyMeter(REFERENCE, SHAPE) as single:
+        assert four > 2 * single.teacher_latency_ms
+
+
+def test_provider_that_does_not_start():
+    with pytest.raises(LatencyError, match="reference model"):
+        LatencyMeter(REFERENCE, SHAPE, LatencyConfig(provider="NoSuchExecutionProvider"))
+    with pytest.raises(UserError, match="CPUExecutionProvider"):
+        check_provider("NoSuchExecutionProvider")
+    check_provider("CPUExecutionProvider")
+
+
 def test_no_process_is_left():
-    meter = LatencyMeter(REFERENCE, SHAPE, threads=2)
+    meter = LatencyMeter(REFERENCE, SHAPE, LatencyConfig(threads=2))
     first = meter._worker.process
     meter.close()
     meter.close()
@@ -171,7 +226,7 @@ def test_bad_reference_and_settings():
     with pytest.raises(LatencyError, match="reference model"):
         LatencyMeter(b"junk", SHAPE)
     with pytest.raises(UserError, match="threads is 0"):
-        LatencyMeter(REFERENCE, SHAPE, threads=0)
+        LatencyConfig(threads=0)
     with pytest.raises(UserError, match="teacher_latency_ms is 0"):
         LatencyMeter(REFERENCE, SHAPE, teacher_latency_ms=0)
 
@@ -211,7 +266,8 @@ def test_unsteady_windows():
     assert not latency_worker.unsteady(steady)
     assert latency_worker.unsteady(np.r_[steady[:10], steady[10:] * 1.3])
     assert latency_worker.unsteady(np.r_[steady[:10] * 1.3, steady[10:]])
-    assert latency_worker.unsteady(np.r_[steady, 2.5])
+    assert latency_worker.unsteady(np.r_[steady[:10], 2.5])
+    assert not latency_worker.unsteady(np.r_[steady, steady, 2.5])
 
 
 def test_order_interval_covers_the_median():
@@ -225,7 +281,29 @@ def test_order_interval_covers_the_median():
 
 
 def test_device_fingerprint():
-    fingerprint = device_fingerprint(threads=2)
+    fingerprint = device_fingerprint(LatencyConfig(threads=2))
     assert fingerprint["threads"] == 2 and fingerprint["cores"] >= 1
-    assert fingerprint["providers"] == ["CPUExecutionProvider"]
+    assert fingerprint["provider"] == "CPUExecutionProvider"
     assert fingerprint["onnxruntime"] and fingerprint["cpu"] and fingerprint["options"]
+
+
+def test_simd_step_from_a_sweep():
+    widths = range(32, 65, 4)
+    for step in (4, 8, 16, 32):
+        # A device that computes whole blocks only.
+        ratios = {w: (-(-w // step) * step / 64) ** 2 for w in widths}
+        assert simd_step_of(ratios) == step
+    noise = np.random.default_rng(0)
+    noisy = {w: (-(-w // 8) * 8 / 64) ** 2 * noise.uniform(0.98, 1.02) for w in widths}
+    assert simd_step_of(noisy) == 8
+
+
+def test_probe_on_this_device_is_kept(tmp_path):
+    probe = probe_simd(None, tmp_path)
+    assert probe.step in (4, 8, 16, 32) and list(probe.ratios) == list(range(32, 65, 4))
+    assert probe.ratios[64] == 1.0 and probe.ratios[32] < 0.7
+    (stored,) = tmp_path.iterdir()
+    stored.write_text(json.dumps({"step": 24, "ratios": {}}))
+    assert probe_simd(None, tmp_path).step == 24
+    stored.write_text("{}")
+    assert probe_simd(None, tmp_path).step != 24

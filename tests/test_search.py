@@ -1,5 +1,7 @@
 """The NSGA-II driver on real layouts with recorded answers instead of measurements."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.genome import INPUT, GenomeLayout, Group, Node
 from moodistill.problem import WORST, StructuralDistillationProblem
-from moodistill.search import Search, SearchConfig, hypervolume
+from moodistill.search import RepeatedFailure, Search, SearchConfig, hypervolume
 from moodistill.store import ReplayDiverged, Store
 
 
@@ -165,6 +167,28 @@ def test_failed_students_are_rows_and_never_on_the_front(tmp_path):
         failed = [e for e in store.all() if e.failure]
         assert len(failed) == 18 and last.evaluated == 72
     assert np.isfinite(last.hypervolume) and last.hypervolume > 0
+
+
+def test_failures_that_repeat_stop_the_run_and_lose_nothing(tmp_path):
+    count = iter(range(1000))
+    store, search = make(tmp_path / "a", CONFIG, lambda g: recorded(g, fail=next(count) >= 20))
+    with store:
+        with pytest.raises(RepeatedFailure, match="8 students in a row failed alike.*--resume"):
+            list(search.run())
+        assert len(store) == 28
+    store, search = make(tmp_path / "a", CONFIG)
+    with store:  # the cause is mended: what failed stays failed, the rest goes on
+        last = list(search.run())[-1]
+        assert last.evaluated == 72 and last.replayed == 28
+        assert sum(e.failure is not None for e in store.all()) == 8
+    reasons = iter(f"ValueError: no {n}" for n in range(1000))
+    store, search = make(
+        tmp_path / "b", CONFIG,
+        lambda g: recorded(g) if np.array_equal(g, LAYOUT.teacher())
+        else replace(recorded(g, fail=True), failure=next(reasons)),
+    )  # fmt: skip
+    with store:  # different reasons are bad luck, not a cause
+        assert list(search.run())[-1].evaluated == 72
 
 
 def test_problem_works_with_pymoo_alone():

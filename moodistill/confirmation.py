@@ -1,0 +1,98 @@
+"""Measuring the front again, side by side in a fresh process, so that no place is owed to luck."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from moodistill.context import TeacherContext
+from moodistill.evaluation import Evaluation, Latency
+from moodistill.export import Origin, ship
+from moodistill.files import write_json_atomic
+from moodistill.latency import LatencyMeter
+from moodistill.onnx_writer import to_onnx
+from moodistill.results import Searched
+from moodistill.ship import ShipOptions
+from moodistill.student import build_student
+
+CONFIRMED_FILE = "confirmed.json"
+# A student this much slower than one that dominates it may have been unlucky.
+SLACK = 0.05
+
+
+def confirm(
+    folder: Path,
+    searched: Searched,
+    shipped: Mapping[str, Path],
+    context: TeacherContext,
+    meter: LatencyMeter,
+) -> dict[str, Latency]:
+    """Latency of the front, of what is near it, and of the files that ship; kept in `folder`.
+
+    Args:
+        folder: the run's; gets `confirmed.json` with all raw timings.
+        searched: the search's students.
+        shipped: id to ONNX file of the finalists and their INT8 twins: these very files are timed.
+            Other students are timed with sliced weights, since values do not change the time.
+        context: the teacher.
+        meter: on the teacher's calibrated scale.
+
+    Raises:
+        LatencyError: if a model cannot be timed.
+    """
+
+    def structure(one: Evaluation) -> Callable[[], bytes]:
+        def make() -> bytes:
+            genome = context.layout.unpack(one.genome)
+            student = build_student(context.graph, context.layout, genome)
+            origin = Origin(context.task.name, context.teacher_digest, one.genome)
+            bare = to_onnx(student.module, context.data.input_shape)
+            return ship(bare, context.data, origin, ShipOptions())
+
+        return make
+
+    near = searched.near_front(SLACK)
+    models: dict[str, Callable[[], bytes]] = {name: structure(one) for name, one in near.items()}
+    models |= {name: path.read_bytes for name, path in shipped.items()}
+    # Measured anew only if something is: a resumed run keeps what it found.
+    measured = {name: one.genome_hash for name, one in near.items()}
+    measured |= {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in shipped.items()}
+    found = _read(folder, measured)
+    if found is not None:
+        return found
+    rejected = meter.rejected_windows
+    with tqdm(
+        total=len(models), unit="student", desc="latency", disable=None, file=sys.stderr
+    ) as bar:
+        found = meter.confirm(models, report=lambda done: bar.update(done - bar.n) and None)
+    record = {
+        "load_average": os.getloadavg(),
+        "rejected_windows": meter.rejected_windows - rejected,
+        "measured": measured,
+        "students": {name: asdict(latency) for name, latency in found.items()},
+    }
+    write_json_atomic(folder / CONFIRMED_FILE, record)
+    return found
+
+
+def _read(folder: Path, measured: Mapping[str, str]) -> dict[str, Latency] | None:
+    """The latencies in `folder` if these very models are among those they are of."""
+    try:
+        record = json.loads((folder / CONFIRMED_FILE).read_text())
+        if not measured.items() <= record["measured"].items():
+            return None
+        found = {}
+        for name, one in record["students"].items():
+            values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
+            found[name] = Latency(**values)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,169 @@
+"""From the search's front to finalists that ship: distilled, quantised, confirmed, packaged."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from moodistill import pareto
+from moodistill.confirmation import confirm
+from moodistill.context import TeacherContext, default_cache_dir
+from moodistill.device import device_fingerprint
+from moodistill.distill import SoftTargets
+from moodistill.errors import UserError
+from moodistill.evaluation import Latency
+from moodistill.export import Origin
+from moodistill.finalists import finish, float_model
+from moodistill.front import FrontRow
+from moodistill.int8 import SUFFIX, Int8Result, judge_speed, quantise_student, save_int8
+from moodistill.latency import LatencyMeter
+from moodistill.package import write_package
+from moodistill.results import (
+    Accuracies,
+    Searched,
+    exported_front,
+    measure_front,
+    measure_teacher,
+    objectives,
+)
+from moodistill.run_config import RunConfig
+from moodistill.runtime import onnx_accuracy
+from moodistill.store import Store
+
+FLOOR = 0.7  # of the teacher's accuracy
+
+
+def finish_run(
+    folder: Path,
+    store: Store,
+    config: RunConfig,
+    context: TeacherContext,
+    meter: LatencyMeter,
+    known: Accuracies,
+) -> dict[str, Latency]:
+    """Distil, quantise, export and test the finalists, and measure the front's latency again.
+
+    Whatever is already in `folder` for the same budget is read back.
+
+    Raises:
+        UserError: if no student works.
+        LatencyError: if the latencies could not be measured again.
+    """
+    searched = Searched.read(store, config.search.min_accuracy)
+    if searched is None or not searched.students:
+        raise UserError(
+            f"{folder} holds no student that works; see the failures in evaluations.sqlite, "
+            "or search on with more --generations"
+        )
+    _distil(folder, searched, config, context)
+    finalists = searched.finalists(folder)
+    twins: dict[str, Int8Result] = {}
+    if config.int8.wanted:
+        device = device_fingerprint(config.latency)
+        for name, finalist in tqdm(
+            finalists.items(), unit="student", desc="int8", disable=None, file=sys.stderr
+        ):
+            genome = searched.students[name].genome
+            twins[name] = quantise_student(
+                float_model(folder / "students" / name, context),
+                name + SUFFIX, finalist.accuracy, context.data,
+                Origin(context.task.name, context.teacher_digest, genome),
+                folder / "students" / (name + SUFFIX), device, config.int8,
+            )  # fmt: skip
+    measure_teacher(known, context, default_cache_dir())
+    offered = [*finalists, *(twin.student for twin in twins.values() if not twin.refused)]
+    shipped = {name: folder / "students" / name / "model.onnx" for name in offered}
+    confirmed = confirm(folder, searched, shipped, context, meter)
+    for name, twin in twins.items():
+        _judge(folder, twin, confirmed, name, context)
+    front = exported_front(searched, confirmed)
+    measure_front(known, front, context, config.recipe, set(finalists))
+    return confirmed
+
+
+def _distil(folder: Path, searched: Searched, config: RunConfig, context: TeacherContext) -> None:
+    names = list(searched.students)
+    picked = pareto.pick_finalists(
+        objectives(list(searched.students.values())),
+        config.finalists,
+        # A student that keeps less of the teacher's accuracy, even before it is distilled, is no
+        # candidate for a device.
+        FLOOR * searched.teacher.accuracy,
+    )
+    targets = SoftTargets(
+        context.graph.module, context.data, config.distill,
+        default_cache_dir(), context.teacher_digest,
+    )  # fmt: skip
+    steps = config.distill.steps
+    with tqdm(total=steps * len(picked), unit="step", disable=None, file=sys.stderr) as bar:
+        for place, index in enumerate(picked):
+            name = names[index]
+
+            def step(done: int, loss: float, name: str = name, base: int = place * steps) -> None:
+                bar.update(base + done - bar.n)
+                bar.set_postfix(student=name, loss=f"{loss:.3f}")
+
+            try:
+                finalist = finish(
+                    context, searched.students[name], name, folder / "students" / name,
+                    config.recipe, config.distill, targets, step,
+                )  # fmt: skip
+            except (FloatingPointError, UserError) as error:
+                # A diverged distillation or a refused export costs this finalist, not the run.
+                tqdm.write(f"{name} is no finalist: {error}")
+                continue
+            targets.save()
+            tqdm.write(
+                f"{name}: validation accuracy {finalist.accuracy_before:.4f} -> "
+                f"{finalist.accuracy:.4f} after {steps} steps"
+            )
+
+
+def _judge(
+    folder: Path,
+    twin: Int8Result,
+    confirmed: Mapping[str, Latency],
+    name: str,
+    context: TeacherContext,
+) -> None:
+    """Keep an INT8 twin that is faster, with its test accuracy taken once; refuse the others."""
+    place = folder / "students" / twin.student
+    if not twin.refused:
+        twin = judge_speed(twin, confirmed[twin.student], confirmed[name])
+        if not twin.refused and twin.test_accuracy is None:
+            model, data = (place / "model.onnx").read_bytes(), context.data
+            reached = onnx_accuracy(model, data, data.test, torch.get_num_threads())
+            twin = replace(twin, test_accuracy=reached)
+        save_int8(place, twin)
+    if twin.refused:
+        tqdm.write(f"{twin.student} is not offered: it {twin.refused}")
+
+
+def package_finalists(
+    folder: Path,
+    rows: Sequence[FrontRow],
+    searched: Searched,
+    context: TeacherContext,
+    device: Mapping[str, Any],
+) -> None:
+    """Complete the folder of every exported student into one that can be shipped."""
+    teacher = next(row for row in rows if row.stage == "teacher")
+    for row in rows:
+        if row.onnx and (folder / row.onnx).is_file():
+            genome = searched.students[row.student.removesuffix(SUFFIX)].genome
+            origin = Origin(context.task.name, context.teacher_digest, genome)
+            write_package((folder / row.onnx).parent, row, teacher, context.data, origin, device)
+
+
+def changed_places(searched: Searched, confirmed: Mapping[str, Latency]) -> dict[str, list[str]]:
+    """Ids that the second measurement put out of the front (`lost`) and into it (`gained`)."""
+    if not searched.confirmed(confirmed).students:
+        return {"lost": [], "gained": []}
+    before, after = set(searched.front()), set(exported_front(searched, confirmed))
+    return {"lost": sorted(before - after), "gained": sorted(after - before)}

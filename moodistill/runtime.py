@@ -1,0 +1,52 @@
+"""Running ONNX files on real images: accuracy as the device will see it, not as torch does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnxruntime
+
+from moodistill.data import ImageData, Split
+
+BATCH = 100  # large enough to keep two cores busy, small enough for a few hundred MB
+
+
+def session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
+    """A quiet session on the CPU; runs of one model with one number of threads are repeatable."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 `(N, H, W, C)` to `(N, C, H, W)`, as a shipped model takes them."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+def outputs(
+    model: bytes, data: ImageData, split: Split, threads: int, batch: int = BATCH
+) -> Iterator[np.ndarray]:
+    """The model's first output `(n, classes)` batch by batch.
+
+    Models that take uint8 pixels get them; of those that take floats, the ones whose input is
+    called `pixels` get 0 to 255 and all others normalised images.
+    """
+    run = session(model, threads)
+    first = run.get_inputs()[0]
+    for start in range(0, len(split), batch):
+        images = split.images[start : start + batch]
+        if first.type == "tensor(uint8)":
+            feed = pixels(images)
+        elif first.name == "pixels":
+            feed = pixels(images).astype(np.float32)
+        else:
+            feed = data.normalise(images).numpy()
+        yield np.asarray(run.run(None, {first.name: feed})[0])
+
+
+def onnx_accuracy(model: bytes, data: ImageData, split: Split, threads: int) -> float:
+    """Fraction of `split` that an ONNX file classifies correctly."""
+    found = [answer.argmax(1) for answer in outputs(model, data, split, threads)]
+    return float((np.concatenate(found) == split.labels).mean())

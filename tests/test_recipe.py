@@ -1,0 +1,67 @@
+"""Scoring one genome: whatever goes wrong is a row with a reason."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+from conftest import random_genome
+
+from moodistill.evaluation import Latency
+from moodistill.latency import LatencyError
+from moodistill.recipe import Evaluator, Recipe, student_accuracy
+
+TIME = Latency(1.0, 0.9, 1.1, 0.5)
+
+
+def test_a_teacher_scores_as_torch_says(digits):
+    from moodistill.training import accuracy
+
+    one = Evaluator(digits, Recipe(), lambda model, key: TIME).evaluate(digits.layout.teacher())
+    assert one.failure is None and one.latency == TIME
+    split = digits.data.validation.head(1000)
+    assert one.accuracy == accuracy(digits.graph.module, digits.data, split)
+    assert one.accuracy == student_accuracy(digits.graph.module, digits.data, split)
+    assert one.parameters == sum(p.numel() for p in digits.graph.module.parameters())
+    assert list(one.seconds) == ["build", "inherit", "export", "latency", "accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (LatencyError("the worker died"), "LatencyError: the worker died"),
+        (MemoryError("out of memory"), "MemoryError: out of memory"),
+        (RuntimeError("two\nlines"), "RuntimeError: two"),
+        (ValueError(), "ValueError: "),
+    ],
+)
+def test_errors_become_failures(digits, error, words):
+    def measure(model, key):
+        raise error
+
+    genome = random_genome(digits.layout, np.random.default_rng(0))
+    one = Evaluator(digits, Recipe(), measure).evaluate(genome)
+    assert one.failure == words and one.objectives is None
+    assert one.accuracy == 0 and one.parameters > 0 and one.summary
+
+
+def test_a_student_that_takes_too_long_is_a_failed_one(digits):
+    def measure(model, key):
+        time.sleep(20)
+
+    before = signal.getsignal(signal.SIGALRM)
+    began = time.monotonic()
+    recipe = Recipe(time_limit_s=1.0)
+    one = Evaluator(digits, recipe, measure).evaluate(digits.layout.teacher())
+    assert one.failure == "TimeoutError: scoring took longer than 1 s"
+    assert time.monotonic() - began < 10
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_ctrl_c_is_not_a_failure(digits):
+    def measure(model, key):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Evaluator(digits, Recipe(), measure).evaluate(digits.layout.teacher())
