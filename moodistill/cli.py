@@ -44,8 +44,17 @@ def _places_arguments(parser: argparse.ArgumentParser) -> None:
 
 # What decides a run's result besides its budget: a resume cannot change it.
 FIXED = (
-    "model", "seed", "population", "simd_step", "threads", "batch", "provider", "int8_max_loss",
+    "model", "seed", "population", "objectives", "algorithm", "simd_step", "threads", "batch",
+    "provider", "int8_max_loss", "min_accuracy", "max_latency_ms", "max_parameters", "max_macs",
+    "max_size_bytes", "max_memory_bytes",
 )  # fmt: skip
+LIMITS = {
+    "max_latency_ms": "measured",
+    "max_parameters": "of the student",
+    "max_macs": "multiply-accumulates of one image",
+    "max_size_bytes": "of the float ONNX file",
+    "max_memory_bytes": "weights and largest activations, computed",
+}
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +67,19 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generations", type=int, help="instead of the preset's")
     parser.add_argument("--finalists", type=int, help="instead of the preset's")
     parser.add_argument("--distill-steps", type=int, help="instead of the preset's")
+    parser.add_argument(
+        "--objectives", metavar="NAME,NAME",
+        help="accuracy and some of parameters, latency, macs, size, memory "
+        "(default accuracy,parameters,latency)",
+    )  # fmt: skip
+    parser.add_argument("--algorithm", help="nsga2 (default), nsga3 or sms, all pymoo's")
+    parser.add_argument(
+        "--min-accuracy", type=_number, help="hard limit, a fraction, before distillation"
+    )
+    for name, what in LIMITS.items():
+        option = "--" + name.replace("_", "-")
+        names = [option, "--max-params"] if name == "max_parameters" else [option]
+        parser.add_argument(*names, type=_number, dest=name, help=f"hard limit, {what}")
     parser.add_argument(
         "--simd-step", type=int, help="channels per SIMD block (default: probed on this device)"
     )
@@ -80,6 +102,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     from moodistill.device import check_provider, probe_simd
     from moodistill.distill import DistillConfig
     from moodistill.int8 import Int8Config
+    from moodistill.objectives import DEFAULT, Limits, check_objectives
     from moodistill.recipe import Recipe
     from moodistill.run import Places, refuse_changes, resume_run, start_run
     from moodistill.run_config import Budget, RunConfig, get_preset
@@ -109,6 +132,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     else:
         if arguments.model is None:
             raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
+        objectives = arguments.objectives or ",".join(DEFAULT)
         preset = arguments.preset or "quick"
         settings = get_preset(preset)
         latency = LatencyConfig(
@@ -121,6 +145,11 @@ def run_command(arguments: argparse.Namespace) -> None:
             generations=arguments.generations or settings.generations,
             seed=arguments.seed or 0,
             simd_step=step,
+            limits=Limits(
+                arguments.min_accuracy or 0.0, **{name: getattr(arguments, name) for name in LIMITS}
+            ),
+            objectives=check_objectives(objectives.split(",")),
+            algorithm=arguments.algorithm or "nsga2",
         )
         loss = arguments.int8_max_loss
         config = RunConfig(

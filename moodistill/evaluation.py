@@ -53,6 +53,7 @@ class Evaluation:
         seconds: time spent by stage (`build`, `inherit`, `accuracy`, `export`, `latency`).
         failure: None, or one line on why the student could not be scored.
         summary: one human-readable line.
+        memory_bytes: weights and largest activations at batch 1, computed from the ONNX file.
     """
 
     genome_hash: str
@@ -65,13 +66,7 @@ class Evaluation:
     seconds: dict[str, float] = field(default_factory=dict)
     failure: str | None = None
     summary: str = ""
-
-    @property
-    def objectives(self) -> tuple[float, float, float] | None:
-        """1 - accuracy, parameters and latency in ms, all minimised; None if it failed."""
-        if self.failure is not None or self.latency is None:
-            return None
-        return 1.0 - self.accuracy, float(self.parameters), self.latency.latency_ms
+    memory_bytes: int = 0
 
 
 def accuracy_interval(fraction: float, count: int) -> tuple[float, float]:

@@ -30,7 +30,6 @@ from moodistill.results import (
     exported_front,
     measure_front,
     measure_teacher,
-    objectives,
 )
 from moodistill.run_config import RunConfig
 from moodistill.runtime import onnx_accuracy
@@ -55,7 +54,7 @@ def finish_run(
         UserError: if no student works.
         LatencyError: if the latencies could not be measured again.
     """
-    searched = Searched.read(store, config.search.min_accuracy)
+    searched = Searched.read(store, config.search.limits, config.search.objectives)
     if searched is None or not searched.students:
         raise UserError(
             f"{folder} holds no student that works; see the failures in evaluations.sqlite, "
@@ -90,7 +89,7 @@ def finish_run(
 def _distil(folder: Path, searched: Searched, config: RunConfig, context: TeacherContext) -> None:
     names = list(searched.students)
     picked = pareto.pick_finalists(
-        objectives(list(searched.students.values())),
+        searched.values(),
         config.finalists,
         # A student that keeps less of the teacher's accuracy, even before it is distilled, is no
         # candidate for a device.

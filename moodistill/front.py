@@ -39,6 +39,7 @@ class FrontRow:
         search_latency_ms: what the search saw; None for an INT8 student.
         latency_ms_p90: 90th percentile, None where there were fewer than 64 timings.
         latency_samples: timings behind `latency_ms`.
+        memory_bytes: weights and largest activations at batch 1, computed (of the float student).
     """
 
     student: str
@@ -60,6 +61,7 @@ class FrontRow:
     search_latency_ms: float | None = None
     latency_ms_p90: float | None = None
     latency_samples: int = 0
+    memory_bytes: int = 0
 
     @property
     def validation_accuracy(self) -> float:

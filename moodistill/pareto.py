@@ -32,21 +32,22 @@ def non_dominated(objectives: np.ndarray) -> np.ndarray:
     return mask
 
 
-def near_front(objectives: np.ndarray, slack: float) -> np.ndarray:
-    """Rows of `(n, 3)` that no row dominates which is more than `slack` (a fraction) faster.
+def near_front(objectives: np.ndarray, slack: float, column: int) -> np.ndarray:
+    """Rows of `(n, m)` that no row dominates which is better by more than `slack` in `column`.
 
-    `(n,)` bool: the front, and those whose place in it hangs on a small difference in latency.
+    `(n,)` bool: the front, and those whose place in it hangs on a small difference (a fraction
+    `slack`) in a measured column.
     """
     values = np.asarray(objectives, dtype=float)
     mask = np.zeros(len(values), dtype=bool)
     for index, row in enumerate(values):
-        faster = values[:, 2] < row[2] * (1.0 - slack)
-        mask[index] = not (faster & (values[:, :2] <= row[:2]).all(axis=1)).any()
+        better = (values <= row).all(axis=1) & (values[:, column] < row[column] * (1.0 - slack))
+        mask[index] = not better.any()
     return mask
 
 
 def normalise(objectives: np.ndarray) -> np.ndarray:
-    """`(n, 3)` [error, parameters, latency] scaled to 0..1, the last two on a log2 scale."""
+    """`(n, m)` [error, costs...] scaled to 0..1, the costs on a log2 scale."""
     values = np.array(objectives, dtype=float)
     values[:, 1:] = np.log2(np.maximum(values[:, 1:], 1e-12))
     low = values.min(axis=0)
@@ -61,14 +62,17 @@ def _extremes(unit: np.ndarray) -> list[int]:
 
 
 def knee_index(unit: np.ndarray) -> int:
-    """The row that bulges furthest towards the ideal `(0, 0, 0)`; see `choose.knee`."""
+    """The row of `(n, m)` that bulges furthest towards the ideal 0; see `choose.knee`."""
+    dimensions = unit.shape[1]
     corners = unit[list(dict.fromkeys(_extremes(unit)))]
     bulge = np.zeros(len(unit))
-    normal = np.zeros(3)
-    if len(corners) == 3:
-        normal = np.cross(corners[1] - corners[0], corners[2] - corners[0])
-    if np.linalg.norm(normal) > _FLAT:
-        normal /= np.linalg.norm(normal)
+    normal = np.zeros(dimensions)
+    if len(corners) == dimensions:
+        # What is perpendicular to all differences of the corners, if they span a hyperplane.
+        _, spread, directions = np.linalg.svd(corners[1:] - corners[0])
+        if spread.min() > _FLAT:
+            normal = directions[-1]
+    if normal.any():
         offset = float(normal @ corners[0])
         # Positive on the ideal's side of the plane; if the ideal lies in it, below the plane.
         side = offset if abs(offset) > _FLAT else float(normal.sum())
@@ -82,24 +86,27 @@ def knee_index(unit: np.ndarray) -> int:
     best = int(np.argmax(bulge))
     if bulge[best] > _FLAT:
         return best
-    # Parameters and latency fall together, so the error counts as much as both.
-    distance = np.linalg.norm(unit * (math.sqrt(2.0), 1.0, 1.0), axis=1).round(9)
+    # The costs fall together, so the error counts as much as all of them.
+    weights = np.array([math.sqrt(dimensions - 1), *[1.0] * (dimensions - 1)])
+    distance = np.linalg.norm(unit * weights, axis=1).round(9)
     return int(np.lexsort((unit[:, 0], distance))[0])
 
 
 def pick_finalists(
     objectives: np.ndarray, count: int, min_accuracy: float | None = None
 ) -> list[int]:
-    """Rows of `(n, 3)` minimised [error, parameters, latency] that are worth distilling.
+    """Rows of `(n, m)` minimised [error, costs...] that are worth distilling.
 
-    The most accurate, the knee, the fastest and the smallest of the non-dominated rows, then always
-    the row farthest from those picked (normalised, parameters and latency on a log scale), up to
+    The most accurate, the knee, and the best in each cost (the last one first) of the non-dominated
+    rows, then always the row farthest from those picked (normalised, costs on a log scale), up to
     `count`. Rows below `min_accuracy` are left out if any other row is left. Deterministic; fewer
     than `count` if the front is smaller.
     """
     if count < 1:
         raise UserError(f"{count} finalists are too few; expected at least 1")
-    values = np.asarray(objectives, dtype=float).reshape(-1, 3)
+    values = np.asarray(objectives, dtype=float)
+    if len(values) == 0:
+        return []
     front = np.flatnonzero(non_dominated(values) & np.isfinite(values).all(axis=1))
     if min_accuracy is not None:
         hopeful = front[1.0 - values[front, 0] >= min_accuracy]
@@ -107,8 +114,8 @@ def pick_finalists(
     if len(front) == 0:
         return []
     unit = normalise(values[front])
-    accurate, smallest, fastest = _extremes(unit)
-    picked = list(dict.fromkeys([accurate, knee_index(unit), fastest, smallest]))[:count]
+    accurate, *cheapest = _extremes(unit)
+    picked = list(dict.fromkeys([accurate, knee_index(unit), *reversed(cheapest)]))[:count]
     while len(picked) < min(count, len(front)):
         gaps = np.linalg.norm(unit[:, None] - unit[None, picked], axis=2).min(axis=1)
         gaps[picked] = -1.0

@@ -1,8 +1,8 @@
-"""Structural distillation as a pymoo problem: error, parameters and latency, all minimised."""
+"""Structural distillation as a pymoo problem: error and costs, all minimised, within limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,15 @@ import numpy as np
 from pymoo.core.problem import Problem
 
 from moodistill.evaluation import Evaluation
+from moodistill.objectives import DEFAULT, Limits, objective_values
 
-OBJECTIVES = ("1 - accuracy", "parameters", "latency_ms")
 # Finite, since NaN and infinity corrupt pymoo's ranking and crowding.
-WORST = (1.0, 1e12, 1e9)
+WORST_ERROR, WORST_COST = 1.0, 1e12
 
 
 @dataclass(frozen=True)
 class Score:
-    """Objectives `F` `(n, 3)` and constraints `G` `(n, 1)` (violated if > 0)."""
+    """Objectives `F` `(n, m)` and constraints `G` `(n, k)` (violated if > 0)."""
 
     F: np.ndarray
     G: np.ndarray
@@ -30,28 +30,35 @@ class StructuralDistillationProblem(Problem):
     Args:
         length: bits of a genome.
         evaluate: canonical genomes `(n, length)` to their evaluations.
-        min_accuracy: students below it, and failed ones, violate the constraint, so that the
-            search does not spend itself on tiny networks that guess.
+        limits: students beyond one, and failed ones, violate a constraint.
+        objectives: names of `moodistill.objectives.MEASURES`, `accuracy` first.
     """
 
     def __init__(
         self,
         length: int,
         evaluate: Callable[[np.ndarray], list[Evaluation]],
-        min_accuracy: float = 0.0,
+        limits: Limits | None = None,
+        objectives: Sequence[str] = DEFAULT,
     ) -> None:
-        super().__init__(n_var=length, n_obj=3, n_ieq_constr=1, xl=False, xu=True, vtype=bool)
+        self.limits = limits or Limits()
+        self.objectives = tuple(objectives)
         self.evaluate_genomes = evaluate
-        self.min_accuracy = min_accuracy
+        count = sum(limit is not None for limit in vars(self.limits).values())
+        super().__init__(
+            n_var=length, n_obj=len(self.objectives), n_ieq_constr=count,
+            xl=False, xu=True, vtype=bool,
+        )  # fmt: skip
 
     def score(self, evaluations: list[Evaluation]) -> Score:
-        """Objectives and constraint of evaluations."""
-        rows, violations = [], []
-        for one in evaluations:
-            failed = one.objectives is None
-            rows.append(one.objectives or WORST)
-            violations.append(1.0 if failed else self.min_accuracy - one.accuracy)
-        return Score(np.array(rows).reshape(-1, 3), np.array(violations).reshape(-1, 1))
+        """Objectives and constraints of evaluations."""
+        worst = (WORST_ERROR, *[WORST_COST] * (self.n_obj - 1))
+        rows = [objective_values(one, self.objectives) or worst for one in evaluations]
+        violations = [self.limits.violations(one) for one in evaluations]
+        return Score(
+            np.array(rows).reshape(-1, self.n_obj),
+            np.array(violations).reshape(-1, self.n_ieq_constr),
+        )
 
     def _evaluate(self, x: np.ndarray, out: dict, *args: Any, **kwargs: Any) -> None:
         score = self.score(self.evaluate_genomes(x.astype(bool)))

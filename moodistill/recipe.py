@@ -19,6 +19,7 @@ from moodistill.evaluation import Evaluation, Latency
 from moodistill.genome import canonical
 from moodistill.graph import TeacherGraph
 from moodistill.inherit import InheritConfig, inherit
+from moodistill.memory import peak_memory_bytes
 from moodistill.onnx_writer import structure_hash, to_onnx
 from moodistill.runtime import onnx_accuracy
 from moodistill.student import Student, build_student
@@ -87,7 +88,7 @@ class Evaluator:
         digest, packed = layout.digest(genome), layout.pack(genome)
         seconds: dict[str, float] = {}
         summary = ""
-        parameters = macs = size = 0
+        parameters = macs = size = memory = 0
         try:
             with _limited(self.recipe.time_limit_s):
                 summary = layout.summary(genome)
@@ -100,7 +101,7 @@ class Evaluator:
                 with _timed(seconds, "export"):
                     model = to_onnx(student.module, self.context.data.input_shape)
                     key = structure_hash(student.module)
-                    size = len(model)
+                    size, memory = len(model), peak_memory_bytes(model)
                 with _timed(seconds, "latency"):
                     latency = self.measure(model, key)
                 # Behind the latency: a file that brings ONNX Runtime down does so in its process.
@@ -112,10 +113,10 @@ class Evaluator:
             lines = str(error).strip().splitlines() or [""]
             failure = f"{type(error).__name__}: {lines[0][:200]}"
             return Evaluation(
-                digest, packed, 0.0, parameters, macs, size, None, seconds, failure, summary
+                digest, packed, 0.0, parameters, macs, size, None, seconds, failure, summary, memory
             )
         return Evaluation(
-            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary
+            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary, memory
         )
 
 

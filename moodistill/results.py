@@ -17,6 +17,7 @@ from moodistill.evaluation import Evaluation, Latency
 from moodistill.files import write_json_atomic
 from moodistill.finalists import Finalist, read_finalist
 from moodistill.int8 import SUFFIX, Int8Result, read_int8
+from moodistill.objectives import DEFAULT, Limits, objective_values
 from moodistill.recipe import Recipe, make_student, student_accuracy
 from moodistill.store import Store
 
@@ -26,12 +27,6 @@ def student_id(number: int) -> str:
     return f"s{number:04d}"
 
 
-def objectives(evaluations: list[Evaluation]) -> np.ndarray:
-    """`(n, 3)` error, parameters and latency of successful evaluations."""
-    rows = [one.objectives for one in evaluations if one.objectives is not None]
-    return np.array(rows, dtype=float).reshape(-1, 3)
-
-
 @dataclass(frozen=True)
 class Searched:
     """The usable students of a store.
@@ -39,31 +34,39 @@ class Searched:
     Attributes:
         teacher: the first evaluation.
         students: name to evaluation, in order, without failed and infeasible ones.
+        objectives: what the search minimised, `accuracy` first.
     """
 
     teacher: Evaluation
     students: dict[str, Evaluation]
+    objectives: tuple[str, ...] = DEFAULT
 
     @staticmethod
-    def read(store: Store, min_accuracy: float) -> Searched | None:
+    def read(store: Store, limits: Limits, objectives: tuple[str, ...]) -> Searched | None:
         """What the store holds, or None if not even the teacher was scored."""
         evaluations = store.all()
         if not evaluations or evaluations[0].latency is None:
             return None
         students = {
-            student_id(n): e
-            for n, e in enumerate(evaluations)
-            if n > 0 and e.latency is not None and e.accuracy >= min_accuracy
+            student_id(n): e for n, e in enumerate(evaluations) if n > 0 and limits.keeps(e)
         }
-        return Searched(evaluations[0], students)
+        return Searched(evaluations[0], students, objectives)
+
+    def values(self) -> np.ndarray:
+        """`(n, m)` objectives of the students, in order, all minimised."""
+        rows = [objective_values(one, self.objectives) for one in self.students.values()]
+        return np.array(rows, dtype=float).reshape(-1, len(self.objectives))
 
     def front(self) -> dict[str, Evaluation]:
         """The non-dominated students."""
-        return self._where(pareto.non_dominated(objectives(list(self.students.values()))))
+        return self._where(pareto.non_dominated(self.values()))
 
     def near_front(self, slack: float) -> dict[str, Evaluation]:
         """The front, and students that a latency smaller by `slack` (a fraction) would bring in."""
-        return self._where(pareto.near_front(objectives(list(self.students.values())), slack))
+        if "latency" not in self.objectives:
+            return self.front()
+        column = self.objectives.index("latency")
+        return self._where(pareto.near_front(self.values(), slack, column))
 
     def _where(self, mask: np.ndarray) -> dict[str, Evaluation]:
         pairs = zip(self.students.items(), mask, strict=True)
@@ -175,6 +178,7 @@ def make_rows(
             search_latency_ms=one.latency.latency_ms,
             latency_ms_p90=latency.p90_ms,
             latency_samples=len(latency.samples_ms),
+            memory_bytes=one.memory_bytes,
         )
 
     rows = [

@@ -49,7 +49,9 @@ def start_run(config: RunConfig, out: Path, places: Places) -> Path:
     # A fifth of the way from chance to perfect: below, a student has learnt next to nothing.
     chance = 1.0 / len(context.data.labels)
     floor = round(chance + 0.2 * (1.0 - chance), 4)
-    config = replace(config, search=replace(config.search, min_accuracy=floor))
+    limits = config.search.limits
+    limits = replace(limits, min_accuracy=max(floor, limits.min_accuracy))
+    config = replace(config, search=replace(config.search, limits=limits))
     folder = new_run_folder(out)
     with _meter(context, config, None) as meter:
         write_run(
@@ -117,11 +119,14 @@ def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
         "model": config.model,
         "seed": config.search.seed,
         "population": config.search.population,
+        "objectives": ",".join(config.search.objectives),
+        "algorithm": config.search.algorithm,
         "simd_step": config.search.simd_step,
         "threads": config.latency.threads,
         "batch": config.latency.batch,
         "provider": config.latency.provider,
         "int8_max_loss": config.int8.max_loss,
+        **asdict(config.search.limits),
         "no_int8": not config.int8.wanted,
     }
     changed = [
@@ -177,7 +182,7 @@ def _execute(
         problem = f"the finalists' latency was not confirmed ({error})"
     except KeyboardInterrupt:
         tqdm.write(f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}")
-    searched = Searched.read(store, config.search.min_accuracy)
+    searched = Searched.read(store, config.search.limits, config.search.objectives)
     changes: dict[str, list[str]] = {}
     if searched is not None:
         rows = make_rows(folder, searched, known.known, confirmed, meter.teacher_latency_ms)

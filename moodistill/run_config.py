@@ -10,6 +10,7 @@ from moodistill.errors import UserError
 from moodistill.inherit import InheritConfig
 from moodistill.int8 import Int8Config
 from moodistill.latency import LatencyConfig
+from moodistill.objectives import Limits
 from moodistill.recipe import Recipe
 from moodistill.search import SearchConfig
 from moodistill.statistics import CalibrationConfig
@@ -63,12 +64,14 @@ class RunConfig:
             UserError: if a key is missing or unknown.
         """
         try:
-            recipe = dict(stored["recipe"])
+            recipe, search = dict(stored["recipe"]), dict(stored["search"])
+            search["limits"] = Limits(**search["limits"])
+            search["objectives"] = tuple(search["objectives"])
             recipe["inherit"] = InheritConfig(**recipe["inherit"])
             return RunConfig(
                 model=stored["model"],
                 preset=stored["preset"],
-                search=SearchConfig(**stored["search"]),
+                search=SearchConfig(**search),
                 recipe=Recipe(**recipe),
                 calibration=CalibrationConfig(**stored["calibration"]),
                 distill=DistillConfig(**stored["distill"]),

@@ -6,18 +6,25 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from pymoo.algorithms.base.genetic import GeneticAlgorithm
 from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.algorithms.moo.nsga3 import NSGA3
+from pymoo.algorithms.moo.sms import SMSEMOA
 from pymoo.core.evaluator import Evaluator as PymooEvaluator
+from pymoo.core.problem import Problem
 from pymoo.indicators.hv import HV
 from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 from pymoo.operators.survival.rank_and_crowding.metrics import get_crowding_function
 from pymoo.problems.static import StaticProblem
+from pymoo.util.ref_dirs import get_reference_directions
 
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.genome import GenomeLayout
+from moodistill.objectives import DEFAULT, Limits, check_objectives
 from moodistill.operators import (
     CanonicalRepair,
     ComposedMutation,
@@ -42,17 +49,26 @@ class SearchConfig:
         population: students a generation.
         generations: the initial one included.
         simd_step: widths are whole multiples of it.
-        min_accuracy: students below it are infeasible, so that the search does not spend itself
-            on tiny networks that guess.
+        limits: students beyond one are infeasible; a least accuracy keeps the search from
+            spending itself on tiny networks that guess.
+        objectives: names of `moodistill.objectives.MEASURES`, `accuracy` first.
+        algorithm: a key of `ALGORITHMS`.
     """
 
     population: int = 32
     generations: int = 5
     seed: int = 0
     simd_step: int = 8
-    min_accuracy: float = 0.0
+    limits: Limits = Limits()
+    objectives: tuple[str, ...] = DEFAULT
+    algorithm: str = "nsga2"
 
     def __post_init__(self) -> None:
+        check_objectives(self.objectives)
+        if self.algorithm not in ALGORITHMS:
+            raise UserError(
+                f"unknown algorithm {self.algorithm!r}; expected one of {', '.join(ALGORITHMS)}"
+            )
         if self.population < 4:
             raise UserError(f"population {self.population} is too small; expected at least 4")
         if self.generations < 1:
@@ -73,7 +89,7 @@ class Progress:
 
 
 def log_crowding(F: np.ndarray, **kwargs: object) -> np.ndarray:
-    """NSGA-II's crowding distance with parameters and latency on a logarithmic scale.
+    """NSGA-II's crowding distance with all costs on a logarithmic scale.
 
     Halving a small student is worth as much as halving a large one; dominance does not change.
     """
@@ -83,16 +99,35 @@ def log_crowding(F: np.ndarray, **kwargs: object) -> np.ndarray:
 
 
 def hypervolume(objectives: np.ndarray, reference: np.ndarray) -> float:
-    """Normalised hypervolume of `(n, 3)` [error, parameters, latency] against the teacher's.
+    """Normalised hypervolume of `(n, m)` [error, costs...] against the teacher's `(m,)`.
 
-    Axes: accuracy above 0, and log2 of how many times fewer parameters and less time, up to
-    1,024 times each; the reference point is accuracy 0 at the teacher's size and time. In [0, 1].
+    Axes: accuracy above 0, and log2 of how many times smaller each cost is, up to 1,024 times; the
+    reference point is accuracy 0 at the teacher's costs. In [0, 1].
     """
     if not len(objectives):
         return 0.0
     smaller = np.log2(reference[None, 1:] / objectives[:, 1:]) / 10.0
     points = np.column_stack([objectives[:, 0], 1.0 - np.clip(smaller, 0.0, 1.0)])
-    return float(HV(ref_point=np.ones(3))(points))
+    return float(HV(ref_point=np.ones(points.shape[1]))(points))
+
+
+def _nsga2(settings: dict[str, Any], problem: Problem) -> GeneticAlgorithm:
+    return NSGA2(**settings, survival=RankAndCrowding(crowding_func=log_crowding))
+
+
+def _nsga3(settings: dict[str, Any], problem: Problem) -> GeneticAlgorithm:
+    size = settings["pop_size"]
+    directions = get_reference_directions("energy", problem.n_obj, size, seed=1)
+    return NSGA3(directions, **settings)
+
+
+# pymoo's own, all with our operators. Only NSGA-II's crowding is on logarithmic axes. SPEA2 is left
+# out: with one seed it breeds other students each time, so its runs could not be resumed.
+ALGORITHMS: dict[str, Callable[[dict[str, Any], Problem], GeneticAlgorithm]] = {
+    "nsga2": _nsga2,
+    "nsga3": _nsga3,
+    "sms": lambda settings, problem: SMSEMOA(**settings),
+}
 
 
 class RepeatedFailure(UserError):
@@ -118,21 +153,24 @@ class Search:
         self.store = store
         self.evaluate = evaluate
         self.problem = StructuralDistillationProblem(
-            layout.length, lambda x: [self._answer(g)[0] for g in x], config.min_accuracy
+            layout.length,
+            lambda x: [self._answer(g)[0] for g in x],
+            config.limits,
+            config.objectives,
         )
         step = config.simd_step
         self.seen = SeenElimination()
-        self.algorithm = NSGA2(
-            pop_size=config.population,
-            sampling=DensitySampling(layout, step),
-            crossover=LayerCrossover(layout),
-            mutation=ComposedMutation(
+        settings = {
+            "pop_size": config.population,
+            "sampling": DensitySampling(layout, step),
+            "crossover": LayerCrossover(layout),
+            "mutation": ComposedMutation(
                 [(MaskMutation(layout, step), 0.7), (ConnectionMutation(layout), 0.7)]
             ),
-            repair=CanonicalRepair(layout, step),
-            eliminate_duplicates=self.seen,
-            survival=RankAndCrowding(crowding_func=log_crowding),
-        )
+            "repair": CanonicalRepair(layout, step),
+            "eliminate_duplicates": self.seen,
+        }
+        self.algorithm = ALGORITHMS[config.algorithm](settings, self.problem)
         self.algorithm.setup(
             self.problem, termination=("n_gen", config.generations), seed=config.seed, verbose=False
         )
@@ -151,7 +189,7 @@ class Search:
         evaluated = replayed = alike = 0
         failure: str | None = None
         reference: np.ndarray | None = None
-        front = np.empty((0, 3))
+        front = np.empty((0, len(self.config.objectives)))
         while self.algorithm.has_next():
             began = time.perf_counter()
             offspring = self.algorithm.ask()
@@ -198,6 +236,6 @@ class Search:
 
 
 def _extended(front: np.ndarray, score: Score) -> np.ndarray:
-    """The non-dominated rows `(n, 3)` of a front and newly scored feasible students."""
+    """The non-dominated rows `(n, m)` of a front and newly scored feasible students."""
     merged = np.vstack([front, score.F[(score.G <= 0).all(axis=1)]])
     return merged[non_dominated(merged)] if len(merged) else merged

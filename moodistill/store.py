@@ -24,10 +24,10 @@ from moodistill.run_folder import RUN_FILE
 
 DATABASE = "evaluations.sqlite"
 LOCK_FILE = ".lock"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _COLUMNS = (
     "genome_hash, genome, accuracy, parameters, macs, size_bytes, latency_ms, latency_ms_low, "
-    "latency_ms_high, latency_ratio, samples, seconds, failure, summary"
+    "latency_ms_high, latency_ratio, samples, seconds, failure, summary, memory_bytes"
 )
 _SCHEMA = f"""
 CREATE TABLE evaluations (
@@ -35,7 +35,7 @@ CREATE TABLE evaluations (
     genome BLOB NOT NULL, accuracy REAL NOT NULL, parameters INTEGER NOT NULL,
     macs INTEGER NOT NULL, size_bytes INTEGER NOT NULL, latency_ms REAL, latency_ms_low REAL,
     latency_ms_high REAL, latency_ratio REAL, samples TEXT, seconds TEXT NOT NULL, failure TEXT,
-    summary TEXT NOT NULL, timestamp TEXT NOT NULL);
+    summary TEXT NOT NULL, memory_bytes INTEGER NOT NULL, timestamp TEXT NOT NULL);
 CREATE TABLE generations (
     number INTEGER PRIMARY KEY, offspring_hash TEXT NOT NULL, seconds REAL NOT NULL,
     front_size INTEGER NOT NULL, hypervolume REAL NOT NULL, evaluations INTEGER NOT NULL);
@@ -156,7 +156,7 @@ class Store:
             evaluation.genome_hash, bytes(evaluation.genome), float(evaluation.accuracy),
             int(evaluation.parameters), int(evaluation.macs), int(evaluation.size_bytes),
             *times, samples, seconds, evaluation.failure, evaluation.summary,
-            datetime.now(UTC).isoformat(timespec="milliseconds"),
+            int(evaluation.memory_bytes), datetime.now(UTC).isoformat(timespec="milliseconds"),
         )  # fmt: skip
         marks = ", ".join("?" * len(row))
         with self._guard():
@@ -276,14 +276,14 @@ def _check(connection: sqlite3.Connection, database: Path) -> None:
 
 def _evaluation(row: tuple[Any, ...]) -> Evaluation:
     genome_hash, genome, accuracy, parameters, macs, size_bytes, *times = row[:10]
-    samples, seconds, failure, summary = row[10:]
+    samples, seconds, failure, summary, memory_bytes = row[10:]
     latency = None
     if samples is not None:
         raw: Any = {key: tuple(values) for key, values in json.loads(samples).items()}
         latency = Latency(*times, **raw)
     return Evaluation(
         genome_hash, genome, accuracy, parameters, macs, size_bytes,
-        latency, dict(json.loads(seconds)), failure, summary,
+        latency, dict(json.loads(seconds)), failure, summary, memory_bytes,
     )  # fmt: skip
 
 

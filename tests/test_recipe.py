@@ -41,7 +41,7 @@ def test_errors_become_failures(digits, error, words):
 
     genome = random_genome(digits.layout, np.random.default_rng(0))
     one = Evaluator(digits, Recipe(), measure).evaluate(genome)
-    assert one.failure == words and one.objectives is None
+    assert one.failure == words and one.latency is None
     assert one.accuracy == 0 and one.parameters > 0 and one.summary
 
 

@@ -8,7 +8,9 @@ import pytest
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.genome import INPUT, GenomeLayout, Group, Node
-from moodistill.problem import WORST, StructuralDistillationProblem
+from moodistill.objectives import Limits
+from moodistill.problem import StructuralDistillationProblem
+from moodistill.results import Searched
 from moodistill.search import RepeatedFailure, Search, SearchConfig, hypervolume
 from moodistill.store import ReplayDiverged, Store
 
@@ -191,14 +193,49 @@ def test_failures_that_repeat_stop_the_run_and_lose_nothing(tmp_path):
         assert list(search.run())[-1].evaluated == 72
 
 
+@pytest.mark.parametrize("algorithm", ["nsga3", "sms"])
+def test_other_algorithms_of_pymoo_search_and_replay(tmp_path, algorithm):
+    config = replace(CONFIG, algorithm=algorithm, generations=4)
+    store, search = make(tmp_path, config)
+    with store:
+        last = list(search.run())[-1]
+        first = hashes(store)
+        assert last.evaluated == 48 and len(set(first)) == 48 and last.hypervolume > 0
+    fresh = []
+    store, search = make(tmp_path, config, lambda g: fresh.append(g) or recorded(g))
+    with store:
+        assert list(search.run())[-1].replayed == 48 and fresh == []
+
+
+def test_objectives_and_limits_steer_the_search(tmp_path):
+    time = 0.3
+    config = replace(
+        CONFIG,
+        objectives=("accuracy", "latency"),
+        limits=Limits(max_latency_ms=time),
+        generations=8,
+    )
+    store, search = make(tmp_path, config)
+    with store:
+        list(search.run())
+        late = [e.latency.latency_ms for e in store.all()[-24:]]
+        found = Searched.read(store, config.limits, config.objectives)
+    assert np.mean(np.array(late) <= time) > 0.7  # the teacher takes 5 ms
+    assert all(e.latency.latency_ms <= time for e in found.students.values())
+    assert found.values().shape[1] == 2
+    front = found.front()
+    assert set(front) <= set(found.near_front(0.0)) < set(found.students)
+    assert set(front) <= set(found.near_front(0.2))
+
+
 def test_problem_works_with_pymoo_alone():
     problem = StructuralDistillationProblem(
-        LAYOUT.length, lambda x: [recorded(g, fail=i == 1) for i, g in enumerate(x)], 0.3
+        LAYOUT.length, lambda x: [recorded(g, fail=i == 1) for i, g in enumerate(x)], Limits(0.3)
     )
     genomes = np.array([LAYOUT.teacher()] * 2)
     out = problem.evaluate(genomes, return_as_dictionary=True)
     assert out["F"].shape == (2, 3) and out["F"][0, 1] == 5 * 64 * 64
-    assert tuple(out["F"][1]) == WORST and out["G"][1, 0] > 0 >= out["G"][0, 0]
+    assert tuple(out["F"][1]) == (1.0, 1e12, 1e12) and out["G"][1, 0] > 0 >= out["G"][0, 0]
 
 
 def test_hypervolume_by_hand():

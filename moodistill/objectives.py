@@ -1,0 +1,96 @@
+"""What a search can minimise, and the hard limits that it can be given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from moodistill.errors import UserError
+from moodistill.evaluation import Evaluation
+
+# The first is 1 - accuracy; all others are costs, compared on a logarithmic scale.
+MEASURES: dict[str, Callable[[Evaluation], float]] = {
+    "accuracy": lambda one: 1.0 - one.accuracy,
+    "parameters": lambda one: float(one.parameters),
+    "latency": lambda one: one.latency.latency_ms if one.latency else float("nan"),
+    "macs": lambda one: float(one.macs),
+    "size": lambda one: float(one.size_bytes),
+    "memory": lambda one: float(one.memory_bytes),
+}
+DEFAULT = ("accuracy", "parameters", "latency")
+
+
+def check_objectives(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, `accuracy` first.
+
+    Raises:
+        UserError: if one is unknown or named twice, if there are fewer than two, or if `accuracy`
+            is not among them: without it the smallest network wins.
+    """
+    for name in names:
+        if name not in MEASURES:
+            raise UserError(f"unknown objective {name!r}; expected some of {', '.join(MEASURES)}")
+    if "accuracy" not in names or len(names) < 2 or len(set(names)) != len(names):
+        raise UserError(
+            f"objectives are {', '.join(names) or 'none'}; expected accuracy and at least one of "
+            f"{', '.join(n for n in MEASURES if n != 'accuracy')}, each once"
+        )
+    return ("accuracy", *(name for name in names if name != "accuracy"))
+
+
+def objective_values(one: Evaluation, names: Sequence[str]) -> tuple[float, ...] | None:
+    """The values to be minimised, by name; None of a student that failed."""
+    if one.failure is not None or one.latency is None:
+        return None
+    return tuple(MEASURES[name](one) for name in names)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Hard limits of a search; a student beyond one is infeasible. None is no limit.
+
+    Attributes:
+        min_accuracy: a fraction, on the search's images, before distillation.
+    """
+
+    min_accuracy: float = 0.0
+    max_parameters: float | None = None
+    max_latency_ms: float | None = None
+    max_macs: float | None = None
+    max_size_bytes: float | None = None
+    max_memory_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse limits that no network keeps."""
+        if not 0 <= self.min_accuracy < 1:
+            raise UserError(
+                f"min_accuracy is {self.min_accuracy:g}; expected a fraction: 0.85 means 85%"
+            )
+        for name, limit in asdict(self).items():
+            if name != "min_accuracy" and limit is not None and not limit > 0:
+                raise UserError(f"{name} is {limit:g}; expected a positive number")
+
+    def violations(self, one: Evaluation) -> tuple[float, ...]:
+        """How far a student is beyond each limit, relative to it; at most 0 where it keeps it.
+
+        One that failed is beyond all of them.
+        """
+        found = {
+            "max_parameters": one.parameters,
+            "max_latency_ms": one.latency.latency_ms if one.latency else 0.0,
+            "max_macs": one.macs,
+            "max_size_bytes": one.size_bytes,
+            "max_memory_bytes": one.memory_bytes,
+        }
+        failed = one.failure is not None or one.latency is None
+        limits = {name: limit for name, limit in asdict(self).items() if limit is not None}
+        if failed:
+            return (1.0,) * len(limits)
+        return (
+            self.min_accuracy - one.accuracy,
+            *(found[name] / limits[name] - 1.0 for name in found if name in limits),
+        )
+
+    def keeps(self, one: Evaluation) -> bool:
+        """Whether a student worked and is within all limits."""
+        return max(self.violations(one)) <= 0
