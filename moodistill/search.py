@@ -13,8 +13,12 @@ from pymoo.algorithms.base.genetic import GeneticAlgorithm
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.algorithms.moo.nsga3 import NSGA3
 from pymoo.algorithms.moo.sms import SMSEMOA
+from pymoo.core.crossover import Crossover
 from pymoo.core.evaluator import Evaluator as PymooEvaluator
+from pymoo.core.mutation import Mutation
 from pymoo.core.problem import Problem
+from pymoo.core.repair import Repair
+from pymoo.core.sampling import Sampling
 from pymoo.indicators.hv import HV
 from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 from pymoo.operators.survival.rank_and_crowding.metrics import get_crowding_function
@@ -130,6 +134,26 @@ ALGORITHMS: dict[str, Callable[[dict[str, Any], Problem], GeneticAlgorithm]] = {
 }
 
 
+@dataclass(frozen=True)
+class Operators:
+    """What a genetic algorithm samples, breeds and repairs with."""
+
+    sampling: Sampling
+    crossover: Crossover
+    mutation: Mutation
+    repair: Repair
+
+
+def default_operators(layout: GenomeLayout, step: int, kept: np.ndarray | None = None) -> Operators:
+    """Ours; bits in `kept` `(n_var,)` stay True in every genome."""
+    return Operators(
+        DensitySampling(layout, step),
+        LayerCrossover(layout),
+        ComposedMutation([(MaskMutation(layout, step), 0.7), (ConnectionMutation(layout), 0.7)]),
+        CanonicalRepair(layout, step, kept),
+    )
+
+
 class RepeatedFailure(UserError):
     """Student after student failed for the same reason: something besides them is wrong."""
 
@@ -147,6 +171,7 @@ class Search:
         config: SearchConfig,
         store: Store,
         evaluate: Callable[[np.ndarray], Evaluation],
+        operators: Operators | None = None,
     ) -> None:
         self.layout = layout
         self.config = config
@@ -158,17 +183,12 @@ class Search:
             config.limits,
             config.objectives,
         )
-        step = config.simd_step
         self.seen = SeenElimination()
+        operators = operators or default_operators(layout, config.simd_step)
         settings = {
             "pop_size": config.population,
-            "sampling": DensitySampling(layout, step),
-            "crossover": LayerCrossover(layout),
-            "mutation": ComposedMutation(
-                [(MaskMutation(layout, step), 0.7), (ConnectionMutation(layout), 0.7)]
-            ),
-            "repair": CanonicalRepair(layout, step),
             "eliminate_duplicates": self.seen,
+            **vars(operators),
         }
         self.algorithm = ALGORITHMS[config.algorithm](settings, self.problem)
         self.algorithm.setup(
