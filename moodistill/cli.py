@@ -168,7 +168,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         stem = Path(arguments.model).stem
         out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = start_run(config, out, places)
-    print(f"\nresults in {folder}")
+    print(f"\nresults in {folder}; look at {folder / 'report.html'}")
     print(f"choose a student: python scripts/choose.py {folder} --knee")
 
 
@@ -262,6 +262,34 @@ def verify_command(arguments: argparse.Namespace) -> None:
     )
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, finished or not")
+    parser.add_argument(
+        "--watch", type=int, nargs="?", const=10, metavar="SECONDS",
+        help="write it anew every so often (10) until the run ends; the page follows",
+    )  # fmt: skip
+
+
+def report_command(arguments: argparse.Namespace) -> None:
+    """Write `report.html` of a run, without disturbing it."""
+    from moodistill.report_html import write_report
+    from moodistill.results import current_rows
+    from moodistill.run_folder import read_run
+    from moodistill.store import Store
+
+    if arguments.watch is not None and arguments.watch < 1:
+        raise UserError(f"--watch is {arguments.watch}; expected at least 1 second")
+    while True:
+        going = arguments.watch is not None and read_run(arguments.run).get("status") == "running"
+        with Store.open(arguments.run, readonly=True) as store:
+            rows = current_rows(arguments.run, store)
+            path = write_report(arguments.run, store, rows, arguments.watch if going else None)
+            print(f"{len(store)} students: {path}", flush=True)
+        if not going:
+            return
+        time.sleep(arguments.watch)
+
+
 def _clean_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, nargs="*", metavar="RUN", help="a run's folder")
     parser.add_argument("--cache", action="store_true", help="also what all runs share")
@@ -328,6 +356,12 @@ COMMANDS: dict[str, Command] = {
         _export_arguments,
         export_command,
         "example: python scripts/export_onnx.py RUN s0042 --out my_student",
+    ),
+    "report": (
+        "write report.html, also of a run that goes on",
+        _report_arguments,
+        report_command,
+        "example: moodistill report results/mine --watch",
     ),
     "verify": (
         "check a shipped folder",

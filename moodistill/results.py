@@ -13,12 +13,15 @@ from tqdm import tqdm
 
 from moodistill import front, pareto, report
 from moodistill.context import TeacherContext
+from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.files import write_json_atomic
 from moodistill.finalists import Finalist, read_finalist
 from moodistill.int8 import SUFFIX, Int8Result, read_int8
 from moodistill.objectives import DEFAULT, Limits, objective_values
 from moodistill.recipe import Recipe, make_student, student_accuracy
+from moodistill.run_config import RunConfig
+from moodistill.run_folder import read_run
 from moodistill.store import Store
 
 
@@ -202,6 +205,24 @@ def make_rows(
         ):
             rows.append(int8_row(rows[-1], twin, confirmed[twin.student]))
     return rows
+
+
+def current_rows(folder: Path, store: Store) -> list[front.FrontRow]:
+    """The rows of a run's table, or, while it is going on, of what its store holds.
+
+    Raises:
+        UserError: if not even the teacher has been scored.
+    """
+    run = read_run(folder)
+    if run.get("status") != "running" and (folder / "pareto.csv").is_file():
+        return front.read_front(folder)
+    config = RunConfig.from_dict(run.get("config", {}))
+    searched = Searched.read(store, config.search.limits, config.search.objectives)
+    if searched is None:
+        raise UserError(f"{folder} has no scored student yet; try again in a minute")
+    known = Accuracies(folder / "accuracies.json").known
+    latency_ms = float(run.get("teacher_latency_ms", 0.0))
+    return make_rows(folder, searched, known, {}, latency_ms)
 
 
 def exported_front(searched: Searched, confirmed: Mapping[str, Latency]) -> dict[str, Evaluation]:

@@ -19,7 +19,9 @@ from moodistill.evaluation import Latency
 from moodistill.files import remove_orphans
 from moodistill.finishing import changed_places, finish_run, package_finalists
 from moodistill.latency import LatencyError, LatencyMeter
+from moodistill.layout_file import write_layout
 from moodistill.recipe import Evaluator, teacher_onnx
+from moodistill.report_html import write_report
 from moodistill.results import Accuracies, Searched, make_rows, write_results
 from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import new_run_folder, read_run, versions, write_run
@@ -68,6 +70,7 @@ def start_run(config: RunConfig, out: Path, places: Places) -> Path:
                 "status": "running",
             },
         )
+        write_layout(folder, context.layout)
         with Store.create(folder) as store:
             _execute(folder, store, config, context, meter)
     return folder
@@ -103,6 +106,7 @@ def resume_run(folder: Path, budget: Budget, places: Places) -> Path:
                     "resume it with the same teacher and data"
                 )
         write_run(folder, {**stored, "config": asdict(config), "status": "running"})
+        write_layout(folder, context.layout)
         with _meter(context, config, stored.get("teacher_latency_ms")) as meter:
             _execute(folder, store, config, context, meter)
     return folder
@@ -203,6 +207,8 @@ def _execute(
         changed_by_confirmation=changes,
     )
     write_run(folder, stored)
+    if searched is not None:
+        write_report(folder, store, rows)
     if problem:
         raise UserError(f"{problem}; carry on with: --resume {folder}")
     if status == "interrupted":

@@ -1,11 +1,21 @@
 """Teachers for the tests: the shipped digits task, and VGG16 and ResNet18 without CIFAR-10."""
 
+import contextlib
+import io
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--population", "6", "--generations", "2", "--finalists", "2", "--distill-steps", "6"]
 
 # Small networks: more threads cost more than they bring, above all beside other jobs.
 torch.set_num_threads(1)
@@ -90,6 +100,32 @@ def resnet18(random_images):
     return prepare(teacher.eval(), random_images)
 
 
+TINY_RUN = (
+    "--model", "digits", "--population", "6", "--generations", "3", "--finalists", "2",
+    "--distill-steps", "6", "--simd-step", "8", "--torch-threads", "1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """A warm process that runs, and kills, whole commands with recorded latencies."""
+    from driver import Driver
+
+    folder = tmp_path_factory.mktemp("driver")
+    driver = Driver(folder, folder / "cache")
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="session")
+def recorded_run(driver, tmp_path_factory):
+    """A finished, never interrupted run on the digits with recorded latencies; not to be changed."""
+    folder = tmp_path_factory.mktemp("recorded") / "run"
+    done = driver.call("run", "--out", folder, *TINY_RUN)
+    assert done.code == 0, done.stdout + done.stderr
+    return folder
+
+
 def random_genome(layout, rng: np.random.Generator, bypass: bool = False) -> np.ndarray:
     """A varied genome: any density, whole blocks gone, block-diagonal layers, dropped edges."""
     genome = layout.teacher()
@@ -121,3 +157,41 @@ def random_genome(layout, rng: np.random.Generator, bypass: bool = False) -> np.
         elif bypass:
             view[0] = rng.random() < 0.7
     return genome
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def call(cache):
+    """Runs a command in this process (a start of torch costs seconds); checks its exit code."""
+
+    from moodistill.cli import run_tool
+
+    def run(command, *arguments, code=0):
+        out, error = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOODISTILL_CACHE", str(cache))
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+                found = run_tool(command, [str(a) for a in arguments])
+        assert found == code, out.getvalue() + error.getvalue()
+        if code == 2:
+            assert len(error.getvalue().strip().splitlines()) == 1, error.getvalue()
+        return SimpleNamespace(stdout=out.getvalue(), stderr=error.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder, *TINY],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "MOODISTILL_CACHE": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "about" in done.stdout and "choose a student" in done.stdout
+    return folder

@@ -1,8 +1,6 @@
 """The commands as a user types them: a whole run on the digits, then choosing and exporting."""
 
-import contextlib
 import csv
-import io
 import json
 import os
 import shutil
@@ -11,53 +9,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
-
-from moodistill.cli import run_tool
-
-ROOT = Path(__file__).parents[1]
-TINY = ["--population", "6", "--generations", "2", "--finalists", "2", "--distill-steps", "6"]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def call(cache):
-    """Runs a command in this process (a start of torch costs seconds); checks its exit code."""
-
-    def run(command, *arguments, code=0):
-        out, error = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MOODISTILL_CACHE", str(cache))
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-                found = run_tool(command, [str(a) for a in arguments])
-        assert found == code, out.getvalue() + error.getvalue()
-        if code == 2:
-            assert len(error.getvalue().strip().splitlines()) == 1, error.getvalue()
-        return SimpleNamespace(stdout=out.getvalue(), stderr=error.getvalue())
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(cache, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder, *TINY],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "MOODISTILL_CACHE": str(cache)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "about" in done.stdout and "choose a student" in done.stdout
-    return folder
+from conftest import ROOT, TINY
 
 
 def distilled(folder):

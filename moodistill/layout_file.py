@@ -1,0 +1,61 @@
+"""The genome's layout as JSON, so that a run's genomes can be read without its teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moodistill.errors import UserError
+from moodistill.files import write_json_atomic
+from moodistill.genome import GenomeLayout, Group, Node
+
+LAYOUT_FILE = "layout.json"
+
+
+def write_layout(folder: Path, layout: GenomeLayout) -> None:
+    """Write `layout.json`: groups with their blocks, nodes with their wiring; no importance."""
+    content = {
+        "groups": [
+            {"name": g.name, "block": g.block.tolist(), "frozen": g.frozen}
+            for g in layout.groups.values()
+        ],
+        "nodes": [
+            {
+                "name": n.name, "kind": n.kind, "inputs": list(n.inputs), "group": n.group,
+                "reads": n.reads, "bypassable": n.bypassable,
+            }
+            for n in layout.nodes
+        ],
+    }  # fmt: skip
+    write_json_atomic(folder / LAYOUT_FILE, content)
+
+
+def read_layout(folder: Path) -> GenomeLayout | None:
+    """The layout of a run's genomes, None if the run has none on file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = folder / LAYOUT_FILE
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        groups = {
+            g["name"]: Group(
+                g["name"], np.array(g["block"], int), np.zeros(len(g["block"])), g["frozen"]
+            )
+            for g in content["groups"]
+        }
+        nodes = tuple(
+            Node(n["name"], n["kind"], tuple(n["inputs"]), n["group"], n["reads"], n["bypassable"])
+            for n in content["nodes"]
+        )
+        return GenomeLayout(groups, nodes)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); resume the run to write it again"
+        ) from error

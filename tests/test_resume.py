@@ -1,0 +1,248 @@
+"""A run that is killed and resumed ends like one that was not; nothing is lost on the way."""
+
+import json
+import random
+import sqlite3
+import subprocess
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import TINY_RUN
+from driver import Driver
+from test_search import LAYOUT, make, recorded
+
+from moodistill.search import SearchConfig
+from moodistill.store import Store
+from moodistill.student_file import content_digest
+from moodistill.teachers import read_safetensors
+
+SQLITE = {"evaluations.sqlite-wal", "evaluations.sqlite-shm"}
+
+
+def outcome(folder):
+    """All that a run leaves, without times of day and durations."""
+    run = json.loads((folder / "run.json").read_text())
+    confirmed = json.loads((folder / "confirmed.json").read_text())
+    with Store.open(folder, readonly=True) as store:
+        found = {
+            "evaluations": [replace(e, seconds={}) for e in store.all()],
+            "generations": [replace(g, seconds=0.0) for g in store.generations()],
+        }
+    found["run"] = {k: run[k] for k in ("config", "status", "changed_by_confirmation", "device")}
+    found["confirmed"] = {k: confirmed[k] for k in ("measured", "students")}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "result.json":
+            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+        elif path.suffix == ".safetensors":  # which writes its metadata in any order
+            tensors, metadata = read_safetensors(path)
+            assert content_digest(tensors, metadata) == metadata["digest"]
+            found[name] = metadata
+        elif path.suffix in (".csv", ".json", ".onnx", ".md", ".npy", ".py"):
+            found.setdefault(name, path.read_bytes())
+        elif path.is_file() and name not in SQLITE:
+            found[name] = None
+    for name in ("run.json", "confirmed.json"):
+        del found[name]
+    return found
+
+
+def assert_same(folder, expected):
+    found = outcome(folder)
+    assert [e.genome_hash for e in found["evaluations"]] == [
+        e.genome_hash for e in expected["evaluations"]
+    ]
+    assert found["pareto.csv"].decode() == expected["pareto.csv"].decode()
+    assert set(found) == set(expected)
+    for name in expected:
+        assert found[name] == expected[name], name
+
+
+@pytest.fixture(scope="session")
+def expected(recorded_run):
+    return outcome(recorded_run)
+
+
+def carry_on(folder):
+    """What a user would type to have this run finished."""
+    if (folder / "run.json").exists():
+        return ["run", "--resume", folder, "--torch-threads", "1"]
+    return ["run", "--out", folder, *TINY_RUN]
+
+
+def stored(folder):
+    """Hashes of the students in a run's store, which must be whole if it is there."""
+    if not (folder / "evaluations.sqlite").exists():
+        return []
+    with sqlite3.connect(f"file:{folder / 'evaluations.sqlite'}?mode=ro", uri=True) as store:
+        assert store.execute("pragma integrity_check").fetchall() == [("ok",)]
+    with Store.open(folder, readonly=True) as store:
+        return [e.genome_hash for e in store.all()]
+
+
+def orphans(folder):
+    return list(folder.rglob(".*.tmp"))
+
+
+class Killed:
+    """A run that is killed again and again; what must hold after every kill is checked."""
+
+    def __init__(self, folder, expected):
+        self.folder, self.known = folder, 0
+        self.hashes = [e.genome_hash for e in expected["evaluations"]]
+        self.left = []
+
+    def go_on(self, driver, **options):
+        done = driver.call(*carry_on(self.folder), **options)
+        assert done.code in (0, -9), f"{options}: {done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr
+        assert not [path for path in self.left if path.exists()], "leftovers of the last kill"
+        now = stored(self.folder)
+        assert len(now) >= self.known and now == self.hashes[: len(now)]
+        self.known, self.left = len(now), orphans(self.folder)
+        return done.code
+
+
+def test_a_run_killed_three_times_ends_like_one_that_was_not(
+    driver, recorded_run, expected, tmp_path
+):
+    run = Killed(tmp_path / "run", expected)
+    for point, times in (("inherit", 5), ("distil step", 8), ("half pareto.csv", 1)):
+        assert run.go_on(driver, kill=point, times=times) == -9, point
+        assert bool(run.left) == point.startswith("half")
+    assert run.go_on(driver) == 0
+    assert not orphans(run.folder)
+    assert_same(run.folder, expected)
+
+
+# Every run is killed at all of its points, one after the other, and then finished.
+PLANS = {
+    "start": [("half run.json", 1), ("replace run.json", 1), ("create", 1), ("sqlite", 1)],
+    "store": [("created", 1), ("sqlite", 12), ("sqlite", 30), ("add", 1), ("added", 2)],
+    "evaluation": [("build", 3), ("inherit", 2), ("measure", 4), ("score", 5), ("add", 1)],
+    "generation": [("generation", 1), ("generation stored", 1), ("generation", 3), ("distil", 1)],
+    "distillation": [
+        ("distil step", 3), ("distilled", 2), ("half logits.safetensors", 1),
+        ("half student.safetensors", 1), ("replaced student.safetensors", 1),
+    ],
+    "export": [
+        ("export", 1), ("half model.onnx", 1), ("exported", 1), ("replace result.json", 1),
+        ("replaced result.json", 1), ("save student", 1),
+    ],
+    "int8": [("quantise", 2), ("half model.onnx", 3), ("replace result.json", 3), ("quantised", 2)],
+    "confirmation": [
+        ("confirm structure", 2), ("confirm", 3), ("half confirmed.json", 1),
+        ("replaced confirmed.json", 1), ("judge", 1), ("judged", 2),
+    ],
+    "results": [
+        ("front", 1), ("replace accuracies.json", 4), ("front measured", 1), ("results", 1),
+        ("replace pareto.json", 1), ("replaced pareto.csv", 1), ("half pareto.png", 1),
+        ("replace history.png", 1),
+    ],
+    "package": [
+        ("half README.md", 2), ("half manifest.json", 3), ("packaged", 1), ("replace run.json", 2),
+        ("replaced run.json", 2),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def other_driver(tmp_path_factory):
+    """Another process, with another order of sets and a cache of its own."""
+    folder = tmp_path_factory.mktemp("other")
+    driver = Driver(folder, folder / "cache", hash_seed="77")
+    yield driver
+    driver.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", PLANS)
+def test_kills_at_every_stage(stage, driver, other_driver, expected, tmp_path):
+    run = Killed(tmp_path / "run", expected)
+    for count, (point, times) in enumerate(PLANS[stage]):
+        chosen = (driver, other_driver)[count % 2]
+        assert run.go_on(chosen, kill=point, times=times) == -9, f"{point} was not passed"
+    assert run.go_on(driver) == 0
+    assert not orphans(run.folder)
+    assert_same(run.folder, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_kills_at_any_time(seed, driver, expected, tmp_path):
+    run, rng = Killed(tmp_path / "run", expected), random.Random(seed)
+    kills = 0
+    while run.go_on(driver, cpu_seconds=rng.uniform(0.7, 3.0)) != 0:
+        kills += 1
+        assert kills < 60, "it does not come to an end"
+    assert kills >= 3 and not orphans(run.folder)
+    assert_same(run.folder, expected)
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_run_in_another_process(other_driver, expected, tmp_path):
+    assert other_driver.call(*carry_on(tmp_path / "run")).code == 0
+    assert_same(tmp_path / "run", expected)
+    done = other_driver.call(
+        "run", "--out", tmp_path / "other", *TINY_RUN, "--seed", "1", kill="generation", times=2
+    )
+    assert done.code == -9
+    assert stored(tmp_path / "other") != [e.genome_hash for e in expected["evaluations"]][:12]
+
+
+def test_one_writer(driver, tmp_path):
+    folder = tmp_path / "run"
+    holder = driver.start("run", "--out", folder, *TINY_RUN, hold="score", times=3)
+    for _ in range(600):
+        time.sleep(0.05)
+        if (folder / "evaluations.sqlite").exists() and len(stored(folder)) == 2:
+            break
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    for command in (carry_on(folder), ["clean", folder]):
+        began = time.monotonic()
+        done = driver.call(*command)
+        assert done.code == 2 and time.monotonic() - began < 5
+        (line,) = done.stderr.splitlines()
+        assert f"is being written by process {holder[0]};" in line
+    done = driver.call("run", "--out", folder, *TINY_RUN)
+    assert done.code == 2 and "exists; continue it with --resume" in done.stderr
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    subprocess.run(["kill", "-KILL", str(holder[0])], check=True)
+    assert driver.wait(holder).code == -9
+    done = driver.call(*carry_on(folder), kill="generation", times=1)  # the lock is free
+    assert done.code == -9 and len(stored(folder)) == 6
+
+
+def test_replaying_500_evaluations_and_storing_one_are_quick(tmp_path):
+    rng = np.random.default_rng(0)
+    times = []
+
+    def measured(genome):
+        """With as many raw timings as the longest window has."""
+        one = recorded(genome)
+        samples = tuple(rng.uniform(1, 2, 200).tolist())
+        latency = replace(one.latency, samples_ms=samples, reference_ms=samples)
+        return replace(one, latency=latency, summary="channels 1/2; " * 20)
+
+    config = SearchConfig(population=50, generations=10, seed=3)
+    store, search = make(tmp_path, config, measured)
+    with store:
+        add = store.add
+
+        def timed(one):
+            began = time.perf_counter()
+            add(one)
+            times.append(time.perf_counter() - began)
+
+        store.add = timed
+        list(search.run())
+    assert len(times) == 500 and np.median(times) < 0.02
+    store, search = make(tmp_path, config, None)
+    with store:
+        began = time.perf_counter()
+        last = list(search.run())[-1]
+        seconds = time.perf_counter() - began
+        assert last.replayed == 500 and store.get(LAYOUT.digest(LAYOUT.teacher())) is not None
+    assert seconds < 3.0
