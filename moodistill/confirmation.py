@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from moodistill.context import TeacherContext
 from moodistill.evaluation import Evaluation, Latency
@@ -19,6 +16,7 @@ from moodistill.export import Origin, ship
 from moodistill.files import write_json_atomic
 from moodistill.latency import LatencyMeter
 from moodistill.onnx_writer import to_onnx
+from moodistill.progress import Reporter
 from moodistill.results import Searched
 from moodistill.ship import ShipOptions
 from moodistill.student import build_student
@@ -34,6 +32,7 @@ def confirm(
     shipped: Mapping[str, Path],
     context: TeacherContext,
     meter: LatencyMeter,
+    reporter: Reporter,
 ) -> dict[str, Latency]:
     """Latency of the front, of what is near it, and of the files that ship; kept in `folder`.
 
@@ -44,6 +43,7 @@ def confirm(
             Other students are timed with sliced weights, since values do not change the time.
         context: the teacher.
         meter: on the teacher's calibrated scale.
+        reporter: hears how far it is.
 
     Raises:
         LatencyError: if a model cannot be timed.
@@ -69,10 +69,8 @@ def confirm(
     if found is not None:
         return found
     rejected = meter.rejected_windows
-    with tqdm(
-        total=len(models), unit="student", desc="latency", disable=None, file=sys.stderr
-    ) as bar:
-        found = meter.confirm(models, report=lambda done: bar.update(done - bar.n) and None)
+    with reporter.stage("latency again", len(models), "student") as stage:
+        found = meter.confirm(models, report=stage.update)
     record = {
         "load_average": os.getloadavg(),
         "rejected_windows": meter.rejected_windows - rejected,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from moodistill import pareto
 from moodistill.confirmation import confirm
@@ -24,6 +22,7 @@ from moodistill.front import FrontRow
 from moodistill.int8 import SUFFIX, Int8Result, judge_speed, quantise_student, save_int8
 from moodistill.latency import LatencyMeter
 from moodistill.package import write_package
+from moodistill.progress import Reporter
 from moodistill.results import (
     Accuracies,
     Searched,
@@ -45,6 +44,7 @@ def finish_run(
     context: TeacherContext,
     meter: LatencyMeter,
     known: Accuracies,
+    reporter: Reporter,
 ) -> dict[str, Latency]:
     """Distil, quantise, export and test the finalists, and measure the front's latency again.
 
@@ -60,33 +60,39 @@ def finish_run(
             f"{folder} holds no student that works; see the failures in evaluations.sqlite, "
             "or search on with more --generations"
         )
-    _distil(folder, searched, config, context)
+    _distil(folder, searched, config, context, reporter)
     finalists = searched.finalists(folder)
     twins: dict[str, Int8Result] = {}
     if config.int8.wanted:
         device = device_fingerprint(config.latency)
-        for name, finalist in tqdm(
-            finalists.items(), unit="student", desc="int8", disable=None, file=sys.stderr
-        ):
-            genome = searched.students[name].genome
-            twins[name] = quantise_student(
-                float_model(folder / "students" / name, context),
-                name + SUFFIX, finalist.accuracy, context.data,
-                Origin(context.task.name, context.teacher_digest, genome),
-                folder / "students" / (name + SUFFIX), device, config.int8,
-            )  # fmt: skip
+        with reporter.stage("INT8", len(finalists), "student") as stage:
+            for place, (name, finalist) in enumerate(finalists.items()):
+                genome = searched.students[name].genome
+                twins[name] = quantise_student(
+                    float_model(folder / "students" / name, context),
+                    name + SUFFIX, finalist.accuracy, context.data,
+                    Origin(context.task.name, context.teacher_digest, genome),
+                    folder / "students" / (name + SUFFIX), device, config.int8,
+                )  # fmt: skip
+                stage.update(place + 1, student=name)
     measure_teacher(known, context, default_cache_dir())
     offered = [*finalists, *(twin.student for twin in twins.values() if not twin.refused)]
     shipped = {name: folder / "students" / name / "model.onnx" for name in offered}
-    confirmed = confirm(folder, searched, shipped, context, meter)
+    confirmed = confirm(folder, searched, shipped, context, meter, reporter)
     for name, twin in twins.items():
-        _judge(folder, twin, confirmed, name, context)
+        _judge(folder, twin, confirmed, name, context, reporter)
     front = exported_front(searched, confirmed)
-    measure_front(known, front, context, config.recipe, set(finalists))
+    measure_front(known, front, context, config.recipe, set(finalists), reporter)
     return confirmed
 
 
-def _distil(folder: Path, searched: Searched, config: RunConfig, context: TeacherContext) -> None:
+def _distil(
+    folder: Path,
+    searched: Searched,
+    config: RunConfig,
+    context: TeacherContext,
+    reporter: Reporter,
+) -> None:
     names = list(searched.students)
     picked = pareto.pick_finalists(
         searched.values(),
@@ -100,13 +106,13 @@ def _distil(folder: Path, searched: Searched, config: RunConfig, context: Teache
         default_cache_dir(), context.teacher_digest,
     )  # fmt: skip
     steps = config.distill.steps
-    with tqdm(total=steps * len(picked), unit="step", disable=None, file=sys.stderr) as bar:
+    with reporter.stage("distilling", steps * len(picked), "step") as stage:
         for place, index in enumerate(picked):
             name = names[index]
 
             def step(done: int, loss: float, name: str = name, base: int = place * steps) -> None:
-                bar.update(base + done - bar.n)
-                bar.set_postfix(student=name, loss=f"{loss:.3f}")
+                if done % 10 == 0 or done == steps:
+                    stage.update(base + done, student=name, loss=f"{loss:.3f}")
 
             try:
                 finalist = finish(
@@ -115,12 +121,15 @@ def _distil(folder: Path, searched: Searched, config: RunConfig, context: Teache
                 )  # fmt: skip
             except (FloatingPointError, UserError) as error:
                 # A diverged distillation or a refused export costs this finalist, not the run.
-                tqdm.write(f"{name} is no finalist: {error}")
+                reporter.say(f"{name} is no finalist: {error}")
                 continue
             targets.save()
-            tqdm.write(
+            reporter.say(
                 f"{name}: validation accuracy {finalist.accuracy_before:.4f} -> "
-                f"{finalist.accuracy:.4f} after {steps} steps"
+                f"{finalist.accuracy:.4f} after {steps} steps",
+                student=name,
+                accuracy_before=finalist.accuracy_before,
+                accuracy=finalist.accuracy,
             )
 
 
@@ -130,6 +139,7 @@ def _judge(
     confirmed: Mapping[str, Latency],
     name: str,
     context: TeacherContext,
+    reporter: Reporter,
 ) -> None:
     """Keep an INT8 twin that is faster, with its test accuracy taken once; refuse the others."""
     place = folder / "students" / twin.student
@@ -141,7 +151,7 @@ def _judge(
             twin = replace(twin, test_accuracy=reached)
         save_int8(place, twin)
     if twin.refused:
-        tqdm.write(f"{twin.student} is not offered: it {twin.refused}")
+        reporter.say(f"{twin.student} is not offered: it {twin.refused}")
 
 
 def package_finalists(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from moodistill import front, pareto, report
 from moodistill.context import TeacherContext
@@ -19,6 +17,7 @@ from moodistill.files import write_json_atomic
 from moodistill.finalists import Finalist, read_finalist
 from moodistill.int8 import SUFFIX, Int8Result, read_int8
 from moodistill.objectives import DEFAULT, Limits, objective_values
+from moodistill.progress import Reporter
 from moodistill.recipe import Recipe, make_student, student_accuracy
 from moodistill.run_config import RunConfig
 from moodistill.run_folder import read_run
@@ -132,6 +131,7 @@ def measure_front(
     context: TeacherContext,
     recipe: Recipe,
     skip: set[str],
+    reporter: Reporter,
 ) -> None:
     """Accuracy of the front's students but `skip` on all validation images."""
     todo = {
@@ -139,11 +139,12 @@ def measure_front(
         for name, e in front.items()
         if name not in skip and e.genome_hash not in known.known
     }
-    bar = tqdm(todo.values(), unit="student", desc="front", disable=None, file=sys.stderr)
-    for one in bar:
-        student = make_student(context, context.layout.unpack(one.genome), recipe)
-        data = context.data
-        known.add(one.genome_hash, student_accuracy(student.module, data, data.validation))
+    with reporter.stage("accuracy of the front", len(todo), "student") as stage:
+        for place, one in enumerate(todo.values()):
+            student = make_student(context, context.layout.unpack(one.genome), recipe)
+            data = context.data
+            known.add(one.genome_hash, student_accuracy(student.module, data, data.validation))
+            stage.update(place + 1)
 
 
 def make_rows(

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from moodistill import report
 from moodistill.context import TeacherContext, load_context, use_threads
 from moodistill.device import device_fingerprint
 from moodistill.errors import UserError
+from moodistill.estimate import estimate_seconds
 from moodistill.evaluation import Latency
-from moodistill.files import remove_orphans
+from moodistill.files import TEMPORARY, remove_orphans
 from moodistill.finishing import changed_places, finish_run, package_finalists
 from moodistill.latency import LatencyError, LatencyMeter
-from moodistill.layout_file import write_layout
+from moodistill.layout_file import LAYOUT_FILE, write_layout
+from moodistill.progress import Reporter
 from moodistill.recipe import Evaluator, teacher_onnx
 from moodistill.report_html import write_report
 from moodistill.results import Accuracies, Searched, make_rows, write_results
 from moodistill.run_config import Budget, RunConfig
-from moodistill.run_folder import new_run_folder, read_run, versions, write_run
-from moodistill.search import Progress, Search
-from moodistill.store import Store
+from moodistill.run_folder import RUN_FILE, new_run_folder, read_run, versions, write_run
+from moodistill.search import Search
+from moodistill.store import LOCK_FILE, Store
 from moodistill.task import Task, load_task
 
 
@@ -39,7 +37,9 @@ class Places:
     threads: int | None = None
 
 
-def start_run(config: RunConfig, out: Path, places: Places) -> Path:
+def start_run(
+    config: RunConfig, out: Path, places: Places, reporter: Reporter | None = None
+) -> Path:
     """Make the folder `out` and run; returns the folder.
 
     Raises:
@@ -72,11 +72,13 @@ def start_run(config: RunConfig, out: Path, places: Places) -> Path:
         )
         write_layout(folder, context.layout)
         with Store.create(folder) as store:
-            _execute(folder, store, config, context, meter)
+            _execute(folder, store, config, context, meter, reporter or Reporter())
     return folder
 
 
-def resume_run(folder: Path, budget: Budget, places: Places) -> Path:
+def resume_run(
+    folder: Path, budget: Budget, places: Places, reporter: Reporter | None = None
+) -> Path:
     """Carry on a run, finished or not; finished evaluations are answered from its store.
 
     Raises:
@@ -86,7 +88,7 @@ def resume_run(folder: Path, budget: Budget, places: Places) -> Path:
     stored = read_run(folder)
     config = RunConfig.from_dict(stored.get("config", {})).with_budget(budget)
     use_threads(places.threads)
-    with Store.open(folder) as store:
+    with _writer(folder) as store:
         remove_orphans(folder)
         finished = len(store.generations())
         if config.search.generations < finished:
@@ -108,8 +110,16 @@ def resume_run(folder: Path, budget: Budget, places: Places) -> Path:
         write_run(folder, {**stored, "config": asdict(config), "status": "running"})
         write_layout(folder, context.layout)
         with _meter(context, config, stored.get("teacher_latency_ms")) as meter:
-            _execute(folder, store, config, context, meter)
+            _execute(folder, store, config, context, meter, reporter or Reporter())
     return folder
+
+
+def _writer(folder: Path) -> Store:
+    """A run's store; a new one if the run was killed before it had any."""
+    names = {path.name for path in folder.iterdir() if path.suffix != TEMPORARY}
+    return (
+        Store.create(folder) if names <= {RUN_FILE, LOCK_FILE, LAYOUT_FILE} else Store.open(folder)
+    )
 
 
 def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
@@ -170,22 +180,33 @@ def _execute(
     config: RunConfig,
     context: TeacherContext,
     meter: LatencyMeter,
+    reporter: Reporter,
 ) -> None:
-    _estimate(context, config, len(store))
+    seconds = estimate_seconds(context, config, len(store))
+    minutes = {name: f"{value / 60:.0f} min" for name, value in seconds.items()}
+    count = max(0, config.search.population * config.search.generations - len(store))
+    reporter.say(
+        f"about {minutes['search']} for {count} evaluations, {minutes['finalists']} for "
+        f"{config.finalists} finalists and {minutes['front']} for the front on this machine",
+        estimated_seconds={name: round(value) for name, value in seconds.items()},
+    )
     evaluator = Evaluator(context, config.recipe, meter.measure)
     search = Search(context.layout, config.search, store, evaluator.evaluate)
     known = Accuracies(folder / "accuracies.json")
     confirmed: dict[str, Latency] = {}
     status, problem = "interrupted", ""
     try:
-        _search(search, store)
-        confirmed = finish_run(folder, store, config, context, meter, known)
+        _search(search, config, reporter)
+        confirmed = finish_run(folder, store, config, context, meter, known, reporter)
         status = "finished"
     except LatencyError as error:
         # Everything else of the finalists is on disk: their rows are written before it is said.
         problem = f"the finalists' latency was not confirmed ({error})"
     except KeyboardInterrupt:
-        tqdm.write(f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}")
+        stopped = f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}"
+        reporter.say(stopped)
+    finally:
+        reporter.close()
     searched = Searched.read(store, config.search.limits, config.search.objectives)
     changes: dict[str, list[str]] = {}
     if searched is not None:
@@ -193,10 +214,10 @@ def _execute(
         title = f"{config.model}: {len(store)} students searched, {config.preset} preset"
         write_results(folder, store, rows, title)
         package_finalists(folder, rows, searched, context, device_fingerprint(config.latency))
-        print(report.front_table(rows))
+        reporter.say(report.front_table(rows))
         changes = changed_places(searched, confirmed)
         if changes["lost"] or changes["gained"]:
-            print(
+            reporter.say(
                 f"measured again: {len(changes['lost'])} students lost their place in the front "
                 f"to slower timings, {len(changes['gained'])} came in (run.json names them)"
             )
@@ -215,51 +236,54 @@ def _execute(
         raise KeyboardInterrupt
 
 
-def _estimate(context: TeacherContext, config: RunConfig, stored: int) -> None:
-    """Print about how long the run takes, from the teacher's speed on this machine."""
-    images = context.samples.images[:64]
-    with torch.no_grad():
-        context.graph.module(images[:8])
-        began = time.perf_counter()
-        context.graph.module(images)
-    per_image = (time.perf_counter() - began) / len(images)
-    # A student of the search costs about a quarter of the teacher; training, three passes.
-    passes = config.recipe.validation_images + 1.5 * config.calibration.images
-    count = max(0, config.search.population * config.search.generations - stored)
-    search = count * (0.25 * per_image * passes + 0.6)
-    data = context.data
-    step = config.distill.batch_size * per_image
-    checks = 0.2 * per_image * (2 * len(data.validation) + len(data.test))
-    final = config.finalists * (config.distill.steps * step * 0.8 + checks)
-    final += min(config.distill.steps, config.distill.views) * step
-    # The front, about one and a half populations, is checked on all validation images.
-    passes = len(data.validation) + 1.5 * config.calibration.images
-    front = 1.5 * config.search.population * 0.25 * per_image * passes
-    tqdm.write(
-        f"about {search / 60:.0f} min for {count} evaluations, {final / 60:.0f} min for "
-        f"{config.finalists} finalists and {front / 60:.0f} min for the front on this machine"
-    )
-
-
-def _search(search: Search, store: Store) -> None:
-    total = search.config.population * search.config.generations
-    with tqdm(total=total, unit="student", disable=None, file=sys.stderr) as bar:
-        volume = 0.0
+def _search(search: Search, config: RunConfig, reporter: Reporter) -> None:
+    total = config.search.population * config.search.generations
+    began, volume, failure = time.monotonic(), 0.0, ""
+    with reporter.stage("searching", total, "student") as stage:
         for progress in search.run():
-            bar.update(1)
+            fresh = progress.evaluated - progress.replayed
+            minutes = (time.monotonic() - began) / 60
             volume = progress.hypervolume if progress.generation_done else volume
-            bar.set_postfix(
-                generation=progress.generation, front=progress.front_size, hv=f"{volume:.4f}"
-            )
-            _tell(progress)
+            if progress.last.failure is not None and fresh:
+                failure = progress.last.failure
+                reporter.say(f"student failed: {failure}")
+            facts: dict[str, object] = {
+                "generation": progress.generation,
+                "front": progress.front_size,
+                "hypervolume": f"{volume:.4f}",
+            }
+            if fresh:
+                facts["per minute"] = f"{fresh / minutes:.1f}"
+            if failure:
+                facts["last failure"] = failure
+            stage.update(progress.evaluated, **facts)
+            if progress.generation_done:
+                reporter.say(
+                    f"generation {progress.generation}: {progress.evaluated} evaluated "
+                    f"({progress.replayed} from the store), front {progress.front_size}, "
+                    f"hypervolume {progress.hypervolume:.4f}",
+                    **facts,
+                )
+                values = {"hypervolume": volume, "front_size": float(progress.front_size)}
+                reporter.measured(progress.evaluated, values)
+                reporter.table(*_best_so_far(search.store, config))
 
 
-def _tell(progress: Progress) -> None:
-    if progress.last.failure is not None and progress.replayed != progress.evaluated:
-        tqdm.write(f"student failed: {progress.last.failure}")
-    if progress.generation_done:
-        tqdm.write(
-            f"generation {progress.generation}: {progress.evaluated} evaluated "
-            f"({progress.replayed} from the store), front {progress.front_size}, "
-            f"hypervolume {progress.hypervolume:.4f}"
-        )
+def _best_so_far(store: Store, config: RunConfig) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a small table: ten of the front, spread over its latencies."""
+    header = ["student", "accuracy", "parameters", "latency ms", "x faster"]
+    searched = Searched.read(store, config.search.limits, config.search.objectives)
+    if searched is None or not searched.students or searched.teacher.latency is None:
+        return header, []
+    teacher_ms = searched.teacher.latency.latency_ms
+    rows = []
+    for name, one in searched.front().items():
+        assert one.latency is not None
+        ms = one.latency.latency_ms
+        rows.append(
+            (ms, [name, f"{one.accuracy:.4f}", f"{one.parameters:,}", f"{ms:.3f}",
+                  f"{teacher_ms / ms:.1f}"])
+        )  # fmt: skip
+    rows.sort(reverse=True)
+    step = max(1, len(rows) // 10)
+    return header, [cells for _, cells in rows[::step][:10]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moodistill.errors import UserError
-from moodistill.files import write_json_atomic
+from moodistill.files import TEMPORARY, remove_orphans, write_json_atomic
 
 RUN_FILE = "run.json"
 
@@ -47,12 +47,18 @@ def new_run_folder(out: Path) -> Path:
         UserError: if `out` exists and is not an empty folder, or cannot be made.
     """
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.is_dir() and all(_is_unfinished(path) for path in out.iterdir()):
+            remove_orphans(out)  # a start that was killed at once
+        elif out.exists():
             raise UserError(f"{out} exists; continue it with --resume or give another --out")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made ({error}); give another --out") from error
     return out
+
+
+def _is_unfinished(path: Path) -> bool:
+    return path.name.startswith(f".{RUN_FILE}.") and path.name.endswith(TEMPORARY)
 
 
 def versions() -> dict[str, Any]:

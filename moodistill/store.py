@@ -20,6 +20,7 @@ from typing import Any
 
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
+from moodistill.files import TEMPORARY
 from moodistill.run_folder import RUN_FILE
 
 DATABASE = "evaluations.sqlite"
@@ -98,8 +99,8 @@ class Store:
             if database.exists():
                 raise UserError(f"{database} exists; continue it with --resume")
             with _guard(database):
+                _make_database(database)
                 connection = _connect(database, readonly=False)
-                connection.executescript(f"BEGIN;{_SCHEMA}COMMIT;")
         except BaseException:
             _release_lock(lock)
             raise
@@ -247,6 +248,21 @@ def _guard(path: Path, *also: type[Exception]) -> Iterator[None]:
             f"{path} cannot be used ({error}); if it is damaged, restore it from a copy or search "
             "again with another --out; if not, check the disk's space and permissions"
         ) from error
+
+
+def _make_database(database: Path) -> None:
+    """An empty store, made aside: a kill leaves none or a whole one."""
+    temporary = database.with_name(f".{database.name}.{os.getpid()}{TEMPORARY}")
+    temporary.unlink(missing_ok=True)
+    try:
+        connection = sqlite3.connect(temporary, isolation_level=None)
+        try:
+            connection.executescript(f"PRAGMA journal_mode = OFF;BEGIN;{_SCHEMA}COMMIT;")
+        finally:
+            connection.close()
+        os.replace(temporary, database)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _connect(database: Path, readonly: bool) -> sqlite3.Connection:

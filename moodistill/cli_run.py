@@ -1,0 +1,216 @@
+"""The commands that compute: run, resume and teacher."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from moodistill.errors import UserError
+from moodistill.latency import LatencyConfig
+from moodistill.latency_worker import CPU
+
+
+def number(text: str) -> float:
+    """An argument that is a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+def _places_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-dir", type=Path, help="data folder (default: $MOODISTILL_DATA, then data/)"
+    )
+    parser.add_argument("--teacher", type=Path, help="other teacher weights (.safetensors)")
+    parser.add_argument("--torch-threads", type=int, help="threads for everything but latency")
+
+
+# What decides a run's result besides its budget: a resume cannot change it.
+FIXED = (
+    "model", "seed", "population", "objectives", "algorithm", "simd_step", "threads", "batch",
+    "provider", "int8_max_loss", "min_accuracy", "max_latency_ms", "max_parameters", "max_macs",
+    "max_size_bytes", "max_memory_bytes",
+)  # fmt: skip
+LIMITS = {
+    "max_latency_ms": "measured",
+    "max_parameters": "of the student",
+    "max_macs": "multiply-accumulates of one image",
+    "max_size_bytes": "of the float ONNX file",
+    "max_memory_bytes": "weights and largest activations, computed",
+}
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    parser.add_argument("--model", help="a problem's name (vgg16, resnet18, digits) or file")
+    parser.add_argument("--out", type=Path, help="new run folder (default: results/<model>-<time>)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="carry on this run")
+    _run_options(parser)
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", help="quick (default), standard or thorough")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="print the result only")
+    how.add_argument("--json", action="store_true", help="one JSON object a line, for logs")
+    parser.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="curves for TensorBoard (extra)"
+    )
+    parser.add_argument("--seed", type=int, help="of the search (default 0)")
+    parser.add_argument("--population", type=int, help="students a generation (default 32)")
+    parser.add_argument("--generations", type=int, help="instead of the preset's")
+    parser.add_argument("--finalists", type=int, help="instead of the preset's")
+    parser.add_argument("--distill-steps", type=int, help="instead of the preset's")
+    parser.add_argument(
+        "--objectives", metavar="NAME,NAME",
+        help="accuracy and some of parameters, latency, macs, size, memory "
+        "(default accuracy,parameters,latency)",
+    )  # fmt: skip
+    parser.add_argument("--algorithm", help="nsga2 (default), nsga3 or sms, all pymoo's")
+    parser.add_argument(
+        "--min-accuracy", type=number, help="hard limit, a fraction, before distillation"
+    )
+    for name, what in LIMITS.items():
+        option = "--" + name.replace("_", "-")
+        names = [option, "--max-params"] if name == "max_parameters" else [option]
+        parser.add_argument(*names, type=number, dest=name, help=f"hard limit, {what}")
+    parser.add_argument(
+        "--simd-step", type=int, help="channels per SIMD block (default: probed on this device)"
+    )
+    parser.add_argument("--threads", type=int, help="of ONNX Runtime (default 1)")
+    parser.add_argument("--batch", type=int, help="images a latency is of (default 1)")
+    parser.add_argument("--provider", help=f"of ONNX Runtime (default {CPU})")
+    parser.add_argument("--no-int8", action="store_true", help="no INT8 twins of the finalists")
+    parser.add_argument(
+        "--int8-max-loss", type=number, metavar="FRACTION",
+        help="validation accuracy that an INT8 twin may lose (default 0.01, one point)",
+    )  # fmt: skip
+    _places_arguments(parser)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """Search, distil, confirm, export."""
+    from dataclasses import replace
+
+    from moodistill.context import default_cache_dir
+    from moodistill.device import check_provider, probe_simd
+    from moodistill.distill import DistillConfig
+    from moodistill.int8 import Int8Config
+    from moodistill.objectives import DEFAULT, Limits, check_objectives
+    from moodistill.progress import Mode, TensorBoardReporter, make_reporter
+    from moodistill.recipe import Recipe
+    from moodistill.run import Places, refuse_changes, resume_run, start_run
+    from moodistill.run_config import Budget, RunConfig, get_preset
+    from moodistill.search import SearchConfig
+    from moodistill.statistics import CalibrationConfig
+
+    for name in (
+        "population", "generations", "finalists", "distill_steps", "simd_step",
+        "threads", "batch", "torch_threads",
+    ):  # fmt: skip
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} is {value}; expected a whole number of at least 1")
+    mode: Mode = "json" if arguments.json else "quiet" if arguments.quiet else "auto"
+    reporter = make_reporter(mode)
+    if arguments.tensorboard is not None:
+        reporter = TensorBoardReporter(reporter, arguments.tensorboard)
+    places = Places(arguments.data_dir, arguments.teacher, arguments.torch_threads)
+    if arguments.resume is not None:
+        if arguments.out is not None:
+            raise UserError("--resume continues in its own folder; leave out --out")
+        given = {n: getattr(arguments, n) for n in FIXED if getattr(arguments, n) is not None}
+        if arguments.no_int8:
+            given["no_int8"] = True
+        refuse_changes(arguments.resume, given)
+        budget = Budget(
+            arguments.preset, arguments.generations, arguments.finalists, arguments.distill_steps
+        )
+        folder = resume_run(arguments.resume, budget, places, reporter)
+    else:
+        if arguments.model is None:
+            raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
+        objectives = arguments.objectives or ",".join(DEFAULT)
+        preset = arguments.preset or "quick"
+        settings = get_preset(preset)
+        latency = LatencyConfig(
+            arguments.threads or 1, arguments.batch or 1, arguments.provider or CPU
+        )
+        check_provider(latency.provider)
+        step = arguments.simd_step or probe_simd(latency, default_cache_dir()).step
+        search = SearchConfig(
+            population=arguments.population or 32,
+            generations=arguments.generations or settings.generations,
+            seed=arguments.seed or 0,
+            simd_step=step,
+            limits=Limits(
+                arguments.min_accuracy or 0.0, **{name: getattr(arguments, name) for name in LIMITS}
+            ),
+            objectives=check_objectives(objectives.split(",")),
+            algorithm=arguments.algorithm or "nsga2",
+        )
+        loss = arguments.int8_max_loss
+        config = RunConfig(
+            model=arguments.model,
+            preset=preset,
+            search=search,
+            recipe=Recipe(simd_step=step),
+            calibration=CalibrationConfig(),
+            distill=replace(
+                DistillConfig(), steps=arguments.distill_steps or settings.distill_steps
+            ),
+            finalists=arguments.finalists or settings.finalists,
+            latency=latency,
+            int8=Int8Config(not arguments.no_int8, 0.01 if loss is None else loss),
+        )
+        stem = Path(arguments.model).stem
+        out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = start_run(config, out, places, reporter)
+    if arguments.json:
+        print(json.dumps({"event": "finished", "run": str(folder)}))
+        return
+    print(f"\nresults in {folder}; look at {folder / 'report.html'}")
+    print(f"choose a student: python scripts/choose.py {folder} --knee")
+
+
+def resume_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `resume`."""
+    parser.add_argument("resume", type=Path, metavar="RUN", help="a run's folder")
+    _run_options(parser)
+
+
+def resume_command(arguments: argparse.Namespace) -> None:
+    """`run --resume` by its own name."""
+    arguments.out = arguments.model = None
+    run_command(arguments)
+
+
+def teacher_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `teacher`."""
+    parser.add_argument("--model", required=True, help="a problem's name or file")
+    parser.add_argument("--out", type=Path, help="weights file (default: the problem's own)")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--torch-threads", type=int)
+
+
+def teacher_command(arguments: argparse.Namespace) -> None:
+    """Train a teacher; run it again to carry on after an interruption."""
+    from moodistill.context import use_threads
+    from moodistill.task import load_task
+    from moodistill.training import train_teacher
+
+    use_threads(arguments.torch_threads)
+    task = load_task(arguments.model)
+    out = arguments.out or task.weights
+    if out.exists():
+        raise UserError(f"{out} exists; name another file with --out, or move it away")
+    report = train_teacher(task, task.load_data(arguments.data_dir), out, arguments.device)
+    print(
+        f"wrote {out}: validation accuracy {report['validation_accuracy']:.4f}, "
+        f"test accuracy {report['test_accuracy']:.4f}"
+    )
