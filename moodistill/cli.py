@@ -102,4 +102,11 @@ def _call(command: Callable[[argparse.Namespace], None], parsed: argparse.Namesp
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        print(
+            f"error: {error}; what is stored is kept: check the disk's space and permissions and "
+            "call it again (a run: with --resume)",
+            file=sys.stderr,
+        )
+        return 2
     return 0

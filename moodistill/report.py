@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moodistill.files import write_atomic
 from moodistill.front import FrontRow
@@ -14,6 +14,7 @@ from moodistill.store import Generation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 # Okabe and Ito's palette, told apart with any colour vision.
 GREY, BLUE, VERMILION, BLACK = "#999999", "#0072B2", "#D55E00", "#000000"
@@ -100,6 +101,44 @@ def plot_history(generations: Sequence[Generation], path: Path) -> None:
     axes.set_ylabel("hypervolume of the front")
     axes.grid(True, alpha=0.2)
     _save(figure, path)
+
+
+def plot_structure(structure: Mapping[str, Any], path: Path, title: str) -> None:
+    """Write a PNG of `report_html.structure_data`: kept widths and block connections by layer."""
+    layers = structure["layers"]
+    figure = _figure(7.0, 0.9 + 0.34 * len(layers))
+    bars, blocks = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    places = range(len(layers))
+    bars.barh(places, [layer["full"] for layer in layers], color="white", edgecolor=GREY)
+    bars.barh(places, [layer["kept"] for layer in layers], color=BLUE)
+    bars.set_yticks(places, [layer["name"] for layer in layers])
+    bars.set_ylim(len(layers) - 0.4, -0.6)
+    bars.set_xlabel("channels or neurons kept (blue) of the teacher's (outline)")
+    for place, layer in enumerate(layers):
+        text = f"{layer['kept']}/{layer['full']}" if layer["kept"] else layer["state"]
+        bars.text(layer["full"], place, f" {text}", va="center", fontsize=8)
+        for row, cells in enumerate(layer["matrix"] or ()):
+            for column, value in enumerate(cells):
+                height = 0.8 / len(layer["matrix"])
+                corner = (column, place - 0.4 + row * height)
+                colour = BLUE if value == 1 else "white" if value == 0 else "#eeeeee"
+                blocks.add_patch(_square(corner, height, colour))
+    bars.margins(x=0.2)
+    widest = max((len(layer["matrix"][0]) for layer in layers if layer["matrix"]), default=1)
+    blocks.set_xlim(-0.2, widest + 0.2)
+    blocks.set_xticks([])
+    blocks.set_xlabel("block connections")
+    for side in ("top", "right", "left", "bottom"):
+        blocks.spines[side].set_visible(False)
+    blocks.tick_params(left=False)
+    figure.suptitle(title, parse_math=False)
+    _save(figure, path)
+
+
+def _square(corner: tuple[float, float], height: float, colour: str) -> Rectangle:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, 0.92, 0.9 * height, facecolor=colour, edgecolor=GREY, linewidth=0.4)
 
 
 def _figure(width_inches: float, height_inches: float) -> Figure:

@@ -19,7 +19,7 @@ from moodistill.latency import LatencyError, LatencyMeter
 from moodistill.layout_file import LAYOUT_FILE, write_layout
 from moodistill.progress import Reporter
 from moodistill.recipe import Evaluator, teacher_onnx
-from moodistill.report_html import write_report
+from moodistill.report_html import structure_data, write_report
 from moodistill.results import Accuracies, Searched, make_rows, write_results
 from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import RUN_FILE, new_run_folder, read_run, versions, write_run
@@ -230,6 +230,11 @@ def _execute(
     write_run(folder, stored)
     if searched is not None:
         write_report(folder, store, rows)
+        for name in searched.finalists(folder):
+            genome = context.layout.unpack(searched.students[name].genome)
+            structure = structure_data(context.layout, genome)
+            path = folder / f"structure-{name}.png"
+            report.plot_structure(structure, path, f"{config.model}, student {name}")
     if problem:
         raise UserError(f"{problem}; carry on with: --resume {folder}")
     if status == "interrupted":

@@ -124,8 +124,14 @@ class Store:
         connection = None
         try:
             with _guard(database):
-                connection = _connect(database, readonly)
+                if not database.stat().st_size:  # of which SQLite would delete the log
+                    raise sqlite3.DatabaseError("file is empty")
+                # Checked by a reader: a writer that closes would put the log into a damaged file.
+                connection = _connect(database, readonly=True)
                 _check(connection, database)
+                if not readonly:
+                    connection.close()
+                    connection = _connect(database, readonly=False)
         except BaseException:
             if connection is not None:
                 connection.close()
@@ -285,6 +291,14 @@ def _check(connection: sqlite3.Connection, database: Path) -> None:
     found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if found != "ok":
         raise sqlite3.DatabaseError(str(found).splitlines()[-1])
+    log = database.with_name(f"{DATABASE}-wal")
+    if not (log.exists() and log.stat().st_size):
+        # The check above takes the missing end of the last page for zeros.
+        pages, size = (
+            connection.execute(f"PRAGMA page_{k}").fetchone()[0] for k in ("count", "size")
+        )
+        if database.stat().st_size < pages * size:
+            raise sqlite3.DatabaseError("file is cut off")
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version != SCHEMA_VERSION:
         raise sqlite3.DatabaseError(f"schema version {version}, expected {SCHEMA_VERSION}")

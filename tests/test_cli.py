@@ -30,7 +30,10 @@ def test_a_run_leaves_what_is_documented(finished):
     run = json.loads((finished / "run.json").read_text())
     assert run["status"] == "finished" and run["config"]["model"] == "digits"
     assert run["teacher_digest"] and run["data_digest"] and run["device"]
-    for name in ("pareto.json", "pareto.png", "history.png", "evaluations.sqlite"):
+    for name in (
+        "pareto.json", "pareto.png", "history.png", "evaluations.sqlite", "report.html",
+        "layout.json", f"structure-{rows(finished)[1]['student']}.png",
+    ):  # fmt: skip
         assert (finished / name).stat().st_size > 0
     table = rows(finished)
     assert [row["stage"] for row in table].count("teacher") == 1

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_front import ROWS, TEACHER, student
 
-from moodistill.report import front_table, plot_front, plot_history
+from moodistill.report import front_table, plot_front, plot_history, plot_structure
 from moodistill.store import Generation
 
 
@@ -63,3 +64,15 @@ def test_front_table():
     assert max(map(len, lines)) <= 110
     assert front_table([]).startswith("student")
     assert front_table(ROWS[1:]).splitlines()[1].split()[5] == "-"
+
+
+def test_structure_figure(tmp_path):
+    layers = [
+        {"name": f"features.{i}", "full": 64, "kept": 64 - 8 * i, "state": "kept",
+         "matrix": [[1, 0], [-1, 1]] if i else None}
+        for i in range(7)
+    ]  # fmt: skip
+    layers.append({"name": "gone", "full": 64, "kept": 0, "state": "bypassed", "matrix": None})
+    plot_structure({"layers": layers, "merges": []}, tmp_path / "s.png", "vgg16 $x$")
+    picture = np.asarray(Image.open(tmp_path / "s.png").convert("RGB")).reshape(-1, 3)
+    assert (picture == (0, 0x72, 0xB2)).all(axis=1).mean() > 0.05
