@@ -6,10 +6,14 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moodistill.errors import UserError
 from moodistill.latency import LatencyConfig
 from moodistill.latency_worker import CPU
+
+if TYPE_CHECKING:
+    from moodistill.task import OwnTask
 
 
 def number(text: str) -> float:
@@ -24,7 +28,9 @@ def _places_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", type=Path, help="data folder (default: $MOODISTILL_DATA, then data/)"
     )
-    parser.add_argument("--teacher", type=Path, help="other teacher weights (.safetensors)")
+    parser.add_argument(
+        "--weights", type=Path, help="the teacher's weights (.safetensors, or .pt of a state dict)"
+    )
     parser.add_argument("--torch-threads", type=int, help="threads for everything but latency")
 
 
@@ -46,6 +52,13 @@ LIMITS = {
 def run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     parser.add_argument("--model", help="a problem's name (vgg16, resnet18, digits) or file")
+    own = parser.add_argument_group("your own network and pictures, without a problem file")
+    own.add_argument("--teacher", metavar="MODULE:CALLABLE", help="what builds the network")
+    own.add_argument("--data", type=Path, metavar="FOLDER", help="pictures, one folder a class")
+    own.add_argument("--size", type=int, nargs="+", help="pixels: one number, or height and width")
+    own.add_argument("--channels", type=int, help="3 (RGB, default), 1 or 4")
+    own.add_argument("--mean", type=number, nargs="+", help="of pixels in [0, 1], as in training")
+    own.add_argument("--std", type=number, nargs="+", help="(default: measured)")
     parser.add_argument("--out", type=Path, help="new run folder (default: results/<model>-<time>)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="carry on this run")
     _run_options(parser)
@@ -98,13 +111,13 @@ def run_command(arguments: argparse.Namespace) -> None:
     from moodistill.context import default_cache_dir
     from moodistill.device import check_provider, probe_simd
     from moodistill.distill import DistillConfig
+    from moodistill.evolution import SearchConfig
     from moodistill.int8 import Int8Config
     from moodistill.objectives import DEFAULT, Limits, check_objectives
     from moodistill.progress import Mode, TensorBoardReporter, make_reporter
     from moodistill.recipe import Recipe
     from moodistill.run import Places, refuse_changes, resume_run, start_run
     from moodistill.run_config import Budget, RunConfig, get_preset
-    from moodistill.search import SearchConfig
     from moodistill.statistics import CalibrationConfig
 
     for name in (
@@ -119,7 +132,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     reporter = make_reporter(mode)
     if arguments.tensorboard is not None:
         reporter = TensorBoardReporter(reporter, arguments.tensorboard)
-    places = Places(arguments.data_dir, arguments.teacher, arguments.torch_threads)
+    places = Places(arguments.data_dir, arguments.weights, arguments.torch_threads)
     if arguments.resume is not None:
         if arguments.out is not None:
             raise UserError("--resume continues in its own folder; leave out --out")
@@ -132,7 +145,9 @@ def run_command(arguments: argparse.Namespace) -> None:
         )
         folder = resume_run(arguments.resume, budget, places, reporter)
     else:
-        if arguments.model is None:
+        own = _own_task(arguments)
+        model = arguments.teacher if own else arguments.model
+        if model is None:
             raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
         objectives = arguments.objectives or ",".join(DEFAULT)
         preset = arguments.preset or "quick"
@@ -155,7 +170,8 @@ def run_command(arguments: argparse.Namespace) -> None:
         )
         loss = arguments.int8_max_loss
         config = RunConfig(
-            model=arguments.model,
+            model=model,
+            own=own,
             preset=preset,
             search=search,
             recipe=Recipe(simd_step=step),
@@ -167,7 +183,7 @@ def run_command(arguments: argparse.Namespace) -> None:
             latency=latency,
             int8=Int8Config(not arguments.no_int8, 0.01 if loss is None else loss),
         )
-        stem = Path(arguments.model).stem
+        stem = model.rpartition(":")[2] if own else Path(model).stem
         out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = start_run(config, out, places, reporter)
     if arguments.json:
@@ -175,6 +191,30 @@ def run_command(arguments: argparse.Namespace) -> None:
         return
     print(f"\nresults in {folder}; look at {folder / 'report.html'}")
     print(f"choose a student: python scripts/choose.py {folder} --knee")
+
+
+def _own_task(arguments: argparse.Namespace) -> OwnTask | None:
+    """The task of `--teacher`, `--weights` and `--data`, None if there is no `--teacher`."""
+    from moodistill.task import OwnTask
+
+    if arguments.teacher is None:
+        return None
+    if arguments.model is not None:
+        raise UserError("--teacher and --model both name a network; give one of them")
+    for name in ("weights", "data"):
+        if getattr(arguments, name) is None:
+            raise UserError(f"--teacher needs --{name}; see docs/own_network.md")
+    size = arguments.size or [32]
+    if len(size) > 2 or min(size) < 1:
+        raise UserError(f"--size is {size}; expected one number, or height and width")
+    return OwnTask(
+        weights=str(arguments.weights.resolve()),
+        data=str(arguments.data.resolve()),
+        size=(size[0], size[-1]),
+        channels=arguments.channels or 3,
+        mean=tuple(arguments.mean) if arguments.mean else None,
+        std=tuple(arguments.std) if arguments.std else None,
+    )
 
 
 def resume_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +225,7 @@ def resume_arguments(parser: argparse.ArgumentParser) -> None:
 
 def resume_command(arguments: argparse.Namespace) -> None:
     """`run --resume` by its own name."""
-    arguments.out = arguments.model = None
+    arguments.out = arguments.model = arguments.teacher = None
     run_command(arguments)
 
 

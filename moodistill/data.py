@@ -36,6 +36,15 @@ CIFAR10_DIGESTS = {
 CIFAR10_TRAIN_COUNT = 45_000
 
 
+# Logits `(n, classes)` and labels `(n,)` to a figure in [0, 1], the larger the better.
+Metric = Callable[[np.ndarray, np.ndarray], float]
+
+
+def fraction_right(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Accuracy, the metric that is used unless another is given."""
+    return float((logits.argmax(1) == labels).mean())
+
+
 @dataclass(frozen=True)
 class Split:
     """Images `(N, H, W, C)` uint8 and labels `(N,)` int64."""
@@ -53,7 +62,13 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in memory with fixed splits, its normalisation and its digest."""
+    """A data set in memory with fixed splits, its normalisation and its digest.
+
+    Attributes:
+        mean, std: of each channel of pixels scaled to [0, 1].
+        labels: names of the classes, in the order of the logits.
+        metric: what stands wherever this project says accuracy.
+    """
 
     name: str
     train: Split
@@ -63,6 +78,7 @@ class ImageData:
     std: tuple[float, ...]
     labels: tuple[str, ...]
     digest: str
+    metric: Metric = fraction_right
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -82,6 +98,11 @@ class ImageData:
         count = min(count, len(self.train))
         index = np.linspace(0, len(self.train) - 1, count).astype(int)
         return self.normalise(self.train.images[index])
+
+
+def metric_name(data: ImageData) -> str:
+    """Where the data's metric is defined, for a run's record."""
+    return f"{data.metric.__module__}.{getattr(data.metric, '__qualname__', data.metric)}"
 
 
 def sha256_array(array: np.ndarray) -> str:

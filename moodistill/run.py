@@ -9,10 +9,12 @@ from pathlib import Path
 
 from moodistill import report
 from moodistill.context import TeacherContext, load_context, use_threads
+from moodistill.data import metric_name
 from moodistill.device import device_fingerprint
 from moodistill.errors import UserError
 from moodistill.estimate import estimate_seconds
 from moodistill.evaluation import Latency
+from moodistill.evolution import Search
 from moodistill.files import TEMPORARY, remove_orphans
 from moodistill.finishing import changed_places, finish_run, package_finalists
 from moodistill.latency import LatencyError, LatencyMeter
@@ -23,7 +25,6 @@ from moodistill.report_html import structure_data, write_report
 from moodistill.results import Accuracies, Searched, make_rows, write_results
 from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import RUN_FILE, new_run_folder, read_run, versions, write_run
-from moodistill.search import Search
 from moodistill.store import LOCK_FILE, Store
 from moodistill.task import Task, load_task
 
@@ -38,15 +39,19 @@ class Places:
 
 
 def start_run(
-    config: RunConfig, out: Path, places: Places, reporter: Reporter | None = None
+    config: RunConfig,
+    out: Path,
+    places: Places,
+    reporter: Reporter | None = None,
+    task: Task | None = None,
 ) -> Path:
-    """Make the folder `out` and run; returns the folder.
+    """Make the folder `out` and run; returns the folder. `task` None loads `config.model`.
 
     Raises:
         UserError: if `out` holds anything, or data or teacher cannot be had.
     """
     use_threads(places.threads)
-    task = load_task(config.model)
+    task = task or load_task(config.model, config.own)
     context = _context(task, config, places)
     # A fifth of the way from chance to perfect: below, a student has learnt next to nothing.
     chance = 1.0 / len(context.data.labels)
@@ -62,6 +67,7 @@ def start_run(
                 "config": asdict(config),
                 "teacher_digest": context.teacher_digest,
                 "data_digest": context.data.digest,
+                "metric": metric_name(context.data),
                 "genome_bits": context.layout.length,
                 "teacher_latency_ms": meter.teacher_latency_ms,
                 "device": device_fingerprint(config.latency),
@@ -77,7 +83,11 @@ def start_run(
 
 
 def resume_run(
-    folder: Path, budget: Budget, places: Places, reporter: Reporter | None = None
+    folder: Path,
+    budget: Budget,
+    places: Places,
+    reporter: Reporter | None = None,
+    task: Task | None = None,
 ) -> Path:
     """Carry on a run, finished or not; finished evaluations are answered from its store.
 
@@ -96,16 +106,17 @@ def resume_run(
                 f"{folder} has {finished} finished generations, more than the "
                 f"{config.search.generations} asked for: resume it with a larger budget or none"
             )
-        context = _context(load_task(config.model), config, places)
+        context = _context(task or load_task(config.model, config.own), config, places)
         for key, found in (
             ("teacher_digest", context.teacher_digest),
             ("data_digest", context.data.digest),
+            ("metric", metric_name(context.data)),
             ("genome_bits", context.layout.length),
         ):
             if stored.get(key) != found:
                 raise UserError(
                     f"{folder} was started with {key} {stored.get(key)}, found {found}; "
-                    "resume it with the same teacher and data"
+                    "resume it with the same teacher, data and metric"
                 )
         write_run(folder, {**stored, "config": asdict(config), "status": "running"})
         write_layout(folder, context.layout)

@@ -7,13 +7,14 @@ from typing import Any
 
 from moodistill.distill import DistillConfig
 from moodistill.errors import UserError
+from moodistill.evolution import SearchConfig
 from moodistill.inherit import InheritConfig
 from moodistill.int8 import Int8Config
 from moodistill.latency import LatencyConfig
 from moodistill.objectives import Limits
 from moodistill.recipe import Recipe
-from moodistill.search import SearchConfig
 from moodistill.statistics import CalibrationConfig
+from moodistill.task import OwnTask
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class RunConfig:
     finalists: int
     latency: LatencyConfig = LatencyConfig()
     int8: Int8Config = Int8Config()
+    own: OwnTask | None = None
 
     @staticmethod
     def from_dict(stored: dict[str, Any]) -> RunConfig:
@@ -78,6 +80,7 @@ class RunConfig:
                 finalists=int(stored["finalists"]),
                 latency=LatencyConfig(**stored["latency"]),
                 int8=Int8Config(**stored["int8"]),
+                own=None if stored["own"] is None else _own_task(stored["own"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -100,6 +103,11 @@ class RunConfig:
             distill=replace(self.distill, steps=budget.distill_steps or steps),
             finalists=budget.finalists or finalists,
         )
+
+
+def _own_task(stored: dict[str, Any]) -> OwnTask:
+    lists = {k: tuple(v) for k, v in stored.items() if isinstance(v, list)}
+    return OwnTask(**{**stored, **lists})
 
 
 def get_preset(name: str) -> Preset:

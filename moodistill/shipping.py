@@ -28,7 +28,7 @@ from moodistill.ship import ShipOptions
 from moodistill.store import Store
 from moodistill.student import Student
 from moodistill.student_file import load_student
-from moodistill.task import load_task
+from moodistill.task import Task, load_task
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def export_student(
     data_dir: Path | None = None,
     options: ShipOptions | None = None,
     int8: bool = False,
+    task: Task | None = None,
 ) -> Exported:
     """Write the shipped folder of a student; a finalist's distilled weights if it has them.
 
@@ -56,6 +57,7 @@ def export_student(
         data_dir: where the data are.
         options: how the model takes pictures and answers.
         int8: quantise it; refused if that is not faster here or costs too much accuracy.
+        task: the run's, None to load it by its name.
 
     Raises:
         UserError: if there is no such run or student, `out` holds a model already, or the file
@@ -73,7 +75,7 @@ def export_student(
         raise UserError(f"{out} is a file; give a folder with --out")
     rows = {row.student: row for row in read_front(run)}
     teacher = next(row for row in rows.values() if row.stage == "teacher")
-    task = load_task(config.model)
+    task = task or load_task(config.model, config.own)
     origin = Origin(task.name, str(stored.get("teacher_digest")), evaluation.genome)
     weights = run / "students" / name / "student.safetensors"
     if weights.exists():

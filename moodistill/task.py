@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
@@ -57,22 +59,47 @@ def available_tasks() -> list[str]:
     return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
 
 
-def load_task(name: str) -> Task:
-    """The `TASK` of `problems/<name>.py`, or of a Python file given by its path.
+@dataclass(frozen=True)
+class OwnTask:
+    """A teacher and pictures that no problem file describes.
 
-    A problem file is code and is executed: load only files that you trust.
+    Attributes:
+        weights: path of the teacher's weights.
+        data: folder of pictures, one folder a class (see `own_data.load_image_folder`).
+        size: `(height, width)` that pictures are resized to.
+        channels: 1, 3 or 4.
+        mean, std: that the teacher was trained with; None measures them.
+    """
+
+    weights: str
+    data: str
+    size: tuple[int, int] = (32, 32)
+    channels: int = 3
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def load_task(name: str, own: OwnTask | None = None) -> Task:
+    """The `TASK` of `problems/<name>.py` or of a Python file, or one made from `MODULE:CALLABLE`.
+
+    A problem file or module is code and is executed: load only what you trust.
+
+    Args:
+        name: a problem's name, the path of a file ending in `.py`, or, with `own`, where the
+            teacher's builder is: `package.module:build` or `file.py:build`.
+        own: weights and data for such a builder.
 
     Raises:
-        UserError: if there is no such problem, or it defines no `TASK`.
+        UserError: if there is no such problem, or it defines no `TASK` or builder.
     """
+    if ":" in name:
+        if own is None:
+            raise UserError(
+                f"{name!r} names a teacher without weights and data; give --weights and --data"
+            )
+        return _own_task(name, own)
     if name.endswith(".py"):
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(f"problem file {name} does not exist; expected a Python file")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = _module_of_file(name)
     else:
         names = available_tasks()
         if name not in names:
@@ -85,3 +112,57 @@ def load_task(name: str) -> Task:
     if not isinstance(task, Task):
         raise UserError(f"problem {name!r} defines no TASK; expected TASK = Task(...)")
     return task
+
+
+def _module_of_file(name: str) -> ModuleType:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"problem file {name} does not exist; expected a Python file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # so that its classes know where they come from
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(
+            f"{name} cannot be loaded ({type(error).__name__}: {error}); run it with python to see "
+            "where it fails"
+        ) from error
+    return module
+
+
+def _own_task(name: str, own: OwnTask) -> Task:
+    from moodistill.own_data import load_image_folder
+
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        module = _module_of_file(place)
+    else:
+        sys.path.insert(0, "")  # as `python -m` finds modules of the working folder
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise UserError(
+                f"{place} cannot be imported ({error}); expected --teacher MODULE:CALLABLE"
+            ) from error
+        finally:
+            sys.path.remove("")
+    build = getattr(module, attribute, None)
+    if not callable(build):
+        raise UserError(f"{place} has no callable {attribute!r}; expected one that gives a network")
+
+    def checked_build() -> nn.Module:
+        network = build()
+        if not isinstance(network, nn.Module):
+            raise UserError(f"{name} gives a {type(network).__name__}, expected a torch.nn.Module")
+        return network
+
+    return Task(
+        name=attribute,
+        build=checked_build,
+        load_data=lambda _: load_image_folder(
+            Path(own.data), own.size, own.channels, own.mean, own.std
+        ),
+        weights=Path(own.weights),
+    )

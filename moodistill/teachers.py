@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,19 +57,79 @@ def half_precision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict as people keep it: safetensors, or a `.pt`, `.pth`, `.ckpt` of tensors.
+
+    Of a checkpoint that holds more, the entry `state_dict` or `model` is taken (Lightning, timm and
+    most training scripts). Nothing is unpickled but tensors and plain containers.
+
+    Raises:
+        UserError: if the file is unreadable or holds no state dict.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a teacher's weights")
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the archive's damage leads to
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{path} cannot be read as weights ({reason[0][:160]}); expected safetensors, or what "
+            "torch.save(model.state_dict(), path) writes"
+        ) from error
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(name), dict):
+            found = found[name]
+            break
+    tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(
+        found, dict
+    ) else {}  # fmt: skip
+    if not tensors:
+        raise UserError(
+            f"{path} holds no state dict; expected what torch.save(model.state_dict(), path) writes"
+        )
+    return tensors
+
+
+def _without_prefix(
+    stored: dict[str, torch.Tensor], wanted: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Strip what wrappers put in front of every key (`module.`, `model.`, ...), if it then fits."""
+    for _ in range(3):
+        if set(wanted) & set(stored):
+            break
+        firsts = {key.split(".", 1)[0] for key in stored if "." in key}
+        # Lightning keeps losses and metrics beside the network: the prefix that fits is the one.
+        for first in sorted(firsts):
+            inner = {
+                key.split(".", 1)[1]: value
+                for key, value in stored.items()
+                if key.startswith(f"{first}.")
+            }
+            if set(wanted) & set(inner) or len(firsts) == 1:
+                stored = inner
+                break
+        else:
+            break
+    return stored
+
+
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """Load a teacher's weights into `model` (returned in eval mode, float32).
 
+    Half precision is widened; prefixes of wrappers (`module.`, `model.`) are taken off.
+
     Raises:
-        UserError: if the file is unreadable or belongs to another architecture.
+        UserError: if the file is unreadable or belongs to another architecture; names the keys.
     """
-    stored, _ = read_safetensors(path)
-    stored = {k: v for k, v in stored.items() if not k.endswith("num_batches_tracked")}
     wanted = {
         k: tuple(v.shape)
         for k, v in model.state_dict().items()
         if not k.endswith("num_batches_tracked")
     }
+    stored = _without_prefix(read_state(path), wanted)
+    stored = {k: v for k, v in stored.items() if not k.endswith("num_batches_tracked")}
     missing = sorted(set(wanted) - set(stored))
     extra = sorted(set(stored) - set(wanted))
     shapes = sorted(k for k in set(wanted) & set(stored) if tuple(stored[k].shape) != wanted[k])

@@ -94,14 +94,13 @@ def augment(images: np.ndarray, pad: int, flip: bool, rng: np.random.Generator) 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: ImageData, split: Split, batch: int = 500) -> float:
-    """Fraction of `split` that `model` (in eval mode) classifies correctly."""
+    """The data's metric of `model` (in eval mode) on `split`: accuracy unless another is given."""
     device = next(model.parameters()).device
-    right = 0
+    answers = []
     for start in range(0, len(split), batch):
         images = data.normalise(split.images[start : start + batch]).to(device)
-        answer = model(images).argmax(1).cpu().numpy()
-        right += int((answer == split.labels[start : start + batch]).sum())
-    return right / len(split)
+        answers.append(model(images).cpu().numpy())
+    return float(data.metric(np.concatenate(answers), split.labels))
 
 
 def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -> dict:

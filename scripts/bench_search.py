@@ -29,12 +29,12 @@ from moodistill.device import device_fingerprint, probe_simd
 from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
+from moodistill.evolution import Operators, Search, SearchConfig, default_operators
 from moodistill.files import write_atomic, write_json_atomic
 from moodistill.inherit import InheritConfig
 from moodistill.latency import LatencyMeter
 from moodistill.operators import DensitySampling
 from moodistill.recipe import Evaluator, Recipe, make_student, student_accuracy, teacher_onnx
-from moodistill.search import Operators, Search, SearchConfig, default_operators
 from moodistill.store import Store
 from moodistill.task import load_task
 

@@ -142,8 +142,8 @@ def test_a_stopped_run_keeps_what_was_found(call, cache, tmp_path, stop):
         (["--model", "digits", "--preset", "best"], "unknown preset"),
         ([], "which network"),
         (["--resume", "no/such/run"], "no/such/run"),
-        (["--model", "digits", "--teacher", "no.safetensors"], "no.safetensors"),
-        (["--model", "digits", "--teacher", "README.md"], "README.md"),
+        (["--model", "digits", "--weights", "no.safetensors"], "no.safetensors"),
+        (["--model", "digits", "--weights", "README.md"], "README.md"),
     ],
 )
 def test_bad_input_is_one_line(call, tmp_path, monkeypatch, arguments, words):
@@ -178,7 +178,7 @@ def test_teacher_of_another_architecture_is_refused(call, tmp_path):
 
     save_atomic({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
     done = call(
-        "run", "--model", "digits", "--teacher", tmp_path / "other.safetensors",
+        "run", "--model", "digits", "--weights", tmp_path / "other.safetensors",
         "--out", tmp_path / "run", code=2,
     )  # fmt: skip
     assert "does not fit DigitsNet" in done.stderr and not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ import moodistill
 
 PACKAGE = Path(moodistill.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-NO_TORCH = ["search", "front", "store", "problem", "latency", "latency_worker", "genome", "errors",
+NO_TORCH = ["evolution", "front", "store", "problem", "latency", "latency_worker", "genome", "errors",
             "evaluation", "pareto", "run_folder", "files", "device", "ship", "quantise", "verify",
             "shipped_run"]  # fmt: skip
 NO_PYMOO = ["graph", "student", "inherit", "distill", "layout", "statistics", "genome", "recipe",
@@ -70,7 +70,7 @@ def test_nothing_heavy_is_loaded(name):
     assert loaded(f"moodistill.{name}") == set()
 
 
-@pytest.mark.parametrize("name", ["operators", "search", "problem"])
+@pytest.mark.parametrize("name", ["operators", "evolution", "problem"])
 def test_the_search_loads_no_torch(name):
     assert loaded(f"moodistill.{name}") == {"pymoo"}
 

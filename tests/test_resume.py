@@ -13,7 +13,7 @@ from conftest import TINY_RUN
 from driver import Driver
 from test_search import LAYOUT, make, recorded
 
-from moodistill.search import SearchConfig
+from moodistill.evolution import SearchConfig
 from moodistill.store import Store
 from moodistill.student_file import content_digest
 from moodistill.teachers import read_safetensors
@@ -98,7 +98,8 @@ class Killed:
         done = driver.call(*carry_on(self.folder), **options)
         assert done.code in (0, -9), f"{options}: {done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr
-        assert not [path for path in self.left if path.exists()], "leftovers of the last kill"
+        if options.get("kill") != "create":  # the lock is taken before leftovers are removed
+            assert not [path for path in self.left if path.exists()], "leftovers of the last kill"
         now = stored(self.folder)
         assert len(now) >= self.known and now == self.hashes[: len(now)]
         self.known, self.left = len(now), orphans(self.folder)
@@ -119,7 +120,10 @@ def test_a_run_killed_three_times_ends_like_one_that_was_not(
 
 # Every run is killed at all of its points, one after the other, and then finished.
 PLANS = {
-    "start": [("half run.json", 1), ("replace run.json", 1), ("create", 1), ("sqlite", 1)],
+    "start": [
+        ("half run.json", 1), ("replace run.json", 1), ("half layout.json", 1), ("create", 1),
+        ("sqlite", 1),
+    ],
     "store": [("created", 1), ("sqlite", 12), ("sqlite", 30), ("add", 1), ("added", 2)],
     "evaluation": [("build", 3), ("inherit", 2), ("measure", 4), ("score", 5), ("add", 1)],
     "generation": [("generation", 1), ("generation stored", 1), ("generation", 3), ("distil", 1)],
@@ -131,7 +135,7 @@ PLANS = {
         ("export", 1), ("half model.onnx", 1), ("exported", 1), ("replace result.json", 1),
         ("replaced result.json", 1), ("save student", 1),
     ],
-    "int8": [("quantise", 2), ("half model.onnx", 3), ("replace result.json", 3), ("quantised", 2)],
+    "int8": [("quantise", 2), ("half model.onnx", 1), ("replace result.json", 1), ("quantised", 2)],
     "confirmation": [
         ("confirm structure", 2), ("confirm", 3), ("half confirmed.json", 1),
         ("replaced confirmed.json", 1), ("judge", 1), ("judged", 2),

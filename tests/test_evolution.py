@@ -7,11 +7,11 @@ import pytest
 
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
+from moodistill.evolution import RepeatedFailure, Search, SearchConfig, hypervolume
 from moodistill.genome import INPUT, GenomeLayout, Group, Node
 from moodistill.objectives import Limits
 from moodistill.problem import StructuralDistillationProblem
 from moodistill.results import Searched
-from moodistill.search import RepeatedFailure, Search, SearchConfig, hypervolume
 from moodistill.store import ReplayDiverged, Store
 
 

@@ -1,0 +1,310 @@
+"""The Python interface: search, open a run, choose, take a student out.
+
+import moodistill
+
+run = moodistill.search(network, train, validation, test, out="results/mine")
+student = run.choose(max_latency_ms=2.0)
+network = student.to_torch()
+student.export("my_student")
+"""
+
+from __future__ import annotations
+
+import copy
+import html
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import fx, nn
+
+from moodistill import choose, front
+from moodistill.context import default_cache_dir, load_context
+from moodistill.data import ImageData, Metric, Split, fraction_right
+from moodistill.device import check_provider, probe_simd
+from moodistill.distill import DistillConfig
+from moodistill.errors import UserError
+from moodistill.evolution import SearchConfig
+from moodistill.front import FrontRow
+from moodistill.int8 import SUFFIX, Int8Config
+from moodistill.latency import LatencyConfig
+from moodistill.objectives import DEFAULT, Limits, check_objectives
+from moodistill.own_data import from_datasets, from_splits
+from moodistill.progress import Mode, make_reporter
+from moodistill.recipe import Recipe, make_student
+from moodistill.results import student_id
+from moodistill.run import Places, resume_run, start_run
+from moodistill.run_config import Budget, RunConfig, get_preset
+from moodistill.run_folder import RUN_FILE, read_run
+from moodistill.ship import ShipOptions
+from moodistill.shipping import export_student
+from moodistill.statistics import CalibrationConfig
+from moodistill.store import Store
+from moodistill.student_file import load_student
+from moodistill.task import Task, load_task
+from moodistill.teachers import save_atomic
+
+TEACHER_FILE = "teacher.safetensors"
+
+
+@dataclass(frozen=True)
+class RunStudent:
+    """One student of a run's front.
+
+    Attributes:
+        run: that it belongs to.
+        row: what was measured; see `front.FrontRow`.
+        reason: why it was chosen, empty if it was asked for by name.
+    """
+
+    run: Run
+    row: FrontRow
+    reason: str = ""
+
+    def to_torch(self) -> fx.GraphModule:
+        """The network `(N, C, H, W)` normalised images to logits, in eval mode.
+
+        Distilled weights if it was distilled, else the inherited ones. Of an INT8 student this is
+        the float one that it was made from.
+        """
+        name = self.row.student.removesuffix(SUFFIX)
+        weights = self.run.folder / "students" / name / "student.safetensors"
+        task = self.run.task
+        if weights.exists():
+            shape = task.load_data(None).input_shape
+            return load_student(weights, task.build(), shape)[0].module
+        config = RunConfig.from_dict(read_run(self.run.folder).get("config", {}))
+        context = load_context(task, calibration=config.calibration, cache_dir=default_cache_dir())
+        with Store.open(self.run.folder, readonly=True) as store:
+            evaluations = {student_id(n): one for n, one in enumerate(store.all())}
+        genome = context.layout.unpack(evaluations[name].genome)
+        return make_student(context, genome, config.recipe).module
+
+    def export(
+        self, out: str | Path, *, input: str = "uint8", softmax: bool = False, int8: bool = False
+    ) -> Path:
+        """Write a folder that can be shipped; returns the path of its `model.onnx`.
+
+        Args:
+            out: the folder.
+            input: `uint8` or `float32` pixels from 0 to 255, or `normalised` images.
+            softmax: probabilities instead of logits.
+            int8: quantise, if that is faster on the run's device.
+
+        Raises:
+            UserError: if the file does not pass the comparison with torch, or INT8 is no gain.
+        """
+        options = ShipOptions(input, softmax)
+        return export_student(
+            self.run.folder, self.row.student, Path(out), None, options, int8, self.run.task
+        ).path
+
+    def _repr_html_(self) -> str:
+        reason = f"<p>{html.escape(self.reason)}</p>" if self.reason else ""
+        return reason + _html_table([self.row])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and its task."""
+
+    folder: Path
+    task: Task
+
+    @property
+    def front(self) -> list[FrontRow]:
+        """The teacher, the finalists and the rest of the front."""
+        return front.read_front(self.folder)
+
+    def student(self, name: str) -> RunStudent:
+        """A student of the front by its id.
+
+        Raises:
+            UserError: if there is none.
+        """
+        rows = {row.student: row for row in self.front if row.stage != "teacher"}
+        if name not in rows:
+            raise UserError(f"unknown student {name!r}; expected one of {', '.join(rows)}")
+        return RunStudent(self, rows[name])
+
+    def choose(
+        self,
+        *,
+        max_latency_ms: float | None = None,
+        max_parameters: float | None = None,
+        min_accuracy: float | None = None,
+        max_size_bytes: float | None = None,
+        knee: bool = False,
+        weights: Mapping[str, float] | None = None,
+    ) -> RunStudent:
+        """The most accurate student within limits, the knee of those, or the best weighted sum.
+
+        Raises:
+            UserError: if no student keeps the limits; says how close the best comes.
+        """
+        limits = choose.Constraints(max_latency_ms, max_parameters, min_accuracy, max_size_bytes)
+        rows = self.front
+        if knee:
+            choice = choose.knee(rows, limits)
+        elif weights is not None:
+            choice = choose.weighted(rows, weights, limits)
+        else:
+            choice = choose.choose(rows, limits)
+        return RunStudent(self, choice.student, f"{choice.reason}; gives up: {choice.gives_up}")
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self.folder))}</p>{_html_table(self.front)}"
+
+
+def search(
+    teacher: nn.Module,
+    train: Any,
+    validation: Any,
+    test: Any = None,
+    *,
+    out: str | Path,
+    labels: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    metric: Metric = fraction_right,
+    preset: str | None = None,
+    generations: int | None = None,
+    finalists: int | None = None,
+    distill_steps: int | None = None,
+    population: int = 32,
+    seed: int = 0,
+    objectives: Sequence[str] = DEFAULT,
+    limits: Limits | None = None,
+    latency: LatencyConfig | None = None,
+    int8: Int8Config | None = None,
+    progress: Mode = "auto",
+) -> Run:
+    """Search for a front of smaller networks than `teacher`; carries on a run that `out` holds.
+
+    Args:
+        teacher: a trained network, traceable by `torch.fx`; it is not changed.
+        train, validation, test: map-style datasets of `(picture, label)` (see
+            `own_data.from_datasets`), or pairs of a uint8 array `(N, H, W, C)` and labels `(N,)`.
+            `train` calibrates and distils, `validation` scores and chooses, `test` is touched once
+            (None takes half of `validation` for it).
+        out: the run's folder.
+        labels: names of the classes.
+        mean, std: of each channel of pixels in [0, 1], as the teacher was trained with; None
+            measures them on `train`.
+        metric: `(logits (n, classes), labels (n,)) -> [0, 1]`, larger is better, in place of
+            accuracy everywhere.
+        preset: `quick` (the default of a new run), `standard` or `thorough`; the next three replace
+            its numbers.
+        generations, finalists, distill_steps: of the search and of its finalists.
+        population: students a generation.
+        seed: of the search.
+        objectives: `accuracy` and some of `parameters`, `latency`, `macs`, `size`, `memory`.
+        limits: hard ones.
+        latency: threads, batch and execution provider.
+        int8: whether and when finalists get an INT8 twin.
+        progress: `auto`, `plain`, `json` or `quiet`.
+
+    Raises:
+        UserError: if the network, the data or a setting cannot be used; one line says why.
+    """
+    data = _image_data(train, validation, test, labels, mean, std, metric)
+    folder = Path(out)
+    weights = folder.with_name(f"{folder.name}.{TEACHER_FILE}")
+    task = Task(
+        name=type(teacher).__name__,
+        build=_copies_of(teacher),
+        load_data=lambda _: data,
+        weights=weights,
+    )
+    reporter = make_reporter(progress)
+    if (folder / RUN_FILE).is_file():
+        budget = Budget(preset, generations, finalists, distill_steps)
+        resume_run(folder, budget, Places(), reporter, task)
+        return Run(folder, task)
+    save_atomic({k: v.clone() for k, v in teacher.state_dict().items()}, weights)
+    preset = preset or "quick"
+    settings = get_preset(preset)
+    latency = latency or LatencyConfig()
+    check_provider(latency.provider)
+    step = probe_simd(latency, default_cache_dir()).step
+    config = RunConfig(
+        model=task.name,
+        preset=preset,
+        search=SearchConfig(
+            population=population,
+            generations=generations or settings.generations,
+            seed=seed,
+            simd_step=step,
+            limits=limits or Limits(),
+            objectives=check_objectives(objectives),
+        ),
+        recipe=Recipe(simd_step=step),
+        calibration=CalibrationConfig(),
+        distill=replace(DistillConfig(), steps=distill_steps or settings.distill_steps),
+        finalists=finalists or settings.finalists,
+        latency=latency,
+        int8=int8 or Int8Config(),
+    )
+    start_run(config, folder, Places(), reporter, task)
+    return Run(folder, task)
+
+
+def open_run(folder: str | Path, task: Task | None = None) -> Run:
+    """A run made before; `task` None loads the one that it was started with by name.
+
+    Raises:
+        UserError: if the folder is no run, or its task cannot be loaded by name.
+    """
+    folder = Path(folder)
+    config = RunConfig.from_dict(read_run(folder).get("config", {}))
+    return Run(folder, task or load_task(config.model, config.own))
+
+
+def _copies_of(teacher: nn.Module) -> Callable[[], nn.Module]:
+    kept = copy.deepcopy(teacher).cpu().eval()
+    return lambda: copy.deepcopy(kept)
+
+
+def _image_data(
+    train: Any, validation: Any, test: Any, labels: Any, mean: Any, std: Any, metric: Metric
+) -> ImageData:
+    given = {"train": train, "validation": validation, "test": test}
+    arrays = {k: isinstance(v, tuple) and len(v) == 2 for k, v in given.items() if v is not None}
+    if not all(arrays.values()):
+        if any(arrays.values()):
+            raise UserError("give all splits as arrays, or all as datasets")
+        return from_datasets(
+            train, validation, test, labels=labels, mean=mean, std=std, metric=metric
+        )
+    splits = {}
+    for name in arrays:
+        images, answers = (np.asarray(part) for part in given[name])
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(answers):
+            raise UserError(
+                f"{name} is {images.dtype} {images.shape} with {len(answers)} labels; expected "
+                "uint8 (N, H, W, C) and N labels"
+            )
+        splits[name] = Split(images, answers.astype(np.int64))
+    if "test" not in splits:
+        whole = splits["validation"]
+        splits["validation"] = Split(whole.images[::2], whole.labels[::2])
+        splits["test"] = Split(whole.images[1::2], whole.labels[1::2])
+    count = 1 + max(int(split.labels.max()) for split in splits.values())
+    names = labels if labels is not None else [str(i) for i in range(count)]
+    return from_splits("own", splits, names, mean, std, metric)
+
+
+def _html_table(rows: Sequence[FrontRow]) -> str:
+    head = ("student", "stage", "accuracy", "test", "parameters", "latency, ms", "x faster")
+    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"]
+    for row in rows:
+        test = "" if row.test_accuracy is None else f"{row.test_accuracy:.4f}"
+        cells = (
+            row.student, row.stage, f"{row.validation_accuracy:.4f}", test,
+            f"{row.parameters:,}", f"{row.latency_ms:.4g}",
+            f"{row.teacher_latency_ms / row.latency_ms:.2f}",
+        )  # fmt: skip
+        lines.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
+    return f"<table>{''.join(lines)}</table>"

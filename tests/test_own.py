@@ -1,0 +1,267 @@
+"""A network and pictures that the project did not ship, from the shell and from Python."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import moodistill
+from moodistill.data import load_digits
+from moodistill.errors import UserError
+from moodistill.own_data import from_datasets, load_image_folder
+from moodistill.teachers import load_weights, read_state, save_atomic
+
+RNG = np.random.default_rng(0)
+NETWORK = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2),
+    )
+"""
+
+
+def small(channels=3, classes=2):
+    """A small CNN for any size, with any channels and classes."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, classes),
+    ).eval()  # fmt: skip
+
+
+def picture(label, size=(20, 24), mode="RGB"):
+    """Noise, brighter for class 1."""
+    channels = len(mode)
+    noise = RNG.integers(0, 120, (*size, channels), dtype=np.uint8) + np.uint8(100 * label)
+    return Image.fromarray(noise.squeeze(), mode if channels > 1 else "L")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`dark/` and `light/` with 60 pictures each."""
+    for label, name in enumerate(("dark", "light")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(60):
+            picture(label).save(tmp_path / "pictures" / name / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_one_folder_a_class(folder):
+    data = load_image_folder(folder, (16, 20))
+    assert data.labels == ("dark", "light") and data.input_shape == (3, 16, 20)
+    sizes = [len(s) for s in (data.train, data.validation, data.test)]
+    assert sum(sizes) == 120 and min(sizes) >= 2 and sizes[0] > 80
+    bright = data.train.images.mean((1, 2, 3))
+    assert bright[data.train.labels == 1].min() > bright[data.train.labels == 0].max()
+    normal = data.normalise(data.train.images)
+    assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.3
+    before = {image.tobytes() for image in data.test.images}
+    picture(1).save(folder / "light" / "one more.png")
+    again = load_image_folder(folder, (16, 20))
+    assert before <= {image.tobytes() for image in again.test.images}  # no old one moved
+    assert again.digest != data.digest
+
+
+def test_split_folders(folder, tmp_path):
+    root = tmp_path / "split"
+    for part, count in (("train", 40), ("val", 10), ("test", 10)):
+        for name in ("dark", "light"):
+            (root / part / name).mkdir(parents=True)
+            for path in sorted((folder / name).iterdir())[:count]:
+                (root / part / name / path.name).write_bytes(path.read_bytes())
+    data = load_image_folder(root, channels=1, mean=[0.5], std=[0.25])
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [80, 20, 20]
+    assert data.input_shape == (1, 32, 32) and data.mean == (0.5,)
+
+
+@pytest.mark.parametrize("damage", ["missing", "one class", "no pictures", "broken", "mean"])
+def test_bad_folders_are_one_line(folder, damage):
+    settings = {}
+    if damage == "missing":
+        folder = folder / "nowhere"
+    elif damage == "one class":
+        for path in (folder / "dark").iterdir():
+            path.unlink()
+        (folder / "dark").rmdir()
+    elif damage == "no pictures":
+        (folder / "empty").mkdir()
+    elif damage == "broken":
+        path = folder / "dark" / "7.png"
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        settings = {"mean": [0.5, 0.5]}
+    with pytest.raises(UserError) as caught:
+        load_image_folder(folder, **settings)
+    assert "\n" not in str(caught.value) and "expected" in str(caught.value) or damage in (
+        "broken", "mean"
+    )  # fmt: skip
+
+
+def test_datasets_of_many_forms():
+    arrays = [(RNG.integers(0, 256, (8, 6, 3), np.uint8), i % 3) for i in range(9)]
+    pictures = [(Image.fromarray(a), label) for a, label in arrays]
+    tensors = [(torch.from_numpy(a).permute(2, 0, 1) / 255, label) for a, label in arrays]
+    made = [from_datasets(one, one, one) for one in (arrays, pictures, tensors)]
+    assert len({data.digest for data in made}) == 1 and made[0].labels == ("0", "1", "2")
+    halves = from_datasets(arrays, arrays)
+    assert len(halves.validation) == 5 and len(halves.test) == 4
+    with pytest.raises(UserError, match="leave the normalisation"):
+        from_datasets([(torch.randn(3, 8, 8), 0)], arrays)
+    with pytest.raises(UserError, match="resize them"):
+        from_datasets([*arrays, (np.zeros((9, 9, 3), np.uint8), 0)], arrays)
+    with pytest.raises(UserError, match="name them all"):
+        from_datasets(arrays, arrays, labels=["a", "b"])
+
+
+@pytest.mark.parametrize("form", ["plain", "module", "lightning", "timm", "half", "deep"])
+def test_checkpoints_that_people_have(form, tmp_path):
+    network = small()
+    state = network.state_dict()
+    kept = {
+        "plain": state,
+        "module": {f"module.{k}": v for k, v in state.items()},
+        "lightning": {"epoch": 3, "hyper_parameters": {"lr": 0.1}, "state_dict": {
+            **{f"model.{k}": v for k, v in state.items()}, "loss.weight": torch.ones(2)}},
+        "timm": {"model": state, "arch": "small"},
+        "half": {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
+        "deep": {f"model.module.{k}": v for k, v in state.items()},
+    }[form]  # fmt: skip
+    torch.save(kept, tmp_path / "best.ckpt")
+    loaded = load_weights(small().apply(lambda m: None), tmp_path / "best.ckpt")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.allclose(loaded(images), network(images), atol=1e-2 if form == "half" else 1e-6)
+
+
+def test_checkpoints_that_are_none(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_state(tmp_path / "evil.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="no state dict"):
+        read_state(tmp_path / "list.pt")
+    with pytest.raises(UserError, match="does not exist"):
+        read_state(tmp_path / "none.pt")
+    save_atomic({"0.weight": torch.zeros(16, 3, 5, 5)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"keys missing \(first: 0.bias\).*0.weight is"):
+        load_weights(small(), tmp_path / "other.safetensors")
+
+
+def test_own_network_from_the_shell(folder, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(NETWORK)
+    scope = {}
+    exec(NETWORK, scope)
+    network = scope["build"]()
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "best.pt")
+    arguments = ["--weights", "best.pt", "--data", folder, "--size", "16", "20"]
+    budget = ["--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2"]
+    call("run", "--teacher", "mine:build", *arguments, "--out", "run", *budget, "--no-int8")
+    call("run", "--resume", "run", "--distill-steps", "3")
+    student = next((tmp_path / "run" / "students").glob("s*")).name
+    call("export", "run", student, "--out", "shipped")
+    assert "as expected" in call("verify", "shipped").stdout
+    manifest = json.loads((tmp_path / "shipped" / "manifest.json").read_text())
+    assert manifest["input"]["shape"] == [3, 16, 20] and manifest["labels"] == ["dark", "light"]
+    done = subprocess.run(
+        [sys.executable, "shipped/run.py", str(folder / "dark" / "3.png")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("3.png: "), done.stderr
+    for wrong, words in (
+        (["--teacher", "mine:nothing", *arguments], "no callable"),
+        (["--teacher", "nowhere:build", *arguments], "cannot be imported"),
+        (["--teacher", "mine:build"], "needs --weights"),
+        (["--teacher", "mine:build", "--model", "digits", *arguments], "give one of them"),
+    ):
+        assert words in call("run", *wrong, "--out", "other", code=2).stderr
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("channels", "classes", "size"), [(1, 2, (28, 20)), (4, 1000, (40, 40))])
+def test_search_from_python(channels, classes, size, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOODISTILL_CACHE", str(tmp_path / "cache"))
+
+    def split(count):
+        labels = np.arange(count) % classes
+        images = RNG.integers(0, 256, (count, *size, channels), dtype=np.uint8)
+        return images, labels
+
+    network = small(channels, classes)
+    settings = dict(
+        out=tmp_path / "run", population=4, generations=1, finalists=1, distill_steps=2,
+        progress="quiet", int8=moodistill.Int8Config(wanted=False),
+        labels=[f"class {i}" for i in range(classes)], limits=moodistill.Limits(),
+        metric=half_right,
+    )  # fmt: skip
+    # The metric gives every student at least 0.5, above the floor of a search.
+    run = moodistill.search(network, split(64), split(64), split(32), **settings)
+    assert [row.stage for row in run.front].count("distilled") == 1
+    assert all(0.5 <= row.validation_accuracy <= 1 for row in run.front)
+    chosen = run.choose(knee=True)
+    module = chosen.to_torch()
+    assert module(torch.zeros(2, channels, *size)).shape == (2, classes)
+    assert sum(p.numel() for p in module.parameters()) == chosen.row.parameters
+    assert "<table>" in run._repr_html_() and chosen.row.student in chosen._repr_html_()
+    path = chosen.export(tmp_path / "shipped", softmax=True)
+    assert path.is_file() and (tmp_path / "shipped" / "manifest.json").is_file()
+    with pytest.raises(UserError, match="unknown student"):
+        run.student("s9999")
+    other = {**settings, "metric": other_metric}
+    with pytest.raises(UserError, match="metric"):
+        moodistill.search(network, split(64), split(64), split(32), **other)
+
+
+def half_right(logits, labels):
+    """A metric of one's own."""
+    return 0.5 + 0.5 * float((logits.argmax(1) == labels).mean())
+
+
+def other_metric(logits, labels):
+    """Another one."""
+    return 0.9
+
+
+def test_a_run_goes_on_and_opens_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOODISTILL_CACHE", str(tmp_path / "cache"))
+    digits = load_digits()
+    from moodistill.task import load_task
+
+    task = load_task("digits")
+    network = load_weights(task.build(), task.weights)
+    splits = [(s.images, s.labels) for s in (digits.train, digits.validation, digits.test)]
+    settings = dict(
+        out=tmp_path / "run", population=4, finalists=1, distill_steps=2, progress="quiet",
+        mean=digits.mean, std=digits.std, int8=moodistill.Int8Config(wanted=False),
+    )  # fmt: skip
+    first = moodistill.search(network, *splits, generations=1, **settings)
+    more = moodistill.search(network, *splits, generations=2, **settings)
+    assert len(more.front) >= len(first.front) and more.front[0].accuracy == 1.0
+    opened = moodistill.open_run(tmp_path / "run", more.task)
+    searched = next(row for row in opened.front if row.stage == "searched")
+    module = opened.student(searched.student).to_torch()
+    assert sum(p.numel() for p in module.parameters()) == searched.parameters
+    with pytest.raises(UserError, match="unknown model"):
+        moodistill.open_run(tmp_path / "run")
+
+
+def test_the_package_is_light_until_it_is_used():
+    code = "import sys, moodistill; print('torch' in sys.modules); moodistill.search; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"]
+    with pytest.raises(AttributeError):
+        moodistill.nothing  # noqa: B018
