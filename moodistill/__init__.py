@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "Int8Config", "LatencyConfig", "Limits", "Run", "RunStudent", "UserError", "open_run", "search",
+    "Int8Config", "LatencyConfig", "LayerRules", "Limits", "Run", "RunStudent", "UserError",
+    "open_run", "search",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

@@ -30,6 +30,7 @@ from moodistill.evolution import SearchConfig
 from moodistill.front import FrontRow
 from moodistill.int8 import SUFFIX, Int8Config
 from moodistill.latency import LatencyConfig
+from moodistill.layout import LayerRules
 from moodistill.objectives import DEFAULT, Limits, check_objectives
 from moodistill.own_data import from_datasets, from_splits
 from moodistill.progress import Mode, make_reporter
@@ -76,7 +77,7 @@ class RunStudent:
             shape = task.load_data(None).input_shape
             return load_student(weights, task.build(), shape)[0].module
         config = RunConfig.from_dict(read_run(self.run.folder).get("config", {}))
-        context = load_context(task, calibration=config.calibration, cache_dir=default_cache_dir())
+        context = load_context(task, calibration=config.calibration, rules=config.rules)
         with Store.open(self.run.folder, readonly=True) as store:
             evaluations = {student_id(n): one for n, one in enumerate(store.all())}
         genome = context.layout.unpack(evaluations[name].genome)
@@ -179,6 +180,7 @@ def search(
     limits: Limits | None = None,
     latency: LatencyConfig | None = None,
     int8: Int8Config | None = None,
+    rules: LayerRules | None = None,
     progress: Mode = "auto",
 ) -> Run:
     """Search for a front of smaller networks than `teacher`; carries on a run that `out` holds.
@@ -204,6 +206,7 @@ def search(
         limits: hard ones.
         latency: threads, batch and execution provider.
         int8: whether and when finalists get an INT8 twin.
+        rules: layers to leave alone, and bounds of widths.
         progress: `auto`, `plain`, `json` or `quiet`.
 
     Raises:
@@ -246,6 +249,7 @@ def search(
         finalists=finalists or settings.finalists,
         latency=latency,
         int8=int8 or Int8Config(),
+        rules=rules or LayerRules(),
     )
     start_run(config, folder, Places(), reporter, task)
     return Run(folder, task)

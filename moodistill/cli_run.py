@@ -37,7 +37,8 @@ def _places_arguments(parser: argparse.ArgumentParser) -> None:
 # What decides a run's result besides its budget: a resume cannot change it.
 FIXED = (
     "model", "seed", "population", "objectives", "algorithm", "simd_step", "threads", "batch",
-    "provider", "int8_max_loss", "min_accuracy", "max_latency_ms", "max_parameters", "max_macs",
+    "provider", "int8_max_loss", "keep", "min_width", "max_width", "min_accuracy",
+    "max_latency_ms", "max_parameters", "max_macs",
     "max_size_bytes", "max_memory_bytes",
 )  # fmt: skip
 LIMITS = {
@@ -90,6 +91,12 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         option = "--" + name.replace("_", "-")
         names = [option, "--max-params"] if name == "max_parameters" else [option]
         parser.add_argument(*names, type=number, dest=name, help=f"hard limit, {what}")
+    parser.add_argument("--keep", action="append", metavar="LAYER", help="leave this layer alone")
+    for option, what in (("--min-width", "least"), ("--max-width", "most")):
+        parser.add_argument(
+            option, action="append", type=_width, metavar="LAYER=N",
+            help=f"{what} outputs that a layer keeps",
+        )  # fmt: skip
     parser.add_argument(
         "--simd-step", type=int, help="channels per SIMD block (default: probed on this device)"
     )
@@ -113,6 +120,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     from moodistill.distill import DistillConfig
     from moodistill.evolution import SearchConfig
     from moodistill.int8 import Int8Config
+    from moodistill.layout import LayerRules
     from moodistill.objectives import DEFAULT, Limits, check_objectives
     from moodistill.progress import Mode, TensorBoardReporter, make_reporter
     from moodistill.recipe import Recipe
@@ -172,6 +180,11 @@ def run_command(arguments: argparse.Namespace) -> None:
         config = RunConfig(
             model=model,
             own=own,
+            rules=LayerRules(
+                tuple(arguments.keep or ()),
+                dict(arguments.min_width or ()),
+                dict(arguments.max_width or ()),
+            ),
             preset=preset,
             search=search,
             recipe=Recipe(simd_step=step),
@@ -191,6 +204,13 @@ def run_command(arguments: argparse.Namespace) -> None:
         return
     print(f"\nresults in {folder}; look at {folder / 'report.html'}")
     print(f"choose a student: python scripts/choose.py {folder} --knee")
+
+
+def _width(text: str) -> tuple[str, int]:
+    name, separator, value = text.rpartition("=")
+    if not separator or not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected LAYER=NUMBER")
+    return name, int(value)
 
 
 def _own_task(arguments: argparse.Namespace) -> OwnTask | None:

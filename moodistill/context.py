@@ -12,7 +12,7 @@ from moodistill.data import ImageData
 from moodistill.errors import UserError
 from moodistill.genome import GenomeLayout
 from moodistill.graph import TeacherGraph, trace
-from moodistill.layout import build_layout
+from moodistill.layout import LayerRules, build_layout
 from moodistill.statistics import CalibrationConfig, TeacherSamples, collect_samples
 from moodistill.task import Task
 from moodistill.teachers import file_digest, load_weights
@@ -41,6 +41,7 @@ def load_context(
     weights: Path | None = None,
     calibration: CalibrationConfig | None = None,
     cache_dir: Path | None = None,
+    rules: LayerRules | None = None,
 ) -> TeacherContext:
     """Load a task's data and teacher and prepare them for a search.
 
@@ -60,7 +61,7 @@ def load_context(
     samples = collect_samples(
         graph, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
     )
-    return TeacherContext(task, graph, samples, build_layout(graph, samples), data, digest)
+    return TeacherContext(task, graph, samples, build_layout(graph, samples, rules), data, digest)
 
 
 def default_threads() -> int:

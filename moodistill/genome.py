@@ -33,13 +33,16 @@ class Group:
         name: the first layer that writes it.
         block: `(size,)` block index of every channel, from 0.
         importance: `(size,)`, higher is more worth keeping.
-        frozen: never cut and without a mask (network input and output).
+        frozen: never cut and without a mask (network input and output, layers to leave alone).
+        least, most: bounds of the number of kept channels; None is none.
     """
 
     name: str
     block: np.ndarray
     importance: np.ndarray
     frozen: bool = False
+    least: int | None = None
+    most: int | None = None
 
     @property
     def size(self) -> int:
@@ -63,6 +66,7 @@ class Node:
         reads: for a layer, the group of its input.
         bypassable: for a layer, whether it may be left out.
         energy: for a layer, `(blocks of group, blocks of reads)` weight energy between blocks.
+        fixed: for a layer, whether its connections stay, so that it has no connection genes.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Node:
     reads: str = ""
     bypassable: bool = False
     energy: np.ndarray | None = None
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class GenomeLayout:
                 self.shapes[f"mask/{group.name}"] = (group.size,)
         for layer in self.layers:
             shape = (groups[layer.group].blocks, groups[layer.reads].blocks)
-            if layer.reads != INPUT and shape != (1, 1):
+            if layer.reads != INPUT and shape != (1, 1) and not layer.fixed:
                 self.shapes[f"block/{layer.name}"] = shape
         for merge in self.merges:
             self.shapes[f"merge/{merge.name}"] = (len(merge.inputs),)
@@ -252,6 +257,9 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
             kept[name] = layout.view(genome, f"mask/{name}").copy()
             if not kept[name].any():
                 _revive(group, kept[name], step)
+            if group.least is not None and kept[name].sum() < group.least:
+                order = np.lexsort((-group.importance, ~kept[name]))
+                kept[name][order[: group.least]] = True
     connected: dict[str, np.ndarray] = {}
     for layer in active:
         shape = (layout.groups[layer.group].blocks, layout.groups[wiring.source[layer.name]].blocks)
@@ -275,8 +283,15 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
                     read |= connected[layer.name][alive[layer.group]].any(axis=0)
             dead = alive[name] & ~read
             if dead.any():
-                kept[name] &= ~dead[group.block]
                 changed = True
+                left = int((alive[name] & read)[group.block].sum())
+                if group.least is not None and left < group.least:
+                    # Too few would be left: somebody has to read them.
+                    reader = next(n for n in active if wiring.source[n.name] == name)
+                    row = int(np.argmax(alive[reader.group]))
+                    connected[reader.name][row, dead] = True
+                    continue
+                kept[name] &= ~dead[group.block]
         if changed:
             continue
         for name in kept:
@@ -340,6 +355,7 @@ def _round_widths(group: Group, kept: np.ndarray, step: int, split: bool) -> boo
     for member, count in zip(members, counts, strict=True):
         full = count == len(member)
         targets.append(count if full else min(len(member), int(count / step + 0.5) * step))
+    targets = _bounded(group, targets, [len(m) for m in members], step)
     if not any(targets):
         # Something of the group must stay: the part with most channels gets one step.
         first = int(np.argmax(counts))
@@ -354,6 +370,21 @@ def _round_widths(group: Group, kept: np.ndarray, step: int, split: bool) -> boo
         kept[member] = False
         kept[order[:target]] = True
     return changed
+
+
+def _bounded(group: Group, targets: list[int], sizes: list[int], step: int) -> list[int]:
+    """Widths of a group's parts with their sum within the group's bounds, in whole steps."""
+    targets = list(targets)
+    while group.most is not None and sum(targets) > group.most and max(targets) > step:
+        place = int(np.argmax(targets))
+        targets[place] -= targets[place] % step or step
+    while group.least is not None and sum(targets) < group.least:
+        room = [size - target for size, target in zip(sizes, targets, strict=True)]
+        place = int(np.argmax(room))
+        if room[place] == 0:
+            break
+        targets[place] = min(sizes[place], targets[place] + step)
+    return targets
 
 
 def canonical(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> np.ndarray:

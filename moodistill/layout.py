@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from moodistill.errors import UserError
 from moodistill.genome import GenomeLayout, Group, Node
 from moodistill.graph import Step, TeacherGraph
 from moodistill.statistics import TeacherSamples
@@ -14,7 +18,42 @@ MAX_BLOCKS = 4
 MIN_BLOCK_CHANNELS = 16
 
 
-def build_layout(graph: TeacherGraph, samples: TeacherSamples) -> GenomeLayout:
+@dataclass(frozen=True)
+class LayerRules:
+    """What the user says about single layers, by module path.
+
+    Attributes:
+        keep: layers to leave alone: all their outputs and connections stay, they are not bypassed.
+            What they read may still lose channels.
+        least, most: bounds of a layer's width, in channels or neurons.
+    """
+
+    keep: tuple[str, ...] = ()
+    least: Mapping[str, int] = field(default_factory=dict)
+    most: Mapping[str, int] = field(default_factory=dict)
+
+    def check(self, graph: TeacherGraph) -> None:
+        """Refuse layers that the network does not have, and bounds that cannot be kept.
+
+        Raises:
+            UserError: names the layer and the layers there are.
+        """
+        sizes = {layer.name: graph.groups[layer.group] for layer in graph.layers}
+        for name in (*self.keep, *self.least, *self.most):
+            if name not in sizes:
+                raise UserError(f"unknown layer {name!r}; expected one of {', '.join(sizes)}")
+        for name, size in sizes.items():
+            least, most = self.least.get(name, 1), self.most.get(name, size)
+            if not 1 <= least <= most <= size:
+                raise UserError(
+                    f"layer {name} is to keep between {least} and {most} of its {size} outputs; "
+                    f"expected 1 <= least <= most <= {size}"
+                )
+
+
+def build_layout(
+    graph: TeacherGraph, samples: TeacherSamples, rules: LayerRules | None = None
+) -> GenomeLayout:
     """Cluster every group's channels into blocks and rank them; deterministic.
 
     Blocks follow the energy `|W|^2 * var(input)` between channels (spectral co-clustering after
@@ -34,19 +73,38 @@ def build_layout(graph: TeacherGraph, samples: TeacherSamples) -> GenomeLayout:
     for layer in graph.layers:
         share = energy[layer.name].sum(axis=0)
         importance[layer.reads] += share / max(share.sum(), 1e-30)
+    rules = rules or LayerRules()
+    rules.check(graph)
     frozen = {graph.output_group, graph.steps[0].group}
+    least: dict[str, int] = {}
+    most: dict[str, int] = {}
+    for layer in graph.layers:
+        if layer.name in rules.keep:
+            frozen.add(layer.group)
+        # Layers that write one group share its width: the narrowest bounds hold.
+        if layer.name in rules.least:
+            least[layer.group] = max(least.get(layer.group, 1), rules.least[layer.name])
+        if layer.name in rules.most:
+            most[layer.group] = min(most.get(layer.group, 1 << 30), rules.most[layer.name])
     groups = {
-        name: Group(name, blocks[name], importance[name], name in frozen) for name in graph.groups
+        name: Group(
+            name, blocks[name], importance[name], name in frozen, least.get(name), most.get(name)
+        )
+        for name in graph.groups
     }
-    return GenomeLayout(groups, skeleton(graph, blocks, energy))
+    return GenomeLayout(groups, skeleton(graph, blocks, energy, rules.keep))
 
 
 def skeleton(
     graph: TeacherGraph,
     blocks: dict[str, np.ndarray],
     energy: dict[str, np.ndarray] | None = None,
+    keep: Collection[str] = (),
 ) -> tuple[Node, ...]:
-    """The teacher as numpy-only nodes, block energies included where `energy` is given."""
+    """The teacher as numpy-only nodes, block energies included where `energy` is given.
+
+    Layers named in `keep` have no connection genes and cannot be bypassed.
+    """
     nodes = []
     for step in graph.steps:
         matrix = None
@@ -57,7 +115,8 @@ def skeleton(
         nodes.append(
             Node(
                 step.name, step.kind, step.inputs, step.group, step.reads,
-                step.kind == "layer" and _bypassable(graph, step), matrix,
+                step.kind == "layer" and step.name not in keep and _bypassable(graph, step),
+                matrix, step.name in keep,
             )
         )  # fmt: skip
     return tuple(nodes)

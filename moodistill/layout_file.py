@@ -19,13 +19,16 @@ def write_layout(folder: Path, layout: GenomeLayout) -> None:
     """Write `layout.json`: groups with their blocks, nodes with their wiring; no importance."""
     content = {
         "groups": [
-            {"name": g.name, "block": g.block.tolist(), "frozen": g.frozen}
+            {
+                "name": g.name, "block": g.block.tolist(), "frozen": g.frozen,
+                "least": g.least, "most": g.most,
+            }
             for g in layout.groups.values()
         ],
         "nodes": [
             {
                 "name": n.name, "kind": n.kind, "inputs": list(n.inputs), "group": n.group,
-                "reads": n.reads, "bypassable": n.bypassable,
+                "reads": n.reads, "bypassable": n.bypassable, "fixed": n.fixed,
             }
             for n in layout.nodes
         ],
@@ -46,12 +49,25 @@ def read_layout(folder: Path) -> GenomeLayout | None:
         content: dict[str, Any] = json.loads(path.read_text())
         groups = {
             g["name"]: Group(
-                g["name"], np.array(g["block"], int), np.zeros(len(g["block"])), g["frozen"]
+                g["name"],
+                np.array(g["block"], int),
+                np.zeros(len(g["block"])),
+                g["frozen"],
+                g["least"],
+                g["most"],
             )
             for g in content["groups"]
         }
         nodes = tuple(
-            Node(n["name"], n["kind"], tuple(n["inputs"]), n["group"], n["reads"], n["bypassable"])
+            Node(
+                n["name"],
+                n["kind"],
+                tuple(n["inputs"]),
+                n["group"],
+                n["reads"],
+                n["bypassable"],
+                fixed=n["fixed"],
+            )
             for n in content["nodes"]
         )
         return GenomeLayout(groups, nodes)

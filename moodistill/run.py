@@ -153,6 +153,9 @@ def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
         "int8_max_loss": config.int8.max_loss,
         **asdict(config.search.limits),
         "no_int8": not config.int8.wanted,
+        "keep": list(config.rules.keep),
+        "min_width": list(config.rules.least.items()),
+        "max_width": list(config.rules.most.items()),
     }
     changed = [
         f"--{name.replace('_', '-')} {stored[name]} -> {value}"
@@ -167,7 +170,9 @@ def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
 
 
 def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
-    return load_context(task, places.data_dir, places.weights, config.calibration)
+    return load_context(
+        task, places.data_dir, places.weights, config.calibration, rules=config.rules
+    )
 
 
 def _meter(context: TeacherContext, config: RunConfig, calibrated: float | None) -> LatencyMeter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moodistill.distill import DistillConfig
@@ -11,6 +11,7 @@ from moodistill.evolution import SearchConfig
 from moodistill.inherit import InheritConfig
 from moodistill.int8 import Int8Config
 from moodistill.latency import LatencyConfig
+from moodistill.layout import LayerRules
 from moodistill.objectives import Limits
 from moodistill.recipe import Recipe
 from moodistill.statistics import CalibrationConfig
@@ -57,6 +58,7 @@ class RunConfig:
     latency: LatencyConfig = LatencyConfig()
     int8: Int8Config = Int8Config()
     own: OwnTask | None = None
+    rules: LayerRules = field(default_factory=LayerRules)
 
     @staticmethod
     def from_dict(stored: dict[str, Any]) -> RunConfig:
@@ -80,6 +82,7 @@ class RunConfig:
                 finalists=int(stored["finalists"]),
                 latency=LatencyConfig(**stored["latency"]),
                 int8=Int8Config(**stored["int8"]),
+                rules=_rules(stored["rules"]),
                 own=None if stored["own"] is None else _own_task(stored["own"]),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -103,6 +106,10 @@ class RunConfig:
             distill=replace(self.distill, steps=budget.distill_steps or steps),
             finalists=budget.finalists or finalists,
         )
+
+
+def _rules(stored: dict[str, Any]) -> LayerRules:
+    return LayerRules(**{**stored, "keep": tuple(stored["keep"])})
 
 
 def _own_task(stored: dict[str, Any]) -> OwnTask:

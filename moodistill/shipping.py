@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moodistill.context import default_cache_dir, load_context
+from moodistill.context import load_context
 from moodistill.data import ImageData
 from moodistill.device import device_fingerprint
 from moodistill.errors import UserError
@@ -82,9 +82,7 @@ def export_student(
         data = task.load_data(data_dir)
         made, _ = load_student(weights, task.build(), data.input_shape)
     else:
-        context = load_context(
-            task, data_dir, calibration=config.calibration, cache_dir=default_cache_dir()
-        )
+        context = load_context(task, data_dir, calibration=config.calibration, rules=config.rules)
         data = context.data
         genome = context.layout.unpack(evaluation.genome)
         made = make_student(context, genome, config.recipe)

@@ -18,8 +18,8 @@ from moodistill.layout import skeleton
 from moodistill.student import Student, build_student
 from moodistill.teachers import read_safetensors, save_atomic
 
-FORMAT = "2"
-REQUIRED = ("genome", "blocks", "frozen", "task", "digest")
+FORMAT = "3"
+REQUIRED = ("genome", "blocks", "frozen", "fixed", "task", "digest")
 
 
 def content_digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
@@ -53,6 +53,7 @@ def save_student(
         "genome": layout.pack(genome).hex(),
         "blocks": json.dumps({g.name: g.block.tolist() for g in layout.groups.values()}),
         "frozen": json.dumps([g.name for g in layout.groups.values() if g.frozen]),
+        "fixed": json.dumps([layer.name for layer in layout.layers if layer.fixed]),
     }
     metadata["digest"] = content_digest(tensors, metadata)
     save_atomic(tensors, path, metadata)
@@ -116,6 +117,7 @@ def _rebuild(graph: TeacherGraph, metadata: dict[str, str]) -> tuple[Student, np
     if any(block.min() < 0 or block.max() >= len(block) for block in blocks.values()):
         raise ValueError("a block index is out of range")
     groups = {n: Group(n, b, np.zeros(len(b)), n in frozen) for n, b in blocks.items()}
-    layout = GenomeLayout(groups, skeleton(graph, blocks))
+    fixed = set(json.loads(metadata["fixed"]))
+    layout = GenomeLayout(groups, skeleton(graph, blocks, keep=fixed))
     genome = layout.unpack(bytes.fromhex(metadata["genome"]))
     return build_student(graph, layout, genome), genome

@@ -1,0 +1,96 @@
+"""Layers to leave alone, and bounds of widths."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_genome
+
+from moodistill.errors import UserError
+from moodistill.genome import canonical, resolve
+from moodistill.layout import LayerRules, build_layout
+from moodistill.layout_file import read_layout, write_layout
+from moodistill.operators import DensitySampling
+from moodistill.student import build_student
+from moodistill.student_file import load_student, save_student
+
+RULES = LayerRules(("conv3.0",), {"conv4.0": 48, "hidden": 20}, {"block1a.0": 16, "hidden": 40})
+
+
+@pytest.fixture(scope="module")
+def layout(digits):
+    return build_layout(digits.graph, digits.samples, RULES)
+
+
+def test_a_layer_left_alone_has_no_genes(layout):
+    for kind in ("mask", "block", "bypass"):
+        assert f"{kind}/conv3.0" not in layout.slices
+    assert "mask/conv4.0" in layout.slices and "block/conv4.0" in layout.slices
+
+
+@pytest.mark.parametrize("step", [1, 8])
+def test_widths_stay_within_bounds(layout, step):
+    rng = np.random.default_rng(0)
+    genomes = [random_genome(layout, rng, bypass=True) for _ in range(150)]
+    genomes += list(DensitySampling(layout, step)._do(None, 40, random_state=rng)[1:])
+    seen = set()
+    for genome in genomes:
+        repaired = canonical(layout, genome, step)
+        assert np.array_equal(canonical(layout, repaired, step), repaired)
+        kept = {
+            name: int(mask.sum()) for name, mask in resolve(layout, repaired, step).kept.items()
+        }
+        assert kept["conv3.0"] == 64
+        if "conv4.0" in kept:
+            assert kept["conv4.0"] >= 48
+        if "hidden" in kept:
+            assert 20 <= kept["hidden"] <= 40
+            seen.add(kept["hidden"])
+        if "block1a.0" in kept:
+            assert kept["block1a.0"] <= 16
+    assert len(seen) > 1
+
+
+def test_files_know_the_rules(layout, digits, tmp_path):
+    genome = canonical(layout, random_genome(layout, np.random.default_rng(3)), 8)
+    student = build_student(digits.graph, layout, genome)
+    save_student(student, layout, genome, tmp_path / "s.safetensors", "digits")
+    again, found = load_student(tmp_path / "s.safetensors", digits.task.build(), (1, 32, 32))
+    assert np.array_equal(found, genome)
+    images = torch.randn(3, 1, 32, 32)
+    assert torch.equal(again.module(images), student.module(images))
+    write_layout(tmp_path, layout)
+    read = read_layout(tmp_path)
+    assert read.slices == layout.slices
+    assert np.array_equal(canonical(read, genome, 8), genome)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (LayerRules(("conv9",)), "unknown layer 'conv9'"),
+        (LayerRules(least={"hidden": 65}), "65 and 64 of its 64"),
+        (LayerRules(least={"hidden": 30}, most={"hidden": 20}), "30 and 20"),
+        (LayerRules(most={"hidden": 0}), "expected 1 <="),
+    ],
+)
+def test_impossible_rules_are_refused(digits, rules, words):
+    with pytest.raises(UserError, match=words):
+        build_layout(digits.graph, digits.samples, rules)
+
+
+def test_rules_from_the_shell(call, tmp_path):
+    budget = ["--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2"]
+    rules = ["--keep", "conv3.0", "--keep", "conv4.0", "--min-width", "hidden=32"]
+    folder = tmp_path / "run"
+    call("run", "--model", "digits", "--out", folder, *budget, *rules, "--no-int8")
+    layout = read_layout(folder)
+    assert layout.groups["conv3.0"].frozen and layout.groups["hidden"].least == 32
+    student = next((folder / "students").glob("s*")).name
+    call("export", folder, student, "--out", tmp_path / "out")
+    call("run", "--resume", folder, "--keep", "conv3.0", "--keep", "conv4.0", "--no-int8")
+    done = call("run", "--resume", folder, "--keep", "hidden", code=2)
+    assert "--keep ['conv3.0', 'conv4.0'] -> ['hidden']" in done.stderr
+    bad = ["--model", "digits", "--out", tmp_path / "other"]
+    assert "unknown layer" in call("run", *bad, "--keep", "nothing", code=2).stderr
+    with pytest.raises(SystemExit):
+        call("run", *bad, "--min-width", "hidden")
