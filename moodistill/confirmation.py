@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from moodistill.progress import Reporter
 from moodistill.results import Searched
 from moodistill.ship import ShipOptions
 from moodistill.student import build_student
+from moodistill.typed import parse_json, typed
 
 CONFIRMED_FILE = "confirmed.json"
 # A student this much slower than one that dominates it may have been unlucky.
@@ -84,13 +84,13 @@ def confirm(
 def _read(folder: Path, measured: Mapping[str, str]) -> dict[str, Latency] | None:
     """The latencies in `folder` if these very models are among those they are of."""
     try:
-        record = json.loads((folder / CONFIRMED_FILE).read_text())
+        record = parse_json((folder / CONFIRMED_FILE).read_bytes())
         if not measured.items() <= record["measured"].items():
             return None
         found = {}
         for name, one in record["students"].items():
             values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
-            found[name] = Latency(**values)
-        return found
+            found[name] = typed(Latency, values)
+        return found if set(measured) <= set(found) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

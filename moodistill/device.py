@@ -21,6 +21,7 @@ from moodistill import latency_worker
 from moodistill.errors import UserError
 from moodistill.files import write_json_atomic
 from moodistill.latency import LatencyConfig, LatencyError, LatencyMeter
+from moodistill.typed import parse_json
 
 _SIMD_FLAGS = (
     "sse4_2 avx f16c fma avx2 avx_vnni avx512f avx512bw avx512_vnni avx512_bf16 avx512_fp16 "
@@ -99,11 +100,12 @@ def probe_simd(config: LatencyConfig | None = None, cache_dir: Path | None = Non
     path = cache_dir / f"simd-{key}.json" if cache_dir else None
     if path is not None and path.is_file():
         try:
-            stored = json.loads(path.read_text())
-            return SimdProbe(
-                int(stored["step"]), {int(w): float(r) for w, r in stored["ratios"].items()}
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
+            stored = parse_json(path.read_bytes())
+            ratios = {int(w): float(r) for w, r in stored["ratios"].items()}
+            if not 0 < stored["step"] <= max(PROBED_WIDTHS) or min(ratios.values(), default=1) <= 0:
+                raise ValueError(f"{stored} is no probe of a device")
+            return SimdProbe(int(stored["step"]), ratios)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             path.unlink()
     widest = max(PROBED_WIDTHS)
     try:

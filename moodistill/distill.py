@@ -15,9 +15,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from moodistill.cached import read_cached, save_cached
 from moodistill.data import ImageData
 from moodistill.errors import UserError
-from moodistill.teachers import read_safetensors, save_atomic
 from moodistill.training import augment
 
 
@@ -68,7 +68,7 @@ class SoftTargets:
         self.logits: dict[str, torch.Tensor] = {}
         if self.path is not None and self.path.exists():
             try:
-                self.logits, _ = read_safetensors(self.path)
+                self.logits = read_cached(self.path)
             except UserError:
                 self.path.unlink()
 
@@ -92,7 +92,7 @@ class SoftTargets:
     def save(self) -> None:
         """Write what has been computed, so that the next finalist or run has it."""
         if self.path is not None:
-            save_atomic(self.logits, self.path)
+            save_cached(self.logits, self.path)
 
 
 def distill(

@@ -73,6 +73,8 @@ class SearchConfig:
             raise UserError(
                 f"unknown algorithm {self.algorithm!r}; expected one of {', '.join(ALGORITHMS)}"
             )
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; expected a whole number of at least 0")
         if self.population < 4:
             raise UserError(f"population {self.population} is too small; expected at least 4")
         if self.generations < 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,18 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def remove_orphans(folder: Path) -> int:
+def remove_orphans(folder: Path, older_s: float = 0.0) -> int:
     """Delete what killed writers left in `folder` and below; returns how many files.
 
-    Only for a folder that no other process writes to.
+    A folder that other processes write to needs `older_s`: the age at which a file is left over.
     """
-    orphans = list(folder.rglob(f".*{TEMPORARY}"))
-    for path in orphans:
-        path.unlink(missing_ok=True)
-    return len(orphans)
+    removed = 0
+    for path in folder.rglob(f".*{TEMPORARY}"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= older_s:
+                path.unlink()
+                removed += 1
+    return removed
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:

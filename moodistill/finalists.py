@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from moodistill.recipe import Recipe, make_student, student_accuracy
 from moodistill.runtime import onnx_accuracy
 from moodistill.student import Student
 from moodistill.student_file import load_student, save_student
+from moodistill.typed import parse_json, typed
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def read_finalist(folder: Path) -> Finalist | None:
     if not path.is_file():
         return None
     try:
-        return Finalist(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
+        return typed(Finalist, parse_json(path.read_bytes()))
+    except (ValueError, TypeError, AttributeError):
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from moodistill.files import write_atomic, write_json_atomic
 from moodistill.quantise import int8_scheme, quantise_measured
 from moodistill.runtime import onnx_accuracy
 from moodistill.ship import ShipOptions
+from moodistill.typed import parse_json, typed
 
 SUFFIX = "-int8"
 CALIBRATION_IMAGES = 256
@@ -139,8 +139,8 @@ def save_int8(folder: Path, result: Int8Result) -> None:
 def read_int8(folder: Path) -> Int8Result | None:
     """The complete result in a twin's folder, or None."""
     try:
-        stored = json.loads((folder / "result.json").read_text())
-        result = Int8Result(**{**stored, "excluded": tuple(stored["excluded"])})
+        stored = parse_json((folder / "result.json").read_bytes())
+        result = typed(Int8Result, {**stored, "excluded": tuple(stored["excluded"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return result if result.refused or (folder / "model.onnx").is_file() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from moodistill.errors import UserError
 from moodistill.files import write_json_atomic
 from moodistill.genome import GenomeLayout, Group, Node
+from moodistill.typed import parse_json
 
 LAYOUT_FILE = "layout.json"
 
@@ -46,7 +46,7 @@ def read_layout(folder: Path) -> GenomeLayout | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = parse_json(path.read_bytes())
         groups = {
             g["name"]: Group(
                 g["name"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from moodistill.front import FrontRow
 from moodistill.onnx_writer import IR_VERSION
 from moodistill.runtime import outputs
 from moodistill.ship import PIXELS, PROBABILITIES, ShipOptions
+from moodistill.typed import parse_json
 
 MANIFEST, MODEL = "manifest.json", "model.onnx"
 FORMAT = 1
@@ -173,7 +173,7 @@ Limits: it knows the classes above and pictures like those it was trained on, no
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a shipped folder, whatever it holds; `verify` checks it."""
-    found = json.loads((folder / MANIFEST).read_text())
+    found = parse_json((folder / MANIFEST).read_bytes())
     if not isinstance(found, dict):
         raise ValueError(f"{MANIFEST} holds a {type(found).__name__}, expected an object")
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moodistill.errors import UserError
 from moodistill.files import write_atomic
 from moodistill.front import FrontRow
 from moodistill.genome import GenomeLayout, resolve
@@ -37,9 +38,15 @@ def write_report(
     """
     run = read_run(folder)
     layout = read_layout(folder)
-    data = report_data(folder, store, rows, run, layout) | {"refresh_s": refresh_s}
+    try:
+        page = _page(report_data(folder, store, rows, run, layout) | {"refresh_s": refresh_s})
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder} cannot be shown ({type(error).__name__}: {str(error)[:120]}): run.json or "
+            "layout.json is damaged; restore them from a copy"
+        ) from error
     path = folder / REPORT_FILE
-    write_atomic(path, _page(data).encode())
+    write_atomic(path, page.encode())
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from moodistill.recipe import Recipe, make_student, student_accuracy
 from moodistill.run_config import RunConfig
 from moodistill.run_folder import read_run
 from moodistill.store import Store
+from moodistill.typed import parse_json
 
 
 def student_id(number: int) -> str:
@@ -101,8 +101,10 @@ class Accuracies:
         self.known: dict[str, float] = {}
         if path.is_file():
             try:
-                self.known = {k: float(v) for k, v in json.loads(path.read_text()).items()}
-            except (ValueError, AttributeError, TypeError):
+                found = parse_json(path.read_bytes()).items()
+                numbers = {k: float(v) for k, v in found if type(v) in (int, float)}
+                self.known = {k: v for k, v in numbers.items() if 0 <= v <= 1}
+            except (ValueError, AttributeError, OverflowError):
                 self.known = {}
 
     def add(self, key: str, value: float) -> None:

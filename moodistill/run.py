@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moodistill import report
-from moodistill.context import TeacherContext, load_context, use_threads
-from moodistill.data import metric_name
+from moodistill.context import TeacherContext, default_cache_dir, load_context, use_threads
+from moodistill.data import fraction_right, metric_name
 from moodistill.device import device_fingerprint
 from moodistill.errors import UserError
 from moodistill.estimate import estimate_seconds
@@ -27,6 +27,8 @@ from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import RUN_FILE, new_run_folder, read_run, versions, write_run
 from moodistill.store import LOCK_FILE, Store
 from moodistill.task import Task, load_task
+
+CACHE_ORPHANS_S = 600.0  # nothing that is written to the cache takes so long
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,12 @@ def start_run(
     use_threads(places.threads)
     task = task or load_task(config.model, config.own)
     context = _context(task, config, places)
-    # A fifth of the way from chance to perfect: below, a student has learnt next to nothing.
+    # A fifth of the way from chance to perfect: below, a student has learnt next to nothing. Where
+    # chance lies for another metric is not known.
     chance = 1.0 / len(context.data.labels)
     floor = round(chance + 0.2 * (1.0 - chance), 4)
+    if context.data.metric is not fraction_right:
+        floor = 0.0
     limits = config.search.limits
     limits = replace(limits, min_accuracy=max(floor, limits.min_accuracy))
     config = replace(config, search=replace(config.search, limits=limits))
@@ -118,9 +123,15 @@ def resume_run(
                     f"{folder} was started with {key} {stored.get(key)}, found {found}; "
                     "resume it with the same teacher, data and metric"
                 )
+        scale = stored.get("teacher_latency_ms")
+        if not isinstance(scale, int | float) or not 0 < scale < 1e15:
+            raise UserError(
+                f"{folder} has teacher_latency_ms {str(scale)[:40]!r} in run.json, expected a "
+                "positive number: restore run.json from a copy"
+            )
         write_run(folder, {**stored, "config": asdict(config), "status": "running"})
         write_layout(folder, context.layout)
-        with _meter(context, config, stored.get("teacher_latency_ms")) as meter:
+        with _meter(context, config, scale) as meter:
             _execute(folder, store, config, context, meter, reporter or Reporter())
     return folder
 
@@ -170,6 +181,7 @@ def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
 
 
 def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
+    remove_orphans(default_cache_dir(), CACHE_ORPHANS_S)
     return load_context(
         task, places.data_dir, places.weights, config.calibration, rules=config.rules
     )
@@ -278,6 +290,13 @@ def _search(search: Search, config: RunConfig, reporter: Reporter) -> None:
             if failure:
                 facts["last failure"] = failure
             stage.update(progress.evaluated, **facts)
+            floor = config.search.limits.min_accuracy
+            if progress.evaluated == 1 and progress.last.accuracy < floor:
+                raise UserError(
+                    f"the teacher itself reaches {progress.last.accuracy:.4f} on the validation "
+                    f"images, expected at least {floor}: are weights, size, mean, std and the "
+                    "order of the classes those that it was trained with?"
+                )
             if progress.generation_done:
                 reporter.say(
                     f"generation {progress.generation}: {progress.evaluated} evaluated "

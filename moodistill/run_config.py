@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from moodistill.distill import DistillConfig
@@ -16,6 +17,7 @@ from moodistill.objectives import Limits
 from moodistill.recipe import Recipe
 from moodistill.statistics import CalibrationConfig
 from moodistill.task import OwnTask
+from moodistill.typed import typed
 
 
 @dataclass(frozen=True)
@@ -69,23 +71,25 @@ class RunConfig:
         """
         try:
             recipe, search = dict(stored["recipe"]), dict(stored["search"])
-            search["limits"] = Limits(**search["limits"])
+            search["limits"] = typed(Limits, search["limits"])
             search["objectives"] = tuple(search["objectives"])
-            recipe["inherit"] = InheritConfig(**recipe["inherit"])
-            return RunConfig(
-                model=stored["model"],
-                preset=stored["preset"],
-                search=SearchConfig(**search),
-                recipe=Recipe(**recipe),
-                calibration=CalibrationConfig(**stored["calibration"]),
-                distill=DistillConfig(**stored["distill"]),
-                finalists=int(stored["finalists"]),
-                latency=LatencyConfig(**stored["latency"]),
-                int8=Int8Config(**stored["int8"]),
-                rules=_rules(stored["rules"]),
-                own=None if stored["own"] is None else _own_task(stored["own"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            recipe["inherit"] = typed(InheritConfig, recipe["inherit"])
+            config = typed(RunConfig, {
+                "model": stored["model"],
+                "preset": stored["preset"],
+                "search": typed(SearchConfig, search),
+                "recipe": typed(Recipe, recipe),
+                "calibration": typed(CalibrationConfig, stored["calibration"]),
+                "distill": typed(DistillConfig, stored["distill"]),
+                "finalists": stored["finalists"],
+                "latency": typed(LatencyConfig, stored["latency"]),
+                "int8": typed(Int8Config, stored["int8"]),
+                "rules": _rules(stored["rules"]),
+                "own": None if stored["own"] is None else _own_task(stored["own"]),
+            })  # fmt: skip
+            _check_numbers(asdict(replace(config, own=None)))
+            return config
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"run.json does not hold a configuration of this version ({error}); "
                 "start a new run with another --out"
@@ -109,12 +113,30 @@ class RunConfig:
 
 
 def _rules(stored: dict[str, Any]) -> LayerRules:
-    return LayerRules(**{**stored, "keep": tuple(stored["keep"])})
+    return typed(LayerRules, {**stored, "keep": tuple(stored["keep"])})
 
 
 def _own_task(stored: dict[str, Any]) -> OwnTask:
     lists = {k: tuple(v) for k, v in stored.items() if isinstance(v, list)}
-    return OwnTask(**{**stored, **lists})
+    return typed(OwnTask, {**stored, **lists})
+
+
+# May be zero.
+_FROM_ZERO = {
+    "seed", "min_accuracy", "ridge", "scarce", "hard", "momentum", "weight_decay", "pad",
+}  # fmt: skip
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _check_numbers(value)
+        elif (
+            name != "max_loss"
+            and type(value) in (int, float)
+            and not (0 <= value < 1e15 and (value > 0 or name in _FROM_ZERO))
+        ):
+            raise ValueError(f"{name} is {str(value)[:40]}")
 
 
 def get_preset(name: str) -> Preset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from moodistill.errors import UserError
 from moodistill.files import TEMPORARY, remove_orphans, write_json_atomic
+from moodistill.typed import parse_json
 
 RUN_FILE = "run.json"
 
@@ -27,8 +27,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"{folder} is not a run: expected {RUN_FILE} in it; name the folder that a search wrote"
         )
     try:
-        run = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
+        run = parse_json(path.read_bytes())
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); restore it from a copy") from error
     if not isinstance(run, dict):
         raise UserError(f"{path} holds a {type(run).__name__}, expected an object; restore it")

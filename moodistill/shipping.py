@@ -23,12 +23,15 @@ from moodistill.package import MODEL, write_package
 from moodistill.recipe import make_student, student_accuracy
 from moodistill.results import int8_row, student_id
 from moodistill.run_config import RunConfig
-from moodistill.run_folder import read_run
+from moodistill.run_folder import RUN_FILE, read_run
 from moodistill.ship import ShipOptions
 from moodistill.store import Store
 from moodistill.student import Student
 from moodistill.student_file import load_student
 from moodistill.task import Task, load_task
+
+# What the card says of it.
+DEVICE_KEYS = {"cpu", "onnxruntime", "provider", "threads", "batch"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ def export_student(
     row = rows.get(name) or _searched_row(name, evaluation, teacher)
     if row.accuracy is None:
         row = replace(row, accuracy=student_accuracy(made.module, data, data.validation))
-    device = dict(stored.get("device", {}))
+    device = stored.get("device")
+    if not isinstance(device, dict) or DEVICE_KEYS - set(device):
+        raise UserError(f"{run / RUN_FILE} does not say on which device; restore it from a copy")
     parity = export_onnx(made.module, data, origin, out / MODEL, options)
     if int8:
         twin = rows.get(name + SUFFIX)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moodistill.cached import read_cached, save_cached
 from moodistill.data import ImageData
 from moodistill.errors import UserError
 from moodistill.graph import TeacherGraph
-from moodistill.teachers import read_safetensors, save_atomic
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def collect_samples(
     path = cache_dir / f"samples-{key}.safetensors" if cache_dir else None
     if path is not None and path.exists():
         try:
-            stored, _ = read_safetensors(path)
+            stored = read_cached(path)
             if set(stored) == {layer.name for layer in graph.layers}:
                 return TeacherSamples(images, stored, config)
         except UserError:
@@ -97,5 +97,5 @@ def collect_samples(
         for handle in handles:
             handle.remove()
     if path is not None:
-        save_atomic(inputs, path)
+        save_cached(inputs, path)
     return TeacherSamples(images, inputs, config)

@@ -22,6 +22,7 @@ from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.files import TEMPORARY
 from moodistill.run_folder import RUN_FILE
+from moodistill.typed import typed
 
 DATABASE = "evaluations.sqlite"
 LOCK_FILE = ".lock"
@@ -310,11 +311,15 @@ def _evaluation(row: tuple[Any, ...]) -> Evaluation:
     latency = None
     if samples is not None:
         raw: Any = {key: tuple(values) for key, values in json.loads(samples).items()}
-        latency = Latency(*times, **raw)
-    return Evaluation(
-        genome_hash, genome, accuracy, parameters, macs, size_bytes,
-        latency, dict(json.loads(seconds)), failure, summary, memory_bytes,
-    )  # fmt: skip
+        named = zip(("latency_ms", "low_ms", "high_ms", "ratio"), times, strict=True)
+        latency = typed(Latency, dict(named) | raw)
+    values = {
+        "genome_hash": genome_hash, "genome": genome, "accuracy": accuracy,
+        "parameters": parameters, "macs": macs, "size_bytes": size_bytes, "latency": latency,
+        "seconds": dict(json.loads(seconds)), "failure": failure, "summary": summary,
+        "memory_bytes": memory_bytes,
+    }  # fmt: skip
+    return typed(Evaluation, values)
 
 
 def _take_lock(folder: Path) -> int:

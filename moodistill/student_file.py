@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from moodistill import __version__
+from moodistill.cached import content_digest
 from moodistill.errors import UserError
 from moodistill.genome import GenomeLayout, Group, canonical
 from moodistill.graph import TeacherGraph, trace
@@ -20,19 +20,6 @@ from moodistill.teachers import read_safetensors, save_atomic
 
 FORMAT = "3"
 REQUIRED = ("genome", "blocks", "frozen", "fixed", "task", "digest")
-
-
-def content_digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """Hex SHA-256 over all tensors and metadata but the digest itself."""
-    content = hashlib.sha256()
-    for key in sorted(metadata):
-        if key != "digest":
-            content.update(repr((key, metadata[key])).encode())
-    for key in sorted(tensors):
-        array = tensors[key].detach().contiguous().numpy()
-        content.update(repr((key, array.shape, str(array.dtype))).encode())
-        content.update(array.tobytes())
-    return content.hexdigest()
 
 
 def save_student(

@@ -14,6 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -135,9 +136,30 @@ def _around(owner, name, before, after=None):
     setattr(owner, name, hooked)
 
 
+def lose_worker(process, how):
+    """Have a latency worker take its next request and end by the signal `how` before it answers."""
+    process.send_signal(signal.SIGSTOP)
+    if how != signal.SIGSTOP:  # which hangs for ever
+
+        def end():
+            process.send_signal(how)
+            process.send_signal(signal.SIGCONT)
+
+        threading.Timer(0.3, end).start()
+
+
 def install_points():
     """Make every step of a run a point at which it can be killed."""
-    from moodistill import confirmation, files, finalists, finishing, recipe, run, store
+    from moodistill import confirmation, files, finalists, finishing, latency, recipe, run, store
+
+    real_request = latency._WorkerProcess.request
+
+    def request(self, header, body, timeout_s):
+        if _planned.get("worker") == header["op"]:
+            lose_worker(self.process, signal.SIGKILL)
+        return real_request(self, header, body, timeout_s)
+
+    latency._WorkerProcess.request = request
 
     def hooked_open(path, mode):
         # ".run.json.123.tmp" is on the way to "run.json".
@@ -292,12 +314,17 @@ class Driver:
 
     def start(
         self, *arguments, kill=None, hold=None, times=1, recorded=True, file_limit=None,
-        environment=None,
+        environment=None, worker_dies=None,
     ):  # fmt: skip
-        """Begin a command; `kill` or `hold` it when it passes a point for the `times`-th time."""
+        """Begin a command; `kill` or `hold` it when it passes a point for the `times`-th time.
+
+        `worker_dies` is the request (`measure`, `confirm`) that kills a real latency worker.
+        """
         self.count += 1
         log = str(self.folder / f"{self.count}.")
         plan = {kill or hold: [times, "kill" if kill else "hold"]} if kill or hold else {}
+        if worker_dies:
+            plan["worker"] = worker_dies
         answer = self._ask(
             op="start", arguments=[str(a) for a in arguments], plan=plan, recorded=recorded,
             log=log, file_limit=file_limit,

@@ -1,5 +1,6 @@
 """Every command of the documentation runs, with tiny budgets put in."""
 
+import os
 import re
 import shlex
 import shutil
@@ -9,9 +10,10 @@ import tomllib
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, train_on
 
 from moodistill.cli import COMMANDS
+from moodistill.own_data import load_image_folder
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {
@@ -59,17 +61,21 @@ def student(finished):
 @pytest.mark.parametrize("command", commands())
 def test_command(command, call, finished, student, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     shutil.copytree(finished, tmp_path / "RUN")
     names = {
         "RUN": "RUN", "results/mine": "RUN", "vgg16": "digits", "resnet18": "digits",
-        "s0042": student,
+        "s0042": student, "features.0": "conv3.0", "features.3=32": "hidden=32",
     }  # fmt: skip
     found = parts(command)
     if found is None:
         return other_program(command, call, student, tmp_path)
     name, arguments = found
     arguments = [names.get(word, word) for word in arguments]
-    if name in ("run", "resume"):
+    if name in ("run", "resume") and "--teacher" in arguments or "mine.py" in arguments:
+        own_network(folder=tmp_path)
+        call(name, *arguments, *TINY_RUN, "--no-int8")
+    elif name in ("run", "resume"):
         if "--out" in arguments:
             arguments[arguments.index("--out") + 1] = "new"
         budget = ["--generations", "2", "--finalists", "1", "--distill-steps", "2"]
@@ -98,12 +104,51 @@ def test_command(command, call, finished, student, tmp_path, monkeypatch):
             assert option in done.stdout, option
 
 
+def own_network(folder):
+    """A network, its weights, a problem file and pictures, as docs/own_network.md names them."""
+    import torch
+    from PIL import Image
+    from torch import nn
+
+    source = (
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),\n"
+        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))\n"
+        "from pathlib import Path\n"
+        "from moodistill.own_data import load_image_folder\n"
+        "from moodistill.task import Task\n"
+        "TASK = Task('mine', build, lambda _: load_image_folder(Path('pictures')), Path('best.pt'))\n"
+    )
+    (folder / "mine.py").write_text(source)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 2),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("dark", "light")):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i in range(50):
+            pixels = rng.integers(0, 100, (40, 40, 3), dtype=np.uint8) + np.uint8(100 * label)
+            Image.fromarray(pixels).save(folder / "pictures" / name / f"{i}.png")
+    data = load_image_folder(folder / "pictures")
+    train_on(network, data.normalise(data.train.images), torch.from_numpy(data.train.labels))
+    torch.save(network.state_dict(), folder / "best.pt")
+
+
 def other_program(command, call, student, folder):
     words = shlex.split(command)
     if words[:2] == ["pip", "install"]:
         extras = re.findall(r"\[(\w+)\]", command)
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         assert set(extras) <= set(known["optional-dependencies"])
+    elif words[:2] == ["python", "examples/own_pictures.py"]:
+        tiny = ["--epochs", "1", "--generations", "1", "--distill-steps", "2"]
+        done = subprocess.run(
+            [sys.executable, ROOT / words[1], *words[2:], *tiny], capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0 and "exported: " in done.stdout, done.stdout + done.stderr
     elif words[0] == "python" and words[1] == "my_student/run.py":
         from PIL import Image
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_genome
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moodistill.errors import UserError
@@ -376,3 +376,35 @@ def test_blocks_are_even_and_layouts_deterministic(prepared):
             prepared.layout.groups[node.reads].blocks,
         )
         assert node.energy.shape == shape and (node.energy >= 0).all()
+
+
+def same_structure(first, second):
+    """Whether two repaired genomes describe one student."""
+    return (
+        first.live == second.live
+        and first.bypassed == second.bypassed
+        and first.source == second.source
+        and first.merges == second.merges
+        and first.kept.keys() == second.kept.keys()
+        and all((first.kept[n] == second.kept[n]).all() for n in first.kept)
+        and all((first.connected[n] == second.connected[n]).all() for n in first.connected)
+    )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**32 - 1), density=st.floats(0, 1), step=st.sampled_from(STEPS))
+def test_any_bits_have_one_canonical_form_of_one_structure(layout, seed, density, step):
+    rng = np.random.default_rng(seed)
+    genome = rng.random(layout.length) < density
+    once = canonical(layout, genome, step)
+    assert (layout.unpack(layout.pack(genome)) == genome).all()
+    assert (canonical(layout, once, step) == once).all()
+    structure = resolve(layout, genome, step)
+    assert same_structure(structure, resolve(layout, once, step))
+    # Further along the same bits: what is canonical stays the student it is without the step.
+    assert same_structure(structure, resolve(layout, once, 1))
+    other = once.copy()
+    other[rng.integers(len(other))] ^= True
+    changed = canonical(layout, other, step)
+    assert (changed == once).all() == same_structure(structure, resolve(layout, other, step))
+    assert (layout.digest(changed) == layout.digest(once)) == (changed == once).all()

@@ -1,8 +1,13 @@
 """Operators: copies, their own random state only, whole steps, canonical children."""
 
+import random
+
 import numpy as np
 import pytest
+import torch
 from conftest import random_genome
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pymoo.core.population import Population
 
 from moodistill.genome import canonical, resolve
@@ -292,3 +297,29 @@ def test_noisy_top(vgg16):
     assert len({mask.tobytes() for mask in noisy}) > 10
     assert np.mean([mask[best].mean() for mask in noisy]) > 0.6
     assert noisy_top(group, 0, 0.3, np.random.default_rng(0)).sum() == 1
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**32 - 1), bits=st.integers(0, 2**32 - 1), density=st.floats(0, 1))
+def test_operators_take_any_bits_and_leave_global_random_states_alone(layout, seed, bits, density):
+    """Whatever state the process is in, one generator gives one result."""
+    rng = np.random.default_rng(bits)
+    genomes = rng.random((6, layout.length)) < density
+    results = []
+    for outside in (1, 2):
+        random.seed(outside)
+        np.random.seed(outside)
+        torch.manual_seed(outside)
+        states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+        own = np.random.default_rng(seed)
+        pairs = np.stack([genomes[:3], genomes[3:]])
+        made = [LayerCrossover(layout)._do(None, pairs, random_state=own).reshape(6, -1)]
+        made += [m._do(None, made[-1], random_state=own) for m in mutations(layout)]
+        made.append(DensitySampling(layout, STEP)._do(None, 6, random_state=own))
+        made += [CanonicalRepair(layout, STEP)._do(None, one) for one in made]
+        assert random.getstate() == states[0]
+        assert (np.random.get_state()[1] == states[1]).all()
+        assert torch.equal(torch.get_rng_state(), states[2])
+        assert all(one.shape == genomes.shape and one.dtype == bool for one in made)
+        results.append(np.array(made))
+    assert (results[0] == results[1]).all()

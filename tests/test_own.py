@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import train_on
 from PIL import Image
 from torch import nn
 
@@ -163,10 +164,13 @@ def test_checkpoints_that_are_none(tmp_path):
 
 def test_own_network_from_the_shell(folder, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     (tmp_path / "mine.py").write_text(NETWORK)
     scope = {}
     exec(NETWORK, scope)
     network = scope["build"]()
+    data = load_image_folder(folder, (16, 20))
+    train_on(network, data.normalise(data.train.images), torch.from_numpy(data.train.labels))
     torch.save({"state_dict": network.state_dict()}, tmp_path / "best.pt")
     arguments = ["--weights", "best.pt", "--data", folder, "--size", "16", "20"]
     budget = ["--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2"]
@@ -190,6 +194,22 @@ def test_own_network_from_the_shell(folder, call, tmp_path, monkeypatch):
     ):
         assert words in call("run", *wrong, "--out", "other", code=2).stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_a_teacher_that_cannot_classify_is_said_at_once(folder, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine.py").write_text(NETWORK)
+    network = small()
+    data = load_image_folder(folder)
+    train_on(network, data.normalise(data.train.images), torch.from_numpy(data.train.labels))
+    network[-1].load_state_dict({k: -v for k, v in network[-1].state_dict().items()})  # all wrong
+    torch.save(network.state_dict(), tmp_path / "bad.pt")
+    done = call(
+        "run", "--teacher", "mine:build", "--weights", "bad.pt", "--data", folder, "--out", "r",
+        "--population", "4", "--generations", "1", code=2,
+    )  # fmt: skip
+    assert "the teacher itself reaches 0." in done.stderr and "mean, std" in done.stderr
 
 
 @pytest.mark.parametrize(("channels", "classes", "size"), [(1, 2, (28, 20)), (4, 1000, (40, 40))])

@@ -1,21 +1,27 @@
 """A run that is killed and resumed ends like one that was not; nothing is lost on the way."""
 
 import json
+import os
 import random
+import shutil
+import signal
 import sqlite3
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINY_RUN
-from driver import Driver
-from test_search import LAYOUT, make, recorded
+from driver import Driver, lose_worker
+from test_evolution import LAYOUT, make, recorded
 
-from moodistill.evolution import SearchConfig
+from moodistill import latency
+from moodistill.cached import content_digest
+from moodistill.evolution import Search, SearchConfig
+from moodistill.recipe import Evaluator, Recipe, teacher_onnx
 from moodistill.store import Store
-from moodistill.student_file import content_digest
 from moodistill.teachers import read_safetensors
 
 SQLITE = {"evaluations.sqlite-wal", "evaluations.sqlite-shm"}
@@ -110,12 +116,19 @@ def test_a_run_killed_three_times_ends_like_one_that_was_not(
     driver, recorded_run, expected, tmp_path
 ):
     run = Killed(tmp_path / "run", expected)
+    cache = Path(driver.environment["MOODISTILL_CACHE"])
+    old, new = cache / ".logits-1.safetensors.1.tmp", cache / ".logits-2.safetensors.2.tmp"
+    for path, age in ((old, 3600), (new, 5)):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
     for point, times in (("inherit", 5), ("distil step", 8), ("half pareto.csv", 1)):
         assert run.go_on(driver, kill=point, times=times) == -9, point
         assert bool(run.left) == point.startswith("half")
     assert run.go_on(driver) == 0
     assert not orphans(run.folder)
     assert_same(run.folder, expected)
+    assert not old.exists() and new.exists()  # other runs may be writing to the cache
+    new.unlink()
 
 
 # Every run is killed at all of its points, one after the other, and then finished.
@@ -217,6 +230,52 @@ def test_one_writer(driver, tmp_path):
     assert driver.wait(holder).code == -9
     done = driver.call(*carry_on(folder), kill="generation", times=1)  # the lock is free
     assert done.code == -9 and len(stored(folder)) == 6
+
+
+def test_a_latency_process_that_dies_costs_one_student(digits, tmp_path, monkeypatch):
+    """Killed, brought down by a model, hung: a failed row each, and the next student is timed."""
+    request = latency._WorkerProcess.request
+    fates = iter([None, signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP, None, None])
+
+    def unlucky(self, header, body, timeout_s):
+        fate = next(fates) if header["op"] == "measure" else None
+        if fate is not None:
+            lose_worker(self.process, fate)
+        return request(self, header, body, 1.5 if fate == signal.SIGSTOP else timeout_s)
+
+    monkeypatch.setattr(latency._WorkerProcess, "request", unlucky)
+    (tmp_path / "run.json").write_text("{}")
+    shape = digits.data.input_shape
+    with (
+        latency.LatencyMeter(teacher_onnx(digits), shape, teacher_latency_ms=1.0) as meter,
+        Store.create(tmp_path) as store,
+    ):
+        evaluator = Evaluator(digits, Recipe(), meter.measure)
+        config = SearchConfig(population=6, generations=1)
+        list(Search(digits.layout, config, store, evaluator.evaluate).run())
+        found = store.all()
+    died = "LatencyError: the latency worker died (exit code {})"
+    assert [e.failure for e in found] == [
+        None, died.format(-9), died.format(-11),
+        "LatencyError: no answer within 1.5 s; the worker was stopped", None, None,
+    ]  # fmt: skip
+    assert [e.latency is None for e in found] == [e.failure is not None for e in found]
+    assert all(e.parameters > 0 and e.summary for e in found)
+
+
+def test_a_latency_process_that_dies_while_confirming_loses_nothing(driver, recorded_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(recorded_run, folder)
+    (folder / "confirmed.json").unlink()
+    done = driver.call(*carry_on(folder), recorded=False, worker_dies="confirm")
+    assert done.code == 2
+    (line,) = done.stderr.splitlines()
+    assert "not confirmed (the latency worker died (exit code -9))" in line and "--resume" in line
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    assert stored(folder) == stored(recorded_run) and (folder / "pareto.csv").exists()
+    done = driver.call(*carry_on(folder))
+    assert done.code == 0, done.stderr
+    assert_same(folder, outcome(recorded_run))
 
 
 def test_replaying_500_evaluations_and_storing_one_are_quick(tmp_path):

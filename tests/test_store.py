@@ -144,9 +144,13 @@ from pathlib import Path
 from moodistill.store import Store
 from tests.test_store import evaluation
 store = Store.open(Path(sys.argv[1]))
-if sys.argv[2] == "fork" and os.fork() == 0:
-    time.sleep(30)
-    os._exit(0)
+if sys.argv[2] == "fork":
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.write(writing, b"x")
+        time.sleep(30)
+        os._exit(0)
+    os.read(reading, 1)  # a fork that has not begun to run holds all that its parent does
 print("ready", flush=True)
 number = 0
 while True:
