@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import html
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,22 @@ import numpy as np
 from torch import fx, nn
 
 from moodistill import choose, front
-from moodistill.context import default_cache_dir, load_context
+from moodistill.context import default_cache_dir
 from moodistill.data import ImageData, Metric, Split, fraction_right
 from moodistill.device import check_provider, probe_simd
-from moodistill.distill import DistillConfig
 from moodistill.errors import UserError
-from moodistill.evolution import SearchConfig
 from moodistill.front import FrontRow
-from moodistill.int8 import SUFFIX, Int8Config
+from moodistill.int8 import Int8Config
 from moodistill.latency import LatencyConfig
 from moodistill.layout import LayerRules
-from moodistill.objectives import DEFAULT, Limits, check_objectives
+from moodistill.objectives import DEFAULT, Limits
 from moodistill.own_data import from_datasets, from_splits
 from moodistill.progress import Mode, make_reporter
-from moodistill.recipe import Recipe, make_student
-from moodistill.results import student_id
 from moodistill.run import Places, resume_run, start_run
-from moodistill.run_config import Budget, RunConfig, get_preset
+from moodistill.run_config import Budget, RunConfig, new_config
 from moodistill.run_folder import RUN_FILE, read_run
 from moodistill.ship import ShipOptions
-from moodistill.shipping import export_student
-from moodistill.statistics import CalibrationConfig
-from moodistill.store import Store
-from moodistill.student_file import load_student
+from moodistill.shipping import export_student, rebuild_student
 from moodistill.task import Task, load_task
 from moodistill.teachers import save_atomic
 
@@ -70,18 +63,7 @@ class RunStudent:
         Distilled weights if it was distilled, else the inherited ones. Of an INT8 student this is
         the float one that it was made from.
         """
-        name = self.row.student.removesuffix(SUFFIX)
-        weights = self.run.folder / "students" / name / "student.safetensors"
-        task = self.run.task
-        if weights.exists():
-            shape = task.load_data(None).input_shape
-            return load_student(weights, task.build(), shape)[0].module
-        config = RunConfig.from_dict(read_run(self.run.folder).get("config", {}))
-        context = load_context(task, calibration=config.calibration, rules=config.rules)
-        with Store.open(self.run.folder, readonly=True) as store:
-            evaluations = {student_id(n): one for n, one in enumerate(store.all())}
-        genome = context.layout.unpack(evaluations[name].genome)
-        return make_student(context, genome, config.recipe).module
+        return rebuild_student(self.run.folder, self.row.student, self.run.task).student.module
 
     def export(
         self, out: str | Path, *, input: str = "uint8", softmax: bool = False, int8: bool = False
@@ -227,29 +209,22 @@ def search(
         resume_run(folder, budget, Places(), reporter, task)
         return Run(folder, task)
     save_atomic({k: v.clone() for k, v in teacher.state_dict().items()}, weights)
-    preset = preset or "quick"
-    settings = get_preset(preset)
     latency = latency or LatencyConfig()
     check_provider(latency.provider)
-    step = probe_simd(latency, default_cache_dir()).step
-    config = RunConfig(
-        model=task.name,
+    config = new_config(
+        task.name,
+        probe_simd(latency, default_cache_dir()).step,
         preset=preset,
-        search=SearchConfig(
-            population=population,
-            generations=generations or settings.generations,
-            seed=seed,
-            simd_step=step,
-            limits=limits or Limits(),
-            objectives=check_objectives(objectives),
-        ),
-        recipe=Recipe(simd_step=step),
-        calibration=CalibrationConfig(),
-        distill=replace(DistillConfig(), steps=distill_steps or settings.distill_steps),
-        finalists=finalists or settings.finalists,
+        generations=generations,
+        finalists=finalists,
+        distill_steps=distill_steps,
+        population=population,
+        seed=seed,
+        objectives=objectives,
+        limits=limits,
         latency=latency,
-        int8=int8 or Int8Config(),
-        rules=rules or LayerRules(),
+        int8=int8,
+        rules=rules,
     )
     start_run(config, folder, Places(), reporter, task)
     return Run(folder, task)

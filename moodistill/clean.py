@@ -41,8 +41,10 @@ def clean_run(folder: Path) -> Freed:
 def clean_cache(cache: Path) -> Freed:
     """Delete statistics, logits and probes; the next run makes what it needs again.
 
+    Whatever else is in the folder stays.
+
     Raises:
-        UserError: if the folder holds something that is no cache of ours.
+        UserError: if a file cannot be deleted.
     """
     if not cache.is_dir():
         return Freed(0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def choose_command(arguments: argparse.Namespace) -> None:
     print(f"gives up: {choice.gives_up}")
     print(f"structure: {choice.student.summary}")
     print(
-        f"export it: python scripts/export_onnx.py {arguments.run} {choice.student.student} "
+        f"export it: python scripts/export_onnx.py {shlex.quote(str(arguments.run))} "
+        f"{choice.student.student} "
         f"--out {choice.student.student}"
     )
 
@@ -68,6 +70,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("student", metavar="STUDENT", help="a student's id from pareto.csv")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--weights", type=Path, help="the teacher's, if the run was given others")
     parser.add_argument("--softmax", action="store_true", help="probabilities instead of logits")
     parser.add_argument("--int8", action="store_true", help="quantised, if that is faster here")
     entry = parser.add_mutually_exclusive_group()
@@ -86,7 +89,7 @@ def export_command(arguments: argparse.Namespace) -> None:
     options = ShipOptions(kind, arguments.softmax)
     done = export_student(
         arguments.run, arguments.student, arguments.out, arguments.data_dir,
-        options, arguments.int8,
+        options, arguments.int8, weights=arguments.weights,
     )  # fmt: skip
     size = done.path.stat().st_size
     if done.parity is None:
@@ -128,13 +131,13 @@ def report_command(arguments: argparse.Namespace) -> None:
     """Write `report.html` of a run, without disturbing it."""
     from moodistill.report_html import write_report
     from moodistill.results import current_rows
-    from moodistill.run_folder import read_run
-    from moodistill.store import Store
+    from moodistill.store import Store, is_written
 
     if arguments.watch is not None and arguments.watch < 1:
         raise UserError(f"--watch is {arguments.watch}; expected at least 1 second")
     while True:
-        going = arguments.watch is not None and read_run(arguments.run).get("status") == "running"
+        # Not by its status: a run that was killed has had no time to change it.
+        going = arguments.watch is not None and is_written(arguments.run)
         with Store.open(arguments.run, readonly=True) as store:
             rows = current_rows(arguments.run, store)
             path = write_report(arguments.run, store, rows, arguments.watch if going else None)

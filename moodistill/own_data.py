@@ -139,6 +139,7 @@ def from_splits(
     pixels = images.reshape(-1, images.shape[-1]).astype(np.float32) / 255.0
     mean = pixels.mean(0).round(4).tolist() if mean is None else mean
     std = pixels.std(0).round(4).clip(1e-3).tolist() if std is None else std
+    mean, std = tuple(map(float, mean)), tuple(map(float, std))
     for what, values in (("mean", mean), ("std", std)):
         if len(values) != images.shape[-1]:
             raise UserError(
@@ -146,10 +147,11 @@ def from_splits(
                 "give one for each"
             )
     parts = [sha256_array(s.images) + sha256_array(s.labels) for s in splits.values()]
-    digest = hashlib.sha256("".join(parts).encode()).hexdigest()
+    # With the normalisation, on which everything that is cached of a teacher depends.
+    digest = hashlib.sha256(f"{''.join(parts)} {mean} {std}".encode()).hexdigest()
     return ImageData(
         name, splits["train"], splits["validation"], splits["test"],
-        tuple(map(float, mean)), tuple(map(float, std)), tuple(labels), digest, metric,
+        mean, std, tuple(labels), digest, metric,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -13,6 +13,7 @@ from typing import Any, Literal, TextIO
 from moodistill.errors import UserError
 
 Mode = Literal["auto", "plain", "json", "quiet"]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 
 
 class Reporter:
@@ -29,8 +30,8 @@ class Reporter:
         """A piece of work of `total` units, within a `with` block."""
         return nullcontext(Stage(self))
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The best of what has been found so far; only a live display shows it."""
+    def table(self, make: Callable[[], Table]) -> None:
+        """The best of what has been found so far; only a live display makes and shows it."""
 
     def measured(self, step: int, values: dict[str, float]) -> None:
         """Figures of a finished generation, for curves; `step` students have been evaluated."""
@@ -109,7 +110,6 @@ class LiveReporter(Reporter):
             TimeRemainingColumn(), TextColumn("{task.fields[facts]}"),
         )  # fmt: skip
         self._live = Live(self._bars, console=Console(file=self.stream), refresh_per_second=4)
-        self._live.start()
 
     def say(self, text: str, **facts: Any) -> None:
         """One line above the bars; behind them, once they are gone, as ever."""
@@ -120,7 +120,9 @@ class LiveReporter(Reporter):
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
-        """One bar, which goes when the stage ends."""
+        """One bar, which goes when the stage ends; the first one starts the display."""
+        # Not before: bad input ends a run early, with the terminal as it was.
+        self._live.start()
         task = self._bars.add_task(name, total=total, facts="")
         yield Stage(self, task)
         self._bars.remove_task(task)
@@ -131,11 +133,12 @@ class LiveReporter(Reporter):
         text = ", ".join(f"{name} {value}" for name, value in facts.items())
         self._bars.update(stage.handle, completed=done, facts=text)
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, make: Callable[[], Table]) -> None:
         """Show the table beneath the bars."""
-        from rich.table import Table
+        from rich.table import Table as RichTable
 
-        table = Table(box=None, header_style="bold")
+        header, rows = make()
+        table = RichTable(box=None, header_style="bold")
         for number, name in enumerate(header):
             table.add_column(name, justify="left" if number == 0 else "right")
         for row in rows:
@@ -175,9 +178,9 @@ class TensorBoardReporter(Reporter):
         """A stage of the other."""
         return self.inner.stage(name, total, unit)
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, make: Callable[[], Table]) -> None:
         """Shown by the other."""
-        self.inner.table(header, rows)
+        self.inner.table(make)
 
     def measured(self, step: int, values: dict[str, float]) -> None:
         """A point of each curve."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def report_data(
         "changes": run.get("changed_by_confirmation") if finished else None,
         "rejected_windows": run.get("rejected_latency_windows", 0),
         "provenance": dict(run),
-        "command": f"python scripts/export_onnx.py {folder} STUDENT --out OUT",
+        "command": f"python scripts/export_onnx.py {shlex.quote(str(folder))} STUDENT --out OUT",
     }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from moodistill import front, pareto, report
 from moodistill.context import TeacherContext
+from moodistill.data import fraction_right
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.files import write_json_atomic
@@ -116,11 +117,13 @@ class Accuracies:
 def measure_teacher(known: Accuracies, context: TeacherContext, cache_dir: Path) -> None:
     """The teacher's accuracy on all validation and test images, under `teacher` and `teacher_test`.
 
-    Kept in the cache by teacher and data, since it is the same for every run.
+    Kept in the cache by teacher and data, since it is the same for every run; in the run alone by
+    another metric than accuracy, which no name tells for certain.
     """
     data, teacher = context.data, context.graph.module
     key = f"{context.teacher_digest[:16]}-{data.digest[:16]}"
-    cached = Accuracies(cache_dir / f"accuracy-{key}.json")
+    usual = data.metric is fraction_right
+    cached = Accuracies(cache_dir / f"accuracy-{key}.json") if usual else known
     for name, split in (("teacher", data.validation), ("teacher_test", data.test)):
         if name not in cached.known:
             cached.add(name, student_accuracy(teacher, data, split))

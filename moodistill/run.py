@@ -222,7 +222,7 @@ def _execute(
     search = Search(context.layout, config.search, store, evaluator.evaluate)
     known = Accuracies(folder / "accuracies.json")
     confirmed: dict[str, Latency] = {}
-    status, problem = "interrupted", ""
+    status, problem = "stopped", ""
     try:
         _search(search, config, reporter)
         confirmed = finish_run(folder, store, config, context, meter, known, reporter)
@@ -231,8 +231,13 @@ def _execute(
         # Everything else of the finalists is on disk: their rows are written before it is said.
         problem = f"the finalists' latency was not confirmed ({error})"
     except KeyboardInterrupt:
-        stopped = f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}"
-        reporter.say(stopped)
+        status = "interrupted"
+        reporter.say(
+            f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}"
+        )
+    except UserError:
+        write_run(folder, {**read_run(folder), "status": status})
+        raise
     finally:
         reporter.close()
     searched = Searched.read(store, config.search.limits, config.search.objectives)
@@ -306,7 +311,7 @@ def _search(search: Search, config: RunConfig, reporter: Reporter) -> None:
                 )
                 values = {"hypervolume": volume, "front_size": float(progress.front_size)}
                 reporter.measured(progress.evaluated, values)
-                reporter.table(*_best_so_far(search.store, config))
+                reporter.table(lambda: _best_so_far(search.store, config))
 
 
 def _best_so_far(store: Store, config: RunConfig) -> tuple[list[str], list[list[str]]]:

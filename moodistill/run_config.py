@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from moodistill.inherit import InheritConfig
 from moodistill.int8 import Int8Config
 from moodistill.latency import LatencyConfig
 from moodistill.layout import LayerRules
-from moodistill.objectives import Limits
+from moodistill.objectives import DEFAULT, Limits, check_objectives
 from moodistill.recipe import Recipe
 from moodistill.statistics import CalibrationConfig
 from moodistill.task import OwnTask
@@ -110,6 +110,50 @@ class RunConfig:
             distill=replace(self.distill, steps=budget.distill_steps or steps),
             finalists=budget.finalists or finalists,
         )
+
+
+def new_config(
+    model: str,
+    simd_step: int,
+    *,
+    preset: str | None = None,
+    generations: int | None = None,
+    finalists: int | None = None,
+    distill_steps: int | None = None,
+    population: int | None = None,
+    seed: int | None = None,
+    objectives: Sequence[str] = DEFAULT,
+    algorithm: str | None = None,
+    limits: Limits | None = None,
+    latency: LatencyConfig | None = None,
+    int8: Int8Config | None = None,
+    rules: LayerRules | None = None,
+    own: OwnTask | None = None,
+) -> RunConfig:
+    """The configuration of a new run; whatever is None has its default, or its preset's value."""
+    settings = get_preset(preset or "quick")
+    defaults = SearchConfig()
+    return RunConfig(
+        model=model,
+        preset=preset or "quick",
+        search=SearchConfig(
+            population=population or defaults.population,
+            generations=generations or settings.generations,
+            seed=seed or defaults.seed,
+            simd_step=simd_step,
+            limits=limits or Limits(),
+            objectives=check_objectives(objectives),
+            algorithm=algorithm or defaults.algorithm,
+        ),
+        recipe=Recipe(simd_step=simd_step),
+        calibration=CalibrationConfig(),
+        distill=replace(DistillConfig(), steps=distill_steps or settings.distill_steps),
+        finalists=finalists or settings.finalists,
+        latency=latency or LatencyConfig(),
+        int8=int8 or Int8Config(),
+        own=own,
+        rules=rules or LayerRules(),
+    )
 
 
 def _rules(stored: dict[str, Any]) -> LayerRules:

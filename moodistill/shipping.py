@@ -42,6 +42,54 @@ class Exported:
     parity: Parity | None
 
 
+@dataclass(frozen=True)
+class Rebuilt:
+    """A run's student made again, and what it was made with."""
+
+    student: Student
+    evaluation: Evaluation
+    data: ImageData
+
+
+def rebuild_student(
+    run: Path,
+    name: str,
+    task: Task,
+    data_dir: Path | None = None,
+    weights: Path | None = None,
+) -> Rebuilt:
+    """A student of a run: distilled weights if it has them, else inherited from the teacher.
+
+    Args:
+        run: a run's folder.
+        name: the student's id; of an INT8 student the float one is made.
+        task: the run's.
+        data_dir: where the data are.
+        weights: the teacher's, where they are not the task's own.
+
+    Raises:
+        UserError: if there is no such student, or the teacher is not that of the run.
+    """
+    name = name.removesuffix(SUFFIX)
+    evaluation = _evaluation(run, name)
+    path = run / "students" / name / "student.safetensors"
+    if path.exists():
+        data = task.load_data(data_dir)
+        return Rebuilt(load_student(path, task.build(), data.input_shape)[0], evaluation, data)
+    stored = read_run(run)
+    config = RunConfig.from_dict(stored.get("config", {}))
+    context = load_context(
+        task, data_dir, weights, calibration=config.calibration, rules=config.rules
+    )
+    if context.teacher_digest != stored.get("teacher_digest"):
+        raise UserError(
+            f"{run} was searched with another teacher than {weights or task.weights}; give the "
+            "same with --weights"
+        )
+    genome = context.layout.unpack(evaluation.genome)
+    return Rebuilt(make_student(context, genome, config.recipe), evaluation, context.data)
+
+
 def export_student(
     run: Path,
     student: str,
@@ -50,6 +98,7 @@ def export_student(
     options: ShipOptions | None = None,
     int8: bool = False,
     task: Task | None = None,
+    weights: Path | None = None,
 ) -> Exported:
     """Write the shipped folder of a student; a finalist's distilled weights if it has them.
 
@@ -61,6 +110,7 @@ def export_student(
         options: how the model takes pictures and answers.
         int8: quantise it; refused if that is not faster here or costs too much accuracy.
         task: the run's, None to load it by its name.
+        weights: the teacher's, where they are not the task's own.
 
     Raises:
         UserError: if there is no such run or student, `out` holds a model already, or the file
@@ -71,7 +121,6 @@ def export_student(
     config = RunConfig.from_dict(stored.get("config", {}))
     name = student.removesuffix(SUFFIX)
     int8 = int8 or name != student
-    evaluation = _evaluation(run, name)
     if (out / MODEL).exists():
         raise UserError(f"{out / MODEL} exists; give another --out")
     if out.exists() and not out.is_dir():
@@ -79,16 +128,9 @@ def export_student(
     rows = {row.student: row for row in read_front(run)}
     teacher = next(row for row in rows.values() if row.stage == "teacher")
     task = task or load_task(config.model, config.own)
+    rebuilt = rebuild_student(run, name, task, data_dir, weights)
+    made, evaluation, data = rebuilt.student, rebuilt.evaluation, rebuilt.data
     origin = Origin(task.name, str(stored.get("teacher_digest")), evaluation.genome)
-    weights = run / "students" / name / "student.safetensors"
-    if weights.exists():
-        data = task.load_data(data_dir)
-        made, _ = load_student(weights, task.build(), data.input_shape)
-    else:
-        context = load_context(task, data_dir, calibration=config.calibration, rules=config.rules)
-        data = context.data
-        genome = context.layout.unpack(evaluation.genome)
-        made = make_student(context, genome, config.recipe)
     row = rows.get(name) or _searched_row(name, evaluation, teacher)
     if row.accuracy is None:
         row = replace(row, accuracy=student_accuracy(made.module, data, data.validation))

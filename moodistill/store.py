@@ -322,6 +322,21 @@ def _evaluation(row: tuple[Any, ...]) -> Evaluation:
     return typed(Evaluation, values)
 
 
+def is_written(folder: Path) -> bool:
+    """Whether a process writes to a run's folder at this moment."""
+    try:
+        lock = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def _take_lock(folder: Path) -> int:
     path = folder / LOCK_FILE
     with _guard(path):

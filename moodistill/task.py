@@ -118,10 +118,12 @@ def _module_of_file(name: str) -> ModuleType:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"problem file {name} does not exist; expected a Python file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of our own: a problem file may be called like a module of somebody else.
+    module_name = f"moodistill_problem_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that its classes know where they come from
+    sys.modules[module_name] = module  # so that its classes know where they come from
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -30,9 +30,11 @@ from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.evolution import Operators, Search, SearchConfig, default_operators
+from moodistill.evolution import hypervolume as normalised_hypervolume
 from moodistill.files import write_atomic, write_json_atomic
 from moodistill.inherit import InheritConfig
 from moodistill.latency import LatencyMeter
+from moodistill.objectives import DEFAULT, objective_values
 from moodistill.operators import DensitySampling
 from moodistill.recipe import Evaluator, Recipe, make_student, student_accuracy, teacher_onnx
 from moodistill.store import Store
@@ -145,20 +147,10 @@ class Bench:
 
 
 def hypervolume(points: list[Evaluation], teacher: Evaluation, chance: float) -> float:
-    """Normalised: accuracy above chance, log2 of fewer parameters and of less time up to 1,024x."""
-    from pymoo.indicators.hv import HV
-
-    assert teacher.latency is not None
-    rows = []
-    for one in points:
-        assert one.latency is not None
-        smaller = np.log2(
-            [teacher.parameters / one.parameters,
-             teacher.latency.latency_ms / one.latency.latency_ms]
-        ) / 10  # fmt: skip
-        error = 1.0 - max(0.0, one.accuracy - chance) / (1.0 - chance)
-        rows.append([error, *(1.0 - np.clip(smaller, 0.0, 1.0))])
-    return float(HV(ref_point=np.ones(3))(np.array(rows))) if rows else 0.0
+    """The search's own, with accuracy counted from chance."""
+    rows = np.array([objective_values(one, DEFAULT) for one in [teacher, *points]], dtype=float)
+    rows[:, 0] = np.minimum(1.0, rows[:, 0] / (1.0 - chance))
+    return normalised_hypervolume(rows[1:], rows[0])
 
 
 def best_within(points: list[Evaluation], limit_ms: float) -> Evaluation | None:

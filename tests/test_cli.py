@@ -313,6 +313,34 @@ def test_export_of_a_searched_student(finished, call, tmp_path):
     assert manifest["accuracy"]["validation"]["images"] == 350
 
 
+def test_export_refuses_another_teacher(finished, call, tmp_path):
+    """A student that was not distilled inherits from the teacher: it must be the run's."""
+    from moodistill.task import load_task
+    from moodistill.teachers import load_weights, save_atomic
+
+    searched = next(r["student"] for r in rows(finished) if r["stage"] == "searched")
+    task = load_task("digits")
+    other = load_weights(task.build(), task.weights)
+    other.output.weight.data *= 1.5
+    save_atomic(dict(other.state_dict()), tmp_path / "other.safetensors")
+    given = ["--weights", tmp_path / "other.safetensors"]
+    done = call("export", finished, searched, "--out", tmp_path / "out", *given, code=2)
+    assert "another teacher" in done.stderr and not (tmp_path / "out" / "model.onnx").exists()
+    call("export", finished, searched, "--out", tmp_path / "out", "--weights", task.weights)
+
+
+def test_a_run_that_stops_for_a_reason_says_so_in_its_record(call, tmp_path, monkeypatch):
+    from moodistill.latency import LatencyError, LatencyMeter
+
+    monkeypatch.setattr(
+        LatencyMeter, "measure", lambda *_: (_ for _ in ()).throw(LatencyError("no answer"))
+    )
+    folder = tmp_path / "run"
+    done = call("run", "--model", "digits", "--out", folder, *TINY, code=2)
+    assert "the teacher itself could not be scored" in done.stderr
+    assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
+
+
 def test_resume_refuses_other_settings(finished, call):
     before = (finished / "run.json").read_bytes()
     done = call("run", "--resume", finished, "--seed", "5", "--population", "9", code=2)

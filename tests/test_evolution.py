@@ -228,6 +228,11 @@ def test_objectives_and_limits_steer_the_search(tmp_path):
     assert set(front) <= set(found.near_front(0.2))
 
 
+def test_accuracy_is_the_first_objective():
+    with pytest.raises(UserError, match="accuracy first"):
+        SearchConfig(objectives=("latency", "accuracy"))
+
+
 def test_problem_works_with_pymoo_alone():
     problem = StructuralDistillationProblem(
         LAYOUT.length, lambda x: [recorded(g, fail=i == 1) for i, g in enumerate(x)], Limits(0.3)

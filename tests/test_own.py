@@ -109,6 +109,23 @@ def test_bad_folders_are_one_line(folder, damage):
     )  # fmt: skip
 
 
+def test_another_normalisation_is_other_data(folder):
+    """All that is cached of a teacher depends on it."""
+    one, two = (load_image_folder(folder, mean=mean, std=[0.2] * 3).digest
+                for mean in ([0.5, 0.5, 0.5], [0.5, 0.5, 0.4]))  # fmt: skip
+    assert one != two
+
+
+def test_a_problem_file_may_be_called_like_a_module(tmp_path):
+    import random
+
+    from moodistill.task import load_task
+
+    (tmp_path / "random.py").write_text("from problems.digits import TASK\n")
+    assert load_task(str(tmp_path / "random.py")).name == "digits"
+    assert sys.modules["random"] is random
+
+
 def test_datasets_of_many_forms():
     arrays = [(RNG.integers(0, 256, (8, 6, 3), np.uint8), i % 3) for i in range(9)]
     pictures = [(Image.fromarray(a), label) for a, label in arrays]
@@ -189,10 +206,12 @@ def test_own_network_from_the_shell(folder, call, tmp_path, monkeypatch):
     for wrong, words in (
         (["--teacher", "mine:nothing", *arguments], "no callable"),
         (["--teacher", "nowhere:build", *arguments], "cannot be imported"),
+        (["--resume", "run", "--size", "20"], "takes --size from its run"),
         (["--teacher", "mine:build"], "needs --weights"),
         (["--teacher", "mine:build", "--model", "digits", *arguments], "give one of them"),
     ):
-        assert words in call("run", *wrong, "--out", "other", code=2).stderr
+        out = [] if "--resume" in wrong else ["--out", "other"]
+        assert words in call("run", *wrong, *out, code=2).stderr
     assert not (tmp_path / "other").exists()
 
 

@@ -25,7 +25,7 @@ def speak(reporter):
     with reporter.stage("searching", 4, "student") as stage:
         stage.update(2, front=1)
         reporter.say("half of it", done=2)
-        reporter.table(["student", "ms"], [["s0001", "0.5"]])
+        reporter.table(lambda: (["student", "ms"], [["s0001", "0.5"]]))
         stage.update(4, front=2)
     reporter.close()
     return reporter.stream.getvalue()
@@ -41,6 +41,12 @@ def test_json_lines():
     assert [line["event"] for line in lines] == ["begin", "progress", "message", "progress", "end"]
     assert lines[0]["total"] == 4 and lines[1]["front"] == 1 and lines[3]["done"] == 4
     assert lines[2]["text"] == "half of it" and all(line["time"] > 0 for line in lines)
+
+
+def test_live_display_starts_with_the_first_stage():
+    stream = io.StringIO()
+    LiveReporter(stream)  # bad input may end the run now: the terminal is as it was
+    assert stream.getvalue() == ""
 
 
 def test_live_display_shows_all():

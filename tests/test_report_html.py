@@ -6,12 +6,14 @@ import shlex
 import shutil
 import sqlite3
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from moodistill.layout_file import read_layout, write_layout
 from moodistill.report_html import _page, structure_data
+from moodistill.store import Store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 OPTIONS = [
@@ -77,11 +79,21 @@ def test_report_of_a_run_that_goes_on(finished, call, tmp_path):
         (folder / name).unlink()
     before = (folder / "evaluations.sqlite").read_bytes()
 
-    def finish():
-        (folder / "run.json").write_text(json.dumps({**run, "status": "interrupted"}))
+    held, shown = threading.Event(), []
 
-    threading.Timer(1.5, finish).start()
+    def write():  # a run in another process, as far as the lock can tell
+        with Store.open(folder):
+            held.set()
+            while not (folder / "report.html").exists():
+                time.sleep(0.1)
+            shown.append(page_data(folder / "report.html")["refresh_s"])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert held.wait(60)
     call("report", folder, "--watch", "1")
+    writer.join()
+    assert shown == [1]
     assert page_data(folder / "report.html")["refresh_s"] is None  # the last one stands still
     assert (folder / "evaluations.sqlite").read_bytes() == before
     assert "12 students" in call("report", folder).stdout
