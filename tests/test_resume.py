@@ -271,7 +271,7 @@ def test_a_latency_process_that_dies_while_confirming_loses_nothing(driver, reco
     assert done.code == 2
     (line,) = done.stderr.splitlines()
     assert "not confirmed (the latency worker died (exit code -9))" in line and "--resume" in line
-    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
     assert stored(folder) == stored(recorded_run) and (folder / "pareto.csv").exists()
     done = driver.call(*carry_on(folder))
     assert done.code == 0, done.stderr
