@@ -1,77 +1,109 @@
 """From a trained network to channel groups, connection sites and edges, by general rules.
 
-The teacher is traced at module level by `torch.fx`; channel identity is followed through the
-graph: layers start a group, Add ties groups, everything element-wise or spatial passes them on.
-An operation that is not known is refused by name, never taken as element-wise.
+The network is traced to a flat graph (`tracing.py`); every channel is followed through it: layers
+start channels, Add ties them, everything element-wise or spatial passes them on, cat and chunk
+move them. An operation that is not known is refused by name, never taken as element-wise.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
+from moodistill import operations as ops
+from moodistill.channels import Channels, Grouping
 from moodistill.errors import UserError
 from moodistill.genome import INPUT
-
-PICTURES = 2  # in the batch that shapes are propagated with
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh,
-    nn.GELU, nn.ELU, nn.Dropout, nn.Dropout2d, nn.Identity,
-)  # fmt: skip
-SPATIAL = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
-ADDS = (operator.add, operator.iadd, torch.add)
-ACTIVATION_CALLS = (F.relu, torch.relu, F.dropout, "relu", "relu_")
-SPATIAL_CALLS = (F.adaptive_avg_pool2d, F.max_pool2d, F.avg_pool2d, torch.flatten, "flatten")
+from moodistill.rearrange import (
+    NEXT_PICTURE,
+    REARRANGING_CALLS,
+    REARRANGING_MODULES,
+    Elements,
+    Form,
+    map_form,
+)
+from moodistill.tracing import PICTURES, flat_graph, is_tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """One live node of the traced teacher.
+    """One live value of the traced teacher.
 
     Attributes:
         name: for a layer its module path, else the fx node's name.
-        kind: input, layer, merge, norm, activation, spatial or output.
+        kind: input, layer, merge (an Add of equals), gate (another operation of two values),
+            norm, channelwise (depthwise and grouped convolutions, scales), mixing (a norm over
+            channels), activation, spatial, rearrange or output.
         node: the fx node.
         inputs: names of the steps it reads.
-        group: the channel group of its output.
-        reads: for a layer, the group of its input.
-        repeat: features per channel (`h * w` behind a flatten, else 1).
-        shape: of its output without the batch axis.
+        form: of its output.
+        channels: numbers of its output's channels while the graph is read.
+        groups: the channel groups in its output, in order of their first channel.
+        owner: `(channels,)` index into `groups`.
+        place: `(channels,)` index of the channel's class within its group.
+        reads: for a layer, the groups of its input.
+        origin: for a rearrangement, `(channels, 2)`: which input, and which of its channels.
+        shared: for a layer, whether its module is called more than once.
+        again: for a shared layer, whether this is not its first call.
     """
 
     name: str
     kind: str
     node: fx.Node
     inputs: tuple[str, ...]
-    group: str
-    reads: str
-    repeat: int
-    shape: tuple[int, ...]
+    form: Form
+    channels: np.ndarray
+    groups: tuple[str, ...] = ()
+    owner: np.ndarray = field(default_factory=lambda: np.empty(0, int))
+    place: np.ndarray = field(default_factory=lambda: np.empty(0, int))
+    reads: tuple[str, ...] = ()
+    origin: np.ndarray | None = None
+    shared: bool = False
+    again: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its output, without the batch axis."""
+        return self.form.shape
+
+    @property
+    def target(self) -> str:
+        """Module path of a step that calls a module."""
+        return str(self.node.target)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TeacherGraph:
-    """The traced teacher; `groups` gives every channel group's size."""
+    """The traced teacher.
+
+    Attributes:
+        module: the flat graph that was read.
+        steps: its values in topological order.
+        grouping: channel groups, with their sizes and what is frozen.
+        input_shape: `(C, H, W)`.
+    """
 
     module: fx.GraphModule
     steps: tuple[Step, ...]
-    groups: dict[str, int]
+    grouping: Grouping
     input_shape: tuple[int, int, int]
-    output_group: str
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Number of classes (mask bits) of every channel group."""
+        return self.grouping.sizes
 
     @property
     def layers(self) -> list[Step]:
-        """Conv and linear layers in topological order."""
-        return [step for step in self.steps if step.kind == "layer"]
+        """Conv and linear layers in topological order, each once."""
+        return [step for step in self.steps if step.kind == "layer" and not step.again]
 
     def layer_module(self, name: str) -> nn.Conv2d | nn.Linear:
         """The teacher's conv or linear layer at a module path."""
@@ -79,29 +111,13 @@ class TeacherGraph:
         assert isinstance(module, nn.Conv2d | nn.Linear)
         return module
 
+    @cached_property
+    def _by_name(self) -> dict[str, Step]:
+        return {step.name: step for step in self.steps}
 
-class _Groups:
-    """Union-find over group names; the earliest name represents a group."""
-
-    def __init__(self) -> None:
-        self.parent: dict[str, str] = {}
-        self.sizes: dict[str, int] = {}
-
-    def new(self, name: str, size: int) -> str:
-        self.parent[name], self.sizes[name] = name, size
-        return name
-
-    def find(self, name: str) -> str:
-        while self.parent[name] != name:
-            name = self.parent[name]
-        return name
-
-    def tie(self, one: str, other: str) -> str:
-        one, other = self.find(one), self.find(other)
-        order = list(self.parent)
-        first, second = sorted((one, other), key=order.index)
-        self.parent[second] = first
-        return first
+    def step(self, name: str) -> Step:
+        """The step of a name."""
+        return self._by_name[name]
 
 
 def trace(teacher: nn.Module, input_shape: tuple[int, int, int]) -> TeacherGraph:
@@ -110,151 +126,376 @@ def trace(teacher: nn.Module, input_shape: tuple[int, int, int]) -> TeacherGraph
     Raises:
         UserError: if it cannot be traced or uses an operation that is not supported.
     """
-    try:
-        module = fx.symbolic_trace(teacher.eval())
-        module.graph.eliminate_dead_code()
-        # Two pictures, so that an operation that mixes them shows; ShapeProp prints a traceback of
-        # its own, the cause of the error says the same in one line.
-        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
-            ShapeProp(module).propagate(torch.zeros(PICTURES, *input_shape))
-    except Exception as error:
-        cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise UserError(
-            f"{type(teacher).__name__} cannot be traced by torch.fx with input "
-            f"{(1, *input_shape)}: {reason[0]}; expected a CNN without data-dependent control flow"
-        ) from error
-    groups = _Groups()
-    steps: dict[str, Step] = {}
-    used: set[str] = set()
-    names: dict[fx.Node, str] = {}
-    taken = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
+    module = flat_graph(teacher, input_shape)
+    reader = _Reader(module)
     for node in module.graph.nodes:
-        step = _read_node(module, node, names, steps, groups, used, taken)
-        names[node] = step.name
-        steps[step.name] = step
-    final = tuple(
-        Step(
-            s.name, s.kind, s.node, s.inputs, groups.find(s.group),
-            groups.find(s.reads) if s.reads else "", s.repeat, s.shape,
-        )
-        for s in steps.values()
+        if node.op == "call_module" and isinstance(
+            module.get_submodule(str(node.target)), nn.MultiheadAttention
+        ):
+            raise UserError(
+                f"operation MultiheadAttention (at {node.target}) is not supported: transformers "
+                f"are not; supported are {ops.SUPPORTED}"
+            )
+    for node in module.graph.nodes:
+        reader.read(node)
+    grouping = reader.channels.group()
+    steps = tuple(_placed(step, grouping) for step in reader.steps.values())
+    by_name = {step.name: step for step in steps}
+    shared = {step.target for step in steps if step.again}
+    steps = tuple(
+        replace(s, reads=by_name[s.inputs[0]].groups, shared=s.target in shared)
+        if s.kind == "layer" else s
+        for s in steps
     )  # fmt: skip
-    sizes = {g: groups.sizes[g] for g in groups.parent if groups.find(g) == g}
-    return TeacherGraph(module, final, sizes, input_shape, final[-1].group)
+    return TeacherGraph(module, steps, grouping, input_shape)
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape[1:]) if isinstance(meta, fx.passes.shape_prop.TensorMetadata) else ()
+def _placed(step: Step, grouping: Grouping) -> Step:
+    """The step with its channels' groups."""
+    group = grouping.group[step.channels]
+    numbers, first = np.unique(group, return_index=True)
+    numbers = numbers[np.argsort(first)]
+    owner = np.argsort(numbers)[np.searchsorted(np.sort(numbers), group)]
+    names = tuple(grouping.names[n] for n in numbers)
+    return replace(step, groups=names, owner=owner, place=grouping.index[step.channels])
 
 
-def _batch(node: fx.Node) -> int:
-    """Length of the first axis, `PICTURES` where it is not a tensor."""
-    meta = node.meta.get("tensor_meta")
-    return meta.shape[0] if isinstance(meta, fx.passes.shape_prop.TensorMetadata) else PICTURES
+class _Reader:
+    """Reads the flat graph node by node."""
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.channels = Channels()
+        self.elements = Elements()
+        self.steps: dict[str, Step] = {}
+        self.of: dict[fx.Node, Step] = {}
+        # Rearranged values whose channels are not on one axis: numbers of their elements.
+        self.raw: dict[fx.Node, Any] = {}
+        self.calls: dict[str, Step] = {}  # first call of every module with channels
+        self.constants: dict[fx.Node, torch.Tensor] = {}
+        self.taken = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
 
-def _read_node(
-    module: fx.GraphModule,
-    node: fx.Node,
-    names: dict[fx.Node, str],
-    steps: dict[str, Step],
-    groups: _Groups,
-    used: set[str],
-    taken: set[str],
-) -> Step:
-    shape = _shape(node)
-    sources = [arg for arg in node.all_input_nodes]
-    inputs = tuple(names[source] for source in sources)
-    first = steps[inputs[0]] if inputs else None
+    def read(self, node: fx.Node) -> None:
+        """Add the node's step, if it has one."""
+        if node.op == "placeholder":
+            self._add(node, "input", map_form(self._shape(node)))
+        elif node.op == "output":
+            self._output(node)
+        elif node.op == "get_attr":
+            self.constants[node] = operator.attrgetter(str(node.target))(self.module)
+        elif any(s in self.of or s in self.raw for s in node.all_input_nodes):
+            if not self._plain(node):
+                self._operation(node)
+        elif is_tensor(node):
+            raise UserError(f"{self._called(node)} (at {node.name}) reads no input: not supported")
 
-    def step(kind: str, group: str, reads: str = "", repeat: int = 1, name: str = "") -> Step:
+    def _plain(self, node: fx.Node) -> bool:
+        """Whether the node computes sizes or other plain values."""
+        value = node.meta.get("value")
+        parts = value if isinstance(value, tuple | list) else [value]
+        return not any(isinstance(part, torch.Tensor) for part in parts)
+
+    def _called(self, node: fx.Node) -> str:
+        return ops.called(self.module, node.target, node.op == "call_module")
+
+    def _refuse(self, node: fx.Node, why: str = "") -> UserError:
+        return UserError(
+            f"operation {self._called(node)} (at {node.name}) is not supported"
+            f"{f' {why}' if why else ''}; supported are {ops.SUPPORTED}"
+        )
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Of one picture; refuses what mixes pictures."""
+        value = node.meta["value"]
+        assert isinstance(value, torch.Tensor)
+        if not value.ndim or value.shape[0] != PICTURES:
+            raise UserError(
+                f"{self._called(node)} (at {node.name}) mixes pictures; expected the first axis "
+                "to stay that of the batch"
+            )
+        return tuple(value.shape[1:])
+
+    def _add(
+        self,
+        node: fx.Node,
+        kind: str,
+        form: Form,
+        channels: np.ndarray | None = None,
+        inputs: tuple[Step, ...] = (),
+        origin: np.ndarray | None = None,
+        name: str = "",
+        again: bool = False,
+    ) -> Step:
         # A layer is named by its module path; no other step may have that name.
-        own = node.name if node.name not in taken else f"{node.name} operation"
-        return Step(name or own, kind, node, inputs, group, reads, repeat, shape)
+        name = name or (node.name if node.name not in self.taken else f"{node.name} operation")
+        if channels is None:
+            channels = self.channels.new(INPUT if kind == "input" else node.target, form.channels)  # type: ignore
+            if kind == "input":
+                self.channels.freeze(channels, "the network's input")
+        elif origin is not None:
+            self.channels.occurs(channels, tuple(s.channels for s in inputs), origin)
+        sources = tuple(s.name for s in inputs)
+        step = Step(name, kind, node, sources, form, channels, origin=origin, again=again)
+        self.steps[name] = self.of[node] = step
+        return step
 
-    if node.op == "placeholder":
-        if steps:
-            raise UserError(f"the network has a second input {node.name!r}; expected one image")
-        return step("input", groups.new(INPUT, shape[0]))
-    if node.op == "output":
-        if not isinstance(node.args[0], fx.Node) or len(steps[inputs[0]].shape) != 1:
+    def _output(self, node: fx.Node) -> None:
+        source = self.of.get(node.args[0])  # type: ignore[call-overload]
+        if source is None or source.form.kind != "vector":
             raise UserError("the network's output is not one tensor of logits (N, classes)")
-        return step("output", steps[inputs[0]].group)
-    if first is None:
-        raise UserError(f"{_called(module, node)} (at {node.name}) reads no input: not supported")
-    if _batch(node) != PICTURES:
-        raise UserError(
-            f"{_called(module, node)} (at {node.name}) mixes pictures; expected the first axis to "
-            "stay that of the batch"
-        )
-    if node.op == "call_module":
-        target = str(node.target)
-        called = module.get_submodule(target)
-        if isinstance(called, nn.Conv2d | nn.Linear):
-            if target in used:
-                raise UserError(f"layer {target} is used twice; shared layers are not supported")
-            used.add(target)
-            _check_layer(called, target, first)
-            size = called.out_channels if isinstance(called, nn.Conv2d) else called.out_features
-            return step("layer", groups.new(target, size), reads=first.group, name=target)
-        if isinstance(called, NORMS):
-            if target in used:
-                raise UserError(f"norm {target} is used twice; shared layers are not supported")
-            used.add(target)
-            if first.repeat != 1:
-                raise UserError(f"{target}: BatchNorm behind a flatten is not supported")
-            return step("norm", first.group)
-        if isinstance(called, ACTIVATIONS):
-            return step("activation", first.group, repeat=first.repeat)
-        if isinstance(called, SPATIAL):
-            return step("spatial", first.group, repeat=_repeat(node, first, shape, groups))
-    elif node.op in ("call_function", "call_method"):
-        if node.target in ADDS and len(sources) == len(node.args) == 2 and not node.kwargs:
-            other = steps[inputs[1]]
-            if other.shape != first.shape or other.repeat != first.repeat:
-                raise UserError(
-                    f"Add {node.name} joins {first.shape} and {other.shape}; "
-                    "expected equal shapes (broadcasting is not supported)"
-                )
-            return step("merge", groups.tie(first.group, other.group), repeat=first.repeat)
-        if node.target in ACTIVATION_CALLS and len(sources) == 1:
-            return step("activation", first.group, repeat=first.repeat)
-        if node.target in SPATIAL_CALLS and len(sources) == 1:
-            return step("spatial", first.group, repeat=_repeat(node, first, shape, groups))
-        if node.target in ("view", "reshape") and len(sources) == 1 and len(shape) == 1:
-            return step("spatial", first.group, repeat=_repeat(node, first, shape, groups))
-    raise UserError(
-        f"operation {_called(module, node)} (at {node.name}) is not supported; supported are "
-        "Conv2d, Linear, BatchNorm, element-wise activations, pooling, flatten and Add"
-    )
+        self.channels.freeze(source.channels, "the network's output")
+        self._add(node, "output", source.form, source.channels, (source,))
 
+    def _operation(self, node: fx.Node) -> None:
+        module = None
+        if node.op == "call_module":
+            module = self.module.get_submodule(str(node.target))
+        moves = isinstance(module, REARRANGING_MODULES) if module is not None else (
+            node.target in REARRANGING_CALLS
+        )  # fmt: skip
+        if moves:
+            self._rearrange(node, module)
+            return
+        if any(s in self.raw for s in node.all_input_nodes):
+            raise self._refuse(node, "on channels that are not on one axis")
+        if module is not None:
+            self._module(node, module)
+        elif node.target in ops.JOINS:
+            self._join(node)
+        else:
+            self._call(node)
 
-def _called(module: fx.GraphModule, node: fx.Node) -> str:
-    if node.op == "call_module":
-        return type(module.get_submodule(str(node.target))).__name__
-    target: Any = node.target
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    # Modules
 
+    def _module(self, node: fx.Node, module: nn.Module) -> None:
+        if len(node.all_input_nodes) != 1:
+            raise self._refuse(node, "with more than one input")
+        source = self.of[node.all_input_nodes[0]]
+        form = source.form
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            self._layer(node, module, source)
+        elif isinstance(module, ops.NORMS):
+            if form.kind == "flat":
+                raise UserError(f"{node.target}: BatchNorm behind a flatten is not supported")
+            self._once(node, source, source.channels)
+            self._pass(node, "norm", source)
+        elif isinstance(module, ops.MIXING):
+            self._mixing(node, module, source)
+        elif isinstance(module, ops.ACTIVATIONS):
+            self._pass(node, "activation", source)
+        elif isinstance(module, nn.PReLU):
+            self._once(node, source, source.channels)
+            self._pass(node, "activation" if module.num_parameters == 1 else "channelwise", source)
+        elif isinstance(module, ops.SPATIAL) and form.kind == "map" and is_tensor(node):
+            self._spatial(node, source)
+        else:
+            raise self._refuse(node, "" if form.kind == "map" else f"on a {form.kind} value")
 
-def _check_layer(layer: nn.Module, name: str, source: Step) -> None:
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups != 1:
-            raise UserError(f"{name}: grouped convolution (groups={layer.groups}) is not supported")
-        if layer.padding_mode != "zeros":
-            raise UserError(f"{name}: padding_mode {layer.padding_mode!r} is not supported")
-    elif len(source.shape) != 1:
-        raise UserError(f"{name}: Linear on a tensor of shape {source.shape} is not supported")
+    def _pass(self, node: fx.Node, kind: str, source: Step) -> None:
+        self._add(node, kind, source.form, source.channels, (source,))
 
+    def _once(self, node: fx.Node, source: Step, made: np.ndarray) -> bool:
+        """Tie the channels of a module's calls; whether this is its first call."""
+        first = self.calls.get(str(node.target))
+        if first is None:
+            self.calls[str(node.target)] = replace(source, name="", channels=source.channels)
+            return True
+        self.channels.tie(first.channels, source.channels)
+        return False
 
-def _repeat(node: fx.Node, source: Step, shape: tuple[int, ...], groups: _Groups) -> int:
-    """Features per channel behind a spatial operation: `h * w` once the map is flattened."""
-    if len(shape) == 3:
-        return 1
-    size = groups.sizes[groups.find(source.group)]
-    if len(shape) != 1 or shape[0] % size:
-        raise UserError(
-            f"{node.name} turns {source.shape} into {shape}; expected (channels * height * width,)"
-        )
-    return shape[0] // size
+    def _layer(self, node: fx.Node, layer: nn.Conv2d | nn.Linear, source: Step) -> None:
+        name = str(node.target)
+        shape = self._shape(node)
+        kind = source.form.kind
+        if isinstance(layer, nn.Conv2d):
+            if layer.padding_mode != "zeros":
+                raise UserError(f"{name}: padding_mode {layer.padding_mode!r} is not supported")
+            if kind != "map":
+                raise self._refuse(node, f"on a {kind} value")
+            form = map_form(shape)
+        elif kind == "map":
+            raise UserError(f"{name}: Linear on a tensor of shape {source.shape} is not supported")
+        elif kind == "last":
+            form = Form("last", shape[-1], source.form.size)
+        else:
+            form = map_form(shape)
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            self._grouped(node, layer, source, form)
+            return
+        first = self.calls.get(name)
+        if first is None:
+            step = self._add(node, "layer", form, None, (source,), name=name)
+            self.calls[name] = step
+            return
+        # A shared layer is cut once for all its calls.
+        before = self.steps[first.inputs[0]]
+        if before.form.repeat != source.form.repeat:
+            raise UserError(f"layer {name} is shared by inputs {before.shape} and {source.shape}")
+        self.channels.tie(before.channels, source.channels)
+        made = self.channels.new(name, form.channels)
+        self.channels.tie(first.channels, made)
+        self._add(node, "layer", form, made, (source,), name=f"{name} ({node.name})", again=True)
+
+    def _grouped(self, node: fx.Node, layer: nn.Conv2d, source: Step, form: Form) -> None:
+        """Each group's inputs and outputs stay or go together."""
+        made = self.channels.new(str(node.target), form.channels)
+        inputs = source.channels.reshape(layer.groups, -1)
+        outputs = made.reshape(layer.groups, -1)
+        self.channels.tie(inputs[:, 0], outputs[:, 0])
+        for channels in (inputs, outputs):
+            if channels.shape[1] > 1:
+                self.channels.bind(channels)
+        first = self._once(node, source, made)
+        step = self._add(node, "channelwise", form, made, (source,))
+        if not first:
+            before = next(s for s in self.steps.values() if s.node.target == node.target)
+            self.channels.tie(before.channels, step.channels)
+
+    def _mixing(self, node: fx.Node, module: nn.Module, source: Step) -> None:
+        form = source.form
+        if isinstance(module, nn.LayerNorm):
+            if form.kind not in ("last", "vector") or module.normalized_shape != (form.channels,):
+                raise self._refuse(node, f"over {tuple(module.normalized_shape)} of {form.shape}")
+        elif form.kind not in ("map", "vector"):
+            raise self._refuse(node, f"on a {form.kind} value")
+        kind = type(module).__name__
+        self.channels.freeze(source.channels, f"{kind} {node.target} mixes its channels")
+        self._add(node, "mixing", form, source.channels, (source,))
+
+    # Functions and methods
+
+    def _call(self, node: fx.Node) -> None:
+        if len(node.all_input_nodes) != 1:
+            raise self._refuse(node)
+        source = self.of[node.all_input_nodes[0]]
+        target = node.target
+        if target in ops.ACTIVATION_CALLS:
+            self._pass(node, "activation", source)
+        elif target in ops.SPATIAL_CALLS and source.form.kind == "map" and is_tensor(node):
+            if target is F.pad and len(node.args[1]) > 4:  # type: ignore
+                raise self._refuse(node, "on other axes than height and width")
+            self._spatial(node, source)
+        elif target in ops.REDUCING_CALLS and is_tensor(node):
+            self._reduce(node, source)
+        else:
+            raise self._refuse(node)
+
+    def _spatial(self, node: fx.Node, source: Step) -> None:
+        shape = self._shape(node)
+        if len(shape) != 3 or shape[0] != source.form.channels:
+            raise self._refuse(node, f"from {source.shape} to {shape}")
+        self._add(node, "spatial", map_form(shape), source.channels, (source,))
+
+    def _reduce(self, node: fx.Node, source: Step) -> None:
+        """A mean or maximum over both spatial axes."""
+        axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        axes = axes if isinstance(axes, tuple | list) else (axes,)
+        rank = len(source.shape) + 1
+        found = sorted(a % rank for a in axes if isinstance(a, int))
+        wanted = {"map": [2, 3], "last": [1, 2]}.get(source.form.kind)
+        if found != wanted:
+            raise self._refuse(node, f"over axes {axes} of {source.shape}")
+        shape = self._shape(node)
+        kind = source.form.kind if len(shape) == 3 else "vector"
+        form = Form(kind, source.form.channels, (1, 1))
+        self._add(node, "spatial", form, source.channels, (source,))
+
+    def _join(self, node: fx.Node) -> None:
+        """An operation of two values, or of a value and a constant."""
+        extra = {k: v for k, v in node.kwargs.items() if k not in ("alpha",) or v != 1}
+        if len(node.args) != 2 or extra:
+            raise self._refuse(node, f"with {', '.join(extra)}" if extra else "")
+        values = [self.of.get(a) for a in node.args]  # type: ignore
+        one, other = values
+        if one is None or other is None:
+            source = one or other
+            assert source is not None
+            constant = node.args[1] if other is None else node.args[0]
+            self._scale(node, source, constant)
+            return
+        operation = ops.JOINS[node.target]
+        if one.form == other.form:
+            self.channels.tie(one.channels, other.channels)
+            kind = "merge" if operation is torch.add else "gate"
+            self._add(node, kind, one.form, one.channels, (one, other))
+            return
+        forms = (one.form, other.form)
+        whole = one if one.form.channels * one.form.area >= other.form.channels * other.form.area \
+            else other  # fmt: skip
+        part = other if whole is one else one
+        if (
+            forms[0].kind != forms[1].kind
+            or self._shape(node) != whole.shape
+            or part.form.channels not in (1, whole.form.channels)
+        ):
+            raise UserError(
+                f"{self._called(node)} {node.name} joins {one.shape} and {other.shape}; expected "
+                "equal shapes, or one value per channel or per pixel beside the other"
+            )
+        if part.form.channels == whole.form.channels:
+            self.channels.tie(whole.channels, part.channels)
+        else:
+            self.channels.freeze(part.channels, f"{node.name} spreads it over all channels")
+        self._add(node, "gate", whole.form, whole.channels, (one, other))
+
+    def _scale(self, node: fx.Node, source: Step, constant: Any) -> None:
+        if isinstance(constant, int | float):
+            self._pass(node, "activation", source)
+            return
+        tensor = self.constants.get(constant)
+        if tensor is None or self._shape(node) != source.shape:
+            raise self._refuse(node, "with such a second operand")
+        if tensor.numel() == 1:
+            self._pass(node, "activation", source)
+            return
+        axis = -1 if source.form.kind != "map" else -3
+        if source.form.kind == "flat" or tensor.numel() != source.form.channels or (
+            tensor.ndim < -axis or tensor.shape[axis] != tensor.numel()
+        ):  # fmt: skip
+            raise self._refuse(node, f"with a constant of shape {tuple(tensor.shape)}")
+        self._add(node, "channelwise", source.form, source.channels, (source,))
+
+    # Rearrangements
+
+    def _numbers(self, node: fx.Node) -> Any:
+        if node in self.raw:
+            return self.raw[node]
+        if node in self.of:
+            step = self.of[node]
+            return self.elements.number(step.name, step.form)
+        if node in self.constants:
+            raise UserError(f"a constant tensor ({node.target}) among moved channels: unsupported")
+        return node.meta["value"]
+
+    def _rearrange(self, node: fx.Node, module: nn.Module | None) -> None:
+        arguments = fx.node.map_arg(node.args, self._numbers)
+        keywords = fx.node.map_arg(node.kwargs, self._numbers)
+        if module is not None:
+            result = module(*arguments, **keywords)
+        elif node.op == "call_method":
+            first, *rest = arguments
+            # The numbers need not lie in memory as the network's tensors do.
+            method = "reshape" if node.target == "view" else str(node.target)
+            result = getattr(first, method)(*rest, **keywords)
+        else:
+            result = node.target(*arguments, **keywords)  # type: ignore
+        if not isinstance(result, torch.Tensor):
+            self.raw[node] = result
+            return
+        self._shape(node)
+        if len(result) != PICTURES or not (result[1] - result[0] == NEXT_PICTURE).all():
+            raise UserError(
+                f"{self._called(node)} (at {node.name}) mixes pictures; expected the first axis "
+                "to stay that of the batch"
+            )
+        found = self.elements.read(result[0].contiguous())
+        if found is None:
+            self.raw[node] = result
+            return
+        form, names, origin = found
+        sources = tuple(self.steps[name] for name in names)
+        channels = np.empty(form.channels, dtype=int)
+        for index, source in enumerate(sources):
+            mine = origin[:, 0] == index
+            channels[mine] = source.channels[origin[mine, 1]]
+        self._add(node, "rearrange", form, channels, sources, origin)

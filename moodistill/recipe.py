@@ -16,11 +16,12 @@ from torch import fx
 from moodistill.context import TeacherContext
 from moodistill.data import ImageData, Split
 from moodistill.evaluation import Evaluation, Latency
-from moodistill.genome import canonical
 from moodistill.graph import TeacherGraph
 from moodistill.inherit import InheritConfig, inherit
 from moodistill.memory import peak_memory_bytes
 from moodistill.onnx_writer import structure_hash, to_onnx
+from moodistill.resolve import canonical
+from moodistill.resolve import summary as describe
 from moodistill.runtime import onnx_accuracy
 from moodistill.student import Student, build_student
 
@@ -91,7 +92,7 @@ class Evaluator:
         parameters = macs = size = memory = 0
         try:
             with _limited(self.recipe.time_limit_s):
-                summary = layout.summary(genome)
+                summary = describe(layout, genome)
                 with _timed(seconds, "build"):
                     student = build_student(self.context.graph, layout, genome)
                     parameters = student.parameters

@@ -203,8 +203,8 @@ def test_any_name_of_a_layer_will_do(name):
     net = Shared(forward, **{name: nn.Conv2d(8, 12, 1), "conv": nn.Conv2d(12, 8, 1)})
     graph = trace(net, SHAPE)
     assert [step.name for step in graph.layers] == ["stem", name, "conv", "head"]
-    assert [graph.groups[step.group] for step in graph.layers] == [8, 12, 8, 4]
-    assert [graph.groups[step.reads] for step in graph.layers] == [3, 8, 12, 8]
+    assert [graph.groups[step.groups[0]] for step in graph.layers] == [8, 12, 8, 4]
+    assert [graph.groups[step.reads[0]] for step in graph.layers] == [3, 8, 12, 8]
     assert len({step.name for step in graph.steps}) == len(graph.steps)
 
 
@@ -215,8 +215,8 @@ def test_a_layer_called_input_as_the_first_one():
     )
     graph = trace(net, SHAPE)
     (first, head) = graph.layers
-    assert first.reads != first.group and head.reads == first.group
-    assert graph.groups[first.reads] == 3 and graph.groups[first.group] == 8
+    assert first.reads[0] != first.groups[0] and head.reads[0] == first.groups[0]
+    assert graph.groups[first.reads[0]] == 3 and graph.groups[first.groups[0]] == 8
 
 
 def test_everything_that_is_supported():
@@ -236,10 +236,10 @@ def test_everything_that_is_supported():
     graph = trace(net, SHAPE)
     assert [step.name for step in graph.layers] == ["stem", "conv", "first", "last"]
     by_name = {step.name: step for step in graph.steps}
-    assert by_name["stem"].group == by_name["conv"].group == "stem"
-    assert by_name["flatten"].repeat == 4 and by_name["first"].repeat == 1
+    assert by_name["stem"].groups[0] == by_name["conv"].groups[0] == "stem"
+    assert by_name["flatten"].form.repeat == 4 and by_name["first"].form.repeat == 1
     assert sum(step.kind == "merge" for step in graph.steps) == 2
-    assert graph.output_group == "last" and graph.input_shape == SHAPE
+    assert graph.steps[-1].groups == ("last",) and graph.input_shape == SHAPE
     assert by_name["conv"].shape == (8, 8, 8) and by_name["first"].shape == (6,)
 
 

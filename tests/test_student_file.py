@@ -10,8 +10,8 @@ import torch
 from conftest import random_genome
 
 from moodistill.errors import UserError
-from moodistill.genome import canonical
 from moodistill.inherit import inherit
+from moodistill.resolve import canonical
 from moodistill.student import build_student
 from moodistill.student_file import load_student, save_student
 from moodistill.teachers import read_safetensors

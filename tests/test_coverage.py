@@ -1,0 +1,1 @@
+"""Many kinds of network through the same rules: the masked-teacher proof for each."""
