@@ -171,6 +171,7 @@ class _Reader:
         self.of: dict[fx.Node, Step] = {}
         # Rearranged values whose channels are not on one axis: numbers of their elements.
         self.raw: dict[fx.Node, Any] = {}
+        self.moved_by: dict[fx.Node, str] = {}  # the operation that took them off one axis
         self.calls: dict[str, Step] = {}  # first call of every module with channels
         self.constants: dict[fx.Node, torch.Tensor] = {}
         self.taken = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
@@ -240,7 +241,7 @@ class _Reader:
         return step
 
     def _output(self, node: fx.Node) -> None:
-        source = self.of.get(node.args[0])  # type: ignore[call-overload]
+        source = self.of.get(node.args[0])  # type: ignore[arg-type]
         if source is None or source.form.kind != "vector":
             raise UserError("the network's output is not one tensor of logits (N, classes)")
         self.channels.freeze(source.channels, "the network's output")
@@ -256,8 +257,11 @@ class _Reader:
         if moves:
             self._rearrange(node, module)
             return
-        if any(s in self.raw for s in node.all_input_nodes):
-            raise self._refuse(node, "on channels that are not on one axis")
+        for source in node.all_input_nodes:
+            if source in self.raw:
+                raise self._refuse(
+                    node, f"behind {self.moved_by[source]}, which moves more than whole channels"
+                )
         if module is not None:
             self._module(node, module)
         elif node.target in ops.JOINS:
@@ -479,6 +483,8 @@ class _Reader:
             result = getattr(first, method)(*rest, **keywords)
         else:
             result = node.target(*arguments, **keywords)  # type: ignore
+        before = [self.moved_by[s] for s in node.all_input_nodes if s in self.moved_by]
+        self.moved_by[node] = before[0] if before else f"{self._called(node)} (at {node.name})"
         if not isinstance(result, torch.Tensor):
             self.raw[node] = result
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse.linalg
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -18,6 +19,7 @@ from moodistill.statistics import TeacherSamples
 
 MAX_BLOCKS = 4
 MIN_BLOCK_CHANNELS = 16
+LARGEST_EXACT = 1024  # channels whose blocks are assigned by the exact solver
 
 
 @dataclass(frozen=True)
@@ -210,17 +212,45 @@ def _cluster(
         matrix = torch.from_numpy(read)
         rows = matrix.sum(1, keepdim=True).clamp_min(1e-30).sqrt()
         columns = matrix.sum(0, keepdim=True).clamp_min(1e-30).sqrt()
-        _, _, right = torch.linalg.svd(matrix / rows / columns, full_matrices=False)
-        second = right[min(1, len(right) - 1)].numpy()
-        second = second * np.sign(second[np.abs(second).argmax()])
+        second = _second_vector((matrix / rows / columns).numpy())
         result = np.empty(size, dtype=int)
         result[np.argsort(second, kind="stable")] = np.repeat(np.arange(count), capacity)
         return result
-    slots = np.repeat(np.arange(count), capacity)
-    rows, columns = linear_sum_assignment(-affinity[:, slots])
+    return _balanced(affinity, capacity)
+
+
+def _balanced(affinity: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+    """`(size,)` block of every channel: the most affinity with each block at its capacity."""
+    size, count = affinity.shape
+    if size <= LARGEST_EXACT:
+        slots = np.repeat(np.arange(count), capacity)
+        _, columns = linear_sum_assignment(-affinity[:, slots])
+        return slots[columns]
+    # The exact solver takes minutes for thousands of nearly equal rows: those that would lose most
+    # by their second choice choose first.
+    ranked = np.sort(affinity, axis=1)
+    regret = ranked[:, -1] - ranked[:, -2]
+    left = capacity.copy()
     result = np.empty(size, dtype=int)
-    result[rows] = slots[columns]
+    for row in np.argsort(-regret, kind="stable"):
+        block = int(np.where(left > 0, affinity[row], -np.inf).argmax())
+        result[row] = block
+        left[block] -= 1
     return result
+
+
+def _second_vector(matrix: np.ndarray) -> np.ndarray:
+    """The second right singular vector `(columns,)`, its largest entry positive."""
+    if not (np.isfinite(matrix).all() and matrix.any()):
+        return np.arange(matrix.shape[1])  # a dead layer: any blocks will do
+    if min(matrix.shape) > 2:
+        start = np.random.default_rng(0).normal(size=min(matrix.shape))
+        _, values, right = scipy.sparse.linalg.svds(matrix, k=2, v0=start)
+        second = right[np.argsort(-values)[1]]
+    else:
+        _, _, right = np.linalg.svd(matrix, full_matrices=False)
+        second = right[-1]
+    return np.asarray(second * np.sign(second[np.abs(second).argmax()]))
 
 
 def _overlap(sources: int, targets: int) -> np.ndarray:

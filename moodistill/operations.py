@@ -25,7 +25,7 @@ ACTIVATION_CALLS = (
 )  # fmt: skip
 SPATIAL = (
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d,
-    nn.Upsample,
+    nn.ConstantPad2d, nn.Upsample,
 )  # fmt: skip
 SPATIAL_CALLS = (
     F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d,

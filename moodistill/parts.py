@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from moodistill.genome import GenomeLayout, Node
+from moodistill.genome import GenomeLayout
 from moodistill.resolve import Structure, alive_in
 
 
@@ -27,14 +25,20 @@ class Parts:
             for name, kept in structure.kept.items()
         }
         self.grouped: dict[str, int] = {}
-        self.cut = self._cut()
+        self.matrix = {layer.name: self._matrix(layer.name) for layer in self.active}
+        self.label = {
+            (layer.name, side): self._label(layer.name, side)
+            for layer in self.active for side in ("in", "out")
+        }  # fmt: skip
+        self.sides = self._sides()
+        self.cut = {name: self._cut(name) for name in self.alive}
         for layer in self.active:
             # Linear layers have no grouped form: theirs stay one dense layer per pattern.
             classes = self._classes(layer.name) if layer.name in convs else 0
             if classes > 1:
                 # Taken only if the layer then reads one tensor and writes one, in class order.
                 self.grouped[layer.name] = classes
-                trial = self._cut()
+                trial = self.cut | {name: self._cut(name) for name in self._ends(layer.name)}
                 ends = {end for name in self.grouped for end in self._ends(name)}
                 whole = all(len(trial[group]) == 1 for group in ends)
                 if whole and all(self._in_order(g, trial) for g in self.grouped):
@@ -58,7 +62,7 @@ class Parts:
         both = (*self.structure.source[name], *layer.groups)
         if len(both) != 2 or any(self.layout.groups[g].width > 1 for g in both):
             return 0
-        matrix = self._matrix(name)
+        matrix = self.matrix[name]
         patterns = np.unique(matrix, axis=0)
         if len(patterns) < 2 or (patterns.sum(axis=0) != 1).any():
             return 0
@@ -74,48 +78,52 @@ class Parts:
         kept = self.structure.kept[group]
         return int(np.isin(self.layout.groups[group].block[kept], blocks).sum())
 
-    def _sides(self, layer: Node, group: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Each side ("in", "out") of a layer that holds the group, and where: live lines."""
-        for side, groups in (("in", self.structure.source[layer.name]), ("out", layer.groups)):
-            if group in groups:
-                live = [np.full(len(self.alive.get(g, ())), g == group) for g in groups]
-                yield side, np.concatenate(live)
+    def _sides(self) -> dict[str, list[tuple[str, str, slice]]]:
+        """For every group the layers that read ("in") or write it ("out"), and its live lines."""
+        result: dict[str, list[tuple[str, str, slice]]] = {name: [] for name in self.alive}
+        for layer in self.active:
+            for side, groups in (("in", self.structure.source[layer.name]), ("out", layer.groups)):
+                start = 0
+                for group in groups:
+                    end = start + len(self.alive.get(group, ()))
+                    if end > start:
+                        result[group].append((layer.name, side, slice(start, end)))
+                    start = end
+        return result
 
     def _label(self, name: str, side: str) -> np.ndarray:
         """A number per live block of one side of a layer: equal rows or columns, equal number."""
-        matrix = self._matrix(name)
-        lines = matrix if side == "out" else matrix.T
+        lines = self.matrix[name] if side == "out" else self.matrix[name].T
+        if lines.all():
+            return np.zeros(len(lines), dtype=int)
         _, label = np.unique(lines, axis=0, return_inverse=True)
         return np.asarray(label).reshape(-1)
 
-    def _cut(self) -> dict[str, list[np.ndarray]]:
-        """For every live group, its tensors: lists of block indices in channel order."""
-        result = {}
-        for name, blocks in self.alive.items():
-            split: list[np.ndarray] = []
-            order: list[np.ndarray] = []
-            for layer in self.active:
-                for side, here in self._sides(layer, name):
-                    if layer.name in self.grouped:
-                        order.append(self._class_rank(layer.name, side))
-                    else:
-                        split.append(self._label(layer.name, side)[here])
-            keys = np.array([*split, *order, np.arange(len(blocks))]).reshape(-1, len(blocks))
-            sequence = np.lexsort(keys[::-1])
-            parts: list[list[int]] = []
-            previous = None
-            for place in sequence:
-                key = tuple(label[place] for label in split)
-                if key != previous:
-                    parts.append([])
-                parts[-1].append(int(blocks[place]))
-                previous = key
-            result[name] = [np.array(part) for part in parts]
-        return result
+    def _cut(self, group: str) -> list[np.ndarray]:
+        """A live group's tensors: lists of block indices in channel order."""
+        blocks = self.alive[group]
+        split: list[np.ndarray] = []
+        order: list[np.ndarray] = []
+        for layer, side, here in self.sides[group]:
+            if layer in self.grouped:
+                order.append(self._class_rank(layer, side))
+            else:
+                split.append(self.label[layer, side][here])
+        keys = np.array([*split, *order, np.arange(len(blocks))]).reshape(-1, len(blocks))
+        sequence = np.lexsort(keys[::-1])
+        parts: list[list[int]] = []
+        previous = None
+        for place in sequence:
+            key = tuple(label[place] for label in split)
+            if key != previous:
+                parts.append([])
+            parts[-1].append(int(blocks[place]))
+            previous = key
+        return [np.array(part) for part in parts]
 
     def _class_rank(self, name: str, side: str) -> np.ndarray:
         """The diagonal block that each live block of one side belongs to."""
-        matrix = self._matrix(name)
+        matrix = self.matrix[name]
         patterns = np.unique(matrix, axis=0)
         if side == "in":
             return patterns.argmax(axis=0)
@@ -164,8 +172,6 @@ class Parts:
 
     def reads_all(self, name: str, groups: tuple[str, ...]) -> bool:
         """Whether every live output of a layer reads every live block of some groups."""
-        rows = alive_in(self.layout, self.structure, self.layout.by_name[name].groups)
         source = self.structure.source[name]
-        wanted = [np.full(self.layout.groups[g].blocks, g in groups) for g in source]
-        columns = alive_in(self.layout, self.structure, source) & np.concatenate(wanted)
-        return bool(self.structure.connected[name][np.ix_(rows, columns)].all())
+        here = [np.full(len(self.alive.get(g, ())), g in groups) for g in source]
+        return bool(self.matrix[name][:, np.concatenate(here)].all())

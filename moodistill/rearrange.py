@@ -19,7 +19,7 @@ REARRANGING_CALLS = (
     torch.reshape, torch.flatten, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze,
     torch.unflatten, torch.movedim, operator.getitem, "chunk", "split", "split_with_sizes",
     "unbind", "narrow", "view", "reshape", "flatten", "permute", "transpose", "squeeze",
-    "unsqueeze", "unflatten", "movedim", "expand",
+    "unsqueeze", "unflatten", "movedim", "expand", "contiguous", "clone", "detach",
 )  # fmt: skip
 REARRANGING_MODULES = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle)
 NEXT_PICTURE = 1 << 50  # added to the numbers of a second picture

@@ -199,9 +199,7 @@ class _Repair:
         """Give every live output block without a live input block the one of highest energy."""
         alive = self.alive()
         for layer in self.active:
-            rows, columns = (
-                self.lines(alive, g) for g in (layer.groups, self.source[layer.name])
-            )
+            rows, columns = (self.lines(alive, g) for g in (layer.groups, self.source[layer.name]))
             if not rows.any():
                 continue
             if not columns.any():

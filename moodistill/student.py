@@ -296,9 +296,7 @@ class _Builder:
         for (group, part), pattern in zip(parts, patterns, strict=True):
             yield self._keys(step, group, part), pattern
 
-    def _each(
-        self, value: _Value, step: Step, write: Callable[[_Tensor, int], fx.Node]
-    ) -> _Value:
+    def _each(self, value: _Value, step: Step, write: Callable[[_Tensor, int], fx.Node]) -> _Value:
         """A value made tensor by tensor from another with the same channels."""
         tensors = tuple(
             _Tensor(write(tensor, index), tensor.keys) for index, tensor in enumerate(value.tensors)

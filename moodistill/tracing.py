@@ -21,7 +21,6 @@ from moodistill.errors import UserError
 from moodistill.operations import ACTIVATIONS, NORMS
 
 PICTURES = 2  # in the batch that shapes are propagated with: an operation that mixes them shows
-NO_OPS = ("contiguous", "clone", "detach", torch.clone, torch.detach)
 _INPLACE_CALLS = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv,
 )  # fmt: skip
@@ -49,12 +48,13 @@ def flat_graph(network: nn.Module, input_shape: tuple[int, int, int]) -> fx.Grap
         ) from error
     _fold_sizes(module.graph)
     _fold_tensors(module)
+    module.graph.eliminate_dead_code()
     _calls_to_modules(module)
     _order_inplace(module)
     _drop_no_ops(module)
     module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
+    # A new one holds what the graph uses and nothing else.
+    return fx.GraphModule(module, module.graph, type(network).__name__)
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -143,12 +143,26 @@ def _fold_tensors(module: fx.GraphModule) -> None:
                     known[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
             if isinstance(known[node], torch.Tensor):
                 name = f"_folded_{node.name}"
-                module.register_buffer(name, known[node])
+                if _is_view(known[node], [known[source] for source in node.all_input_nodes]):
+                    known[node] = nn.Parameter(known[node])
+                if isinstance(known[node], nn.Parameter):
+                    module.register_parameter(name, known[node])
+                else:
+                    module.register_buffer(name, known[node])
                 with graph.inserting_before(node):
                     made = graph.get_attr(name)
                 made.meta = dict(node.meta)
                 node.replace_all_uses_with(made)
                 known[made] = known[node]
+
+
+def _is_view(tensor: torch.Tensor, sources: list[Any]) -> bool:
+    """Whether a tensor is a trained parameter in another shape."""
+    return any(
+        isinstance(s, nn.Parameter) and s.data_ptr() == tensor.data_ptr() and
+        s.numel() == tensor.numel()
+        for s in sources
+    )  # fmt: skip
 
 
 def _norm(running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
@@ -271,6 +285,6 @@ def _drop_no_ops(module: fx.GraphModule) -> None:
         name = getattr(node.target, "__name__", node.target)
         # torchvision's stochastic depth; the name says it without the dependency.
         resting = name in ("stochastic_depth", "dropout", "dropout2d") and training is False
-        if isinstance(source, fx.Node) and (node.target in NO_OPS or resting):
+        if isinstance(source, fx.Node) and resting:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
