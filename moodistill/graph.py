@@ -129,14 +129,6 @@ def trace(teacher: nn.Module, input_shape: tuple[int, int, int]) -> TeacherGraph
     module = flat_graph(teacher, input_shape)
     reader = _Reader(module)
     for node in module.graph.nodes:
-        if node.op == "call_module" and isinstance(
-            module.get_submodule(str(node.target)), nn.MultiheadAttention
-        ):
-            raise UserError(
-                f"operation MultiheadAttention (at {node.target}) is not supported: transformers "
-                f"are not; supported are {ops.SUPPORTED}"
-            )
-    for node in module.graph.nodes:
         reader.read(node)
     grouping = reader.channels.group()
     steps = tuple(_placed(step, grouping) for step in reader.steps.values())

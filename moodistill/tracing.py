@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from moodistill.errors import UserError
-from moodistill.operations import ACTIVATIONS, NORMS
+from moodistill.operations import ACTIVATIONS, NORMS, SUPPORTED
 
 PICTURES = 2  # in the batch that shapes are propagated with: an operation that mixes them shows
 _INPLACE_CALLS = (
@@ -37,9 +37,12 @@ def flat_graph(network: nn.Module, input_shape: tuple[int, int, int]) -> fx.Grap
     """
     try:
         module = fx.symbolic_trace(network.eval())
+        _refuse_attention(module)
         _drop_assertions(module.graph)
         module.graph.eliminate_dead_code()
         _propagate(module, input_shape)
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
@@ -93,6 +96,17 @@ def _propagate(module: fx.GraphModule, input_shape: tuple[int, int, int]) -> Non
     for key, count in (("value", PICTURES), ("more", PICTURES + 1)):
         with mode:
             _Propagator(module, key).run(torch.zeros(count, *input_shape))
+
+
+def _refuse_attention(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            called = module.get_submodule(str(node.target))
+            if isinstance(called, nn.MultiheadAttention):
+                raise UserError(
+                    f"operation MultiheadAttention (at {node.target}) is not supported: "
+                    f"transformers are not; supported are {SUPPORTED}"
+                )
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
