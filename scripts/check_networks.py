@@ -45,6 +45,7 @@ class NoiseData:
         self.images = torch.randn(IMAGES, 3, size, size)
 
     def calibration(self, count):
+        """`(n, 3, H, W)` images."""
         return self.images[:count]
 
 
