@@ -23,8 +23,9 @@ import torch
 from torch import fx, nn
 
 from moodistill.graph import TeacherGraph
+from moodistill.slicing import Unit
 from moodistill.statistics import TeacherSamples, as_map, sample_pixels
-from moodistill.student import Student, Unit
+from moodistill.student import Student
 
 Mode = Literal["slice", "teacher", "student"]
 

@@ -14,8 +14,9 @@ from scipy.optimize import linear_sum_assignment
 
 from moodistill.errors import UserError
 from moodistill.genome import GenomeLayout, Group, Node
-from moodistill.graph import Step, TeacherGraph
+from moodistill.graph import TeacherGraph
 from moodistill.statistics import TeacherSamples
+from moodistill.steps import Step
 
 MAX_BLOCKS = 4
 MIN_BLOCK_CHANNELS = 16

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from moodistill.errors import UserError
 from moodistill.genome import GenomeLayout
-from moodistill.graph import Step, TeacherGraph
+from moodistill.graph import TeacherGraph
 from moodistill.resolve import Structure, resolve
+from moodistill.steps import Step
 
 
 @torch.no_grad()
