@@ -13,6 +13,7 @@ from moodistill.layout import build_layout
 from moodistill.masked import masked_logits
 from moodistill.onnx_graph import OnnxGraph
 from moodistill.onnx_writer import to_onnx
+from moodistill.recipe import count_macs
 from moodistill.resolve import canonical, resolve
 from moodistill.statistics import CalibrationConfig, collect_samples
 from moodistill.student import build_student
@@ -310,6 +311,23 @@ def check(prepared, seeds):
     return widths
 
 
+def counted(network, images):
+    """Multiply-accumulates of one image by hooks on the network itself."""
+    total = []
+
+    def hook(module, inputs, output):
+        weights = sum(p.numel() for p in module.parameters())
+        outputs = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
+        total.append(weights * output[0].numel() // outputs)
+
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    network(images[:1])
+    for handle in handles:
+        handle.remove()
+    return sum(total)
+
+
 @torch.no_grad()
 def test_the_teachers_genome_is_the_teacher(prepared):
     student = build_student(prepared.graph, prepared.layout, prepared.layout.teacher())
@@ -317,6 +335,9 @@ def test_the_teachers_genome_is_the_teacher(prepared):
     assert worst(prepared.graph.module(prepared.images), expected) < 1e-4
     assert worst(student.module(prepared.images), expected) < 1e-4
     assert student.parameters == sum(p.numel() for p in prepared.network.parameters())
+    if not isinstance(prepared.network, Functional):  # its convolution is no module
+        macs = count_macs(student, prepared.graph)
+        assert macs == counted(prepared.network, prepared.images)
 
 
 def test_students_are_their_masked_teachers(prepared):
