@@ -19,7 +19,7 @@ from moodistill.resolve import canonical
 from moodistill.student import Student, build_student
 from moodistill.teachers import read_safetensors, save_atomic
 
-FORMAT = "3"
+FORMAT = "4"
 REQUIRED = ("genome", "blocks", "frozen", "fixed", "task", "digest")
 
 
