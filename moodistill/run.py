@@ -15,6 +15,7 @@ from moodistill.errors import UserError
 from moodistill.estimate import estimate_seconds
 from moodistill.evaluation import Latency
 from moodistill.evolution import Search
+from moodistill.executor import SerialExecutor
 from moodistill.files import TEMPORARY, remove_orphans
 from moodistill.finishing import changed_places, finish_run, package_finalists
 from moodistill.latency import LatencyError, LatencyMeter
@@ -219,7 +220,7 @@ def _execute(
         estimated_seconds={name: round(value) for name, value in seconds.items()},
     )
     evaluator = Evaluator(context, config.recipe, meter.measure)
-    search = Search(context.layout, config.search, store, evaluator.evaluate)
+    search = Search(context.layout, config.search, store, SerialExecutor(evaluator.evaluate))
     known = Accuracies(folder / "accuracies.json")
     confirmed: dict[str, Latency] = {}
     status, problem = "stopped", ""

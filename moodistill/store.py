@@ -140,8 +140,10 @@ class Store:
             raise
         return cls(folder, connection, lock)
 
-    def add(self, evaluation: Evaluation) -> None:
+    def add(self, evaluation: Evaluation, number: int | None = None) -> None:
         """Store one evaluation; it is on disk when this returns.
+
+        `number` is its place in the search, None the next one.
 
         Raises:
             ValueError: if the genome is stored already, a number is NaN, or the store is read-only.
@@ -161,7 +163,7 @@ class Store:
         seconds = json.dumps({k: float(v) for k, v in evaluation.seconds.items()})
         # float() and int() because sqlite3 stores NumPy scalars as blobs.
         row = (
-            evaluation.genome_hash, bytes(evaluation.genome), float(evaluation.accuracy),
+            number, evaluation.genome_hash, bytes(evaluation.genome), float(evaluation.accuracy),
             int(evaluation.parameters), int(evaluation.macs), int(evaluation.size_bytes),
             *times, samples, seconds, evaluation.failure, evaluation.summary,
             int(evaluation.memory_bytes), datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -170,7 +172,7 @@ class Store:
         with self._guard():
             try:
                 self._connection.execute(
-                    f"INSERT INTO evaluations ({_COLUMNS}, timestamp) VALUES ({marks})", row
+                    f"INSERT INTO evaluations (number, {_COLUMNS}, timestamp) VALUES ({marks})", row
                 )
             except sqlite3.IntegrityError as error:
                 raise ValueError(f"{evaluation.genome_hash} is not stored: {error}") from error
@@ -183,10 +185,15 @@ class Store:
             return None if row is None else _evaluation(row)
 
     def all(self) -> list[Evaluation]:
-        """Every evaluation, in the order stored."""
-        query = f"SELECT {_COLUMNS} FROM evaluations ORDER BY number"
+        """Every evaluation, in the search's order."""
+        return list(self.numbered().values())
+
+    def numbered(self) -> dict[int, Evaluation]:
+        """Every evaluation by its place in the search, the first one 0."""
+        query = f"SELECT {_COLUMNS}, number FROM evaluations ORDER BY number"
         with self._guard(ValueError, TypeError, KeyError, AttributeError):
-            return [_evaluation(row) for row in self._connection.execute(query)]
+            rows = self._connection.execute(query)
+            return {number - 1: _evaluation(tuple(row)) for *row, number in rows}
 
     def __len__(self) -> int:
         """How many evaluations are stored."""
