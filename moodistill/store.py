@@ -43,6 +43,10 @@ CREATE TABLE generations (
     front_size INTEGER NOT NULL, hypervolume REAL NOT NULL, evaluations INTEGER NOT NULL);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+_WHY_DIVERGED = (
+    "the code, a library or a setting changed since: resume with the versions in run.json, or start "
+    "anew with another --out"
+)
 # A forked worker would keep the lock alive after its parent was killed, so it lets go at once.
 _held_locks: set[int] = set()
 
@@ -175,6 +179,13 @@ class Store:
                     f"INSERT INTO evaluations (number, {_COLUMNS}, timestamp) VALUES ({marks})", row
                 )
             except sqlite3.IntegrityError as error:
+                taken = "SELECT genome_hash FROM evaluations WHERE number = ?"
+                known = self._connection.execute(taken, (number,)).fetchone()
+                if known is not None and known[0] != evaluation.genome_hash:
+                    raise ReplayDiverged(
+                        f"{self.folder}: student {number} is {evaluation.genome_hash}, but the run "
+                        f"stored {known[0]}; {_WHY_DIVERGED}"
+                    ) from error
                 raise ValueError(f"{evaluation.genome_hash} is not stored: {error}") from error
 
     def get(self, genome_hash: str) -> Evaluation | None:
@@ -221,8 +232,7 @@ class Store:
             elif known[0] != offspring_hash:
                 raise ReplayDiverged(
                     f"{self.folder}: generation {number} bred offspring {offspring_hash[:12]}, "
-                    f"but the run stored {known[0][:12]}; the code, a library or a setting changed "
-                    "since: resume with the versions in run.json, or start anew with another --out"
+                    f"but the run stored {known[0][:12]}; {_WHY_DIVERGED}"
                 )
 
     def generations(self) -> list[Generation]:
