@@ -44,8 +44,8 @@ CREATE TABLE generations (
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 _WHY_DIVERGED = (
-    "the code, a library or a setting changed since: resume with the versions in run.json, or start "
-    "anew with another --out"
+    "the code, a library or a setting changed since: resume with the versions in run.json, or "
+    "start anew with another --out"
 )
 # A forked worker would keep the lock alive after its parent was killed, so it lets go at once.
 _held_locks: set[int] = set()
