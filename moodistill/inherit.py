@@ -14,6 +14,7 @@ recalibrated batch statistics (EagleEye, Li et al. 2020).
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ import torch
 from torch import fx, nn
 
 from moodistill.graph import TeacherGraph
-from moodistill.statistics import TeacherSamples, sample_pixels
-from moodistill.student import Student, Unit
+from moodistill.slicing import Unit
+from moodistill.statistics import TeacherSamples, as_map, sample_pixels
+from moodistill.student import Student
 
 Mode = Literal["slice", "teacher", "student"]
 
@@ -68,6 +70,8 @@ def inherit(
             values[node] = samples.images
         elif node.op == "output":
             break
+        elif node.op == "get_attr":
+            values[node] = operator.attrgetter(str(node.target))(student.module)
         elif node.op == "call_module":
             module = student.module.get_submodule(str(node.target))
             source = values[node.args[0]]
@@ -135,7 +139,7 @@ def _solve_unit(
     repeat = unit.repeat if unit.repeat == own_repeat else 1
     offered = None
     if config.mode == "student" or unit.through:
-        offered = sample_pixels(source, repeat, samples.config)
+        offered = sample_pixels(as_map(source, layer), repeat, samples.config)
     start = 0
     rows, biases = [], []
     for outputs, inputs in zip(unit.outputs, unit.inputs, strict=True):

@@ -21,14 +21,15 @@ def write_layout(folder: Path, layout: GenomeLayout) -> None:
         "groups": [
             {
                 "name": g.name, "block": g.block.tolist(), "frozen": g.frozen,
-                "least": g.least, "most": g.most,
+                "least": g.least, "most": g.most, "width": g.width,
             }
             for g in layout.groups.values()
         ],
         "nodes": [
             {
-                "name": n.name, "kind": n.kind, "inputs": list(n.inputs), "group": n.group,
-                "reads": n.reads, "bypassable": n.bypassable, "fixed": n.fixed,
+                "name": n.name, "kind": n.kind, "inputs": list(n.inputs),
+                "groups": list(n.groups), "reads": list(n.reads),
+                "bypassable": n.bypassable, "fixed": n.fixed,
             }
             for n in layout.nodes
         ],
@@ -55,6 +56,7 @@ def read_layout(folder: Path) -> GenomeLayout | None:
                 g["frozen"],
                 g["least"],
                 g["most"],
+                g["width"],
             )
             for g in content["groups"]
         }
@@ -63,8 +65,8 @@ def read_layout(folder: Path) -> GenomeLayout | None:
                 n["name"],
                 n["kind"],
                 tuple(n["inputs"]),
-                n["group"],
-                n["reads"],
+                tuple(n["groups"]),
+                tuple(n["reads"]),
                 n["bypassable"],
                 fixed=n["fixed"],
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from moodistill.onnx_operations import (
+    ACTIVATIONS,
+    AS_MODULE,
+    JOINS,
+    MOVES,
+    MUTATING,
+    NO_OPS,
+    REDUCING,
+)
+
 INPUT, OUTPUT = "input", "logits"
-NO_OPS = (nn.Dropout, nn.Dropout2d, nn.Identity)
 
 Shape = tuple[int, ...]
 
@@ -28,7 +37,7 @@ class UnsupportedOperation(Exception):
 class OnnxOp:
     """One ONNX node; its `tensors` become initializers, appended to `inputs`.
 
-    The kind `RowsMatMul` is a `MatMul` with its tensor in front.
+    A kind that starts with `Reversed` has its tensor in front.
     """
 
     kind: str
@@ -36,38 +45,6 @@ class OnnxOp:
     output: str
     tensors: tuple[np.ndarray, ...] = ()
     attributes: dict[str, Any] = field(default_factory=dict)
-
-
-_JOINS: dict[Any, str] = {
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "Add"),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), "Mul"),
-}
-_MUTATING = (operator.iadd, operator.imul, "add_", "mul_")
-_SIMPLE: dict[type[nn.Module], tuple[str, Callable[[Any], dict[str, float]]]] = {
-    nn.ReLU: ("Relu", lambda m: {}),
-    nn.LeakyReLU: ("LeakyRelu", lambda m: {"alpha": float(m.negative_slope)}),
-    nn.Hardswish: ("HardSwish", lambda m: {}),
-    nn.Hardsigmoid: ("HardSigmoid", lambda m: {"alpha": 1 / 6, "beta": 0.5}),
-    nn.Sigmoid: ("Sigmoid", lambda m: {}),
-    nn.Tanh: ("Tanh", lambda m: {}),
-    nn.ELU: ("Elu", lambda m: {"alpha": float(m.alpha)}),
-}
-_POOL = ("kernel_size", "stride", "padding")
-# Functions and methods as the module they stand for, with the order of their arguments.
-_AS_MODULE: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
-    **dict.fromkeys((F.relu, torch.relu, "relu"), (nn.ReLU, ("inplace",))),
-    F.relu6: (nn.ReLU6, ("inplace",)),
-    F.silu: (nn.SiLU, ("inplace",)),
-    F.hardswish: (nn.Hardswish, ("inplace",)),
-    torch.sigmoid: (nn.Sigmoid, ()),
-    torch.tanh: (nn.Tanh, ()),
-    F.dropout: (nn.Identity, ("p", "training", "inplace")),
-    F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
-    F.max_pool2d: (nn.MaxPool2d, (*_POOL, "dilation", "ceil_mode", "return_indices")),
-    torch.max_pool2d: (nn.MaxPool2d, (*_POOL, "dilation", "ceil_mode")),
-    F.avg_pool2d: (nn.AvgPool2d, (*_POOL, "ceil_mode", "count_include_pad", "divisor_override")),
-    **dict.fromkeys((torch.flatten, "flatten"), (nn.Flatten, ("start_dim", "end_dim"))),
-}
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -91,6 +68,7 @@ class OnnxGraph:
         self.input_shape = input_shape
         self._shapes: dict[str, Shape] = {INPUT: input_shape}
         self._values: dict[fx.Node, str] = {}
+        self._constants: dict[fx.Node, Any] = {}
         live = live_nodes(student.graph)
         result = None
         for node in student.graph.nodes:
@@ -124,8 +102,7 @@ class OnnxGraph:
         self, kind: str, inputs: Sequence[str], name: str, shape: Shape, *tensors: Any, **attrs: Any
     ) -> str:
         output = f"{name}.{len(self.ops)}"  # the dot keeps it apart from INPUT and OUTPUT
-        present = (torch.as_tensor(t, dtype=torch.float32) for t in tensors if t is not None)
-        arrays = tuple(tensor.detach().cpu().numpy() for tensor in present)
+        arrays = tuple(_array(tensor) for tensor in tensors if tensor is not None)
         self.ops.append(OnnxOp(kind, tuple(inputs), output, arrays, attrs))
         self._shapes[output] = shape
         return output
@@ -142,47 +119,108 @@ class OnnxGraph:
             if len(node.args) != 1 or node.kwargs:
                 raise unknown
             return self._module(student.get_submodule(target), node.args[0], node.name)
+        if node.op == "get_attr":
+            self._constants[node] = operator.attrgetter(target)(student)
+            return None
         if node.op not in ("call_function", "call_method"):
             raise unknown
-        arguments = [*node.args[1:], *node.kwargs.values()]
+        arguments: list[Any] = [*node.args[1:], *node.kwargs.values()]
         if target in ("size", getattr, operator.getitem):
             return None  # sizes are read where a view uses them; elsewhere they have no value
-        if target in _JOINS:
-            if len(node.args) != 2 or node.kwargs:
-                raise unknown
-            first, second = self._value(node.args[0]), self._value(node.args[1])
-            shapes = self._shapes[first], self._shapes[second]
-            if len(shapes[0]) != len(shapes[1]):
-                raise unknown
-            try:
-                shape = np.broadcast_shapes(*shapes)
-            except ValueError:
-                raise ValueError(
-                    f"{node.name} joins {shapes[0]} and {shapes[1]} per image; expected shapes "
-                    "that broadcast: build the student again with matching widths and sizes"
-                ) from None
-            value = self._emit(_JOINS[target], (first, second), node.name, shape)
-            return self._mutated(first, value) if target in _MUTATING else value
-        if target in (torch.cat, torch.concat) and arguments in ([1], [-3]):
+        if target in JOINS:
+            return self._join(node, unknown)
+        if target in (torch.cat, torch.concat) and len(arguments) == 1:
             inputs = [self._value(part) for part in node.args[0]]  # type: ignore
-            shape = self._shapes[inputs[0]]
-            if len(shape) == 3 or arguments == [1]:
-                width = sum(self._shapes[part][0] for part in inputs)
-                return self._emit("Concat", inputs, node.name, (width, *shape[1:]), axis=1)
+            sizes = list(self._shapes[inputs[0]])
+            axis = arguments[0] % (len(sizes) + 1)
+            if axis:
+                sizes[axis - 1] = sum(self._shapes[part][axis - 1] for part in inputs)
+                return self._emit("Concat", inputs, node.name, tuple(sizes), axis=axis)
+        if target in MOVES and (moved := self._move(target, node)):
+            return moved
         if target in ("view", "reshape", torch.reshape):
             x = self._value(node.args[0])
             flat = math.prod(self._shapes[x])
-            sizes = list(_pair(arguments[0]) if len(arguments) == 1 else arguments)
+            sizes = list[Any](_pair(arguments[0]) if len(arguments) == 1 else arguments)
             batch = sizes[0] == -1 or (isinstance(sizes[0], fx.Node) and _is_batch(sizes[0]))
             if len(sizes) == 2 and batch and sizes[1] in (-1, flat) and sizes != [-1, -1]:
                 return self._module(nn.Flatten(), node.args[0], node.name)
-        if target in _AS_MODULE and not any(isinstance(a, fx.Node) for a in arguments):
-            kind_of, names = _AS_MODULE[target]
+        if target in AS_MODULE and not any(isinstance(a, fx.Node) for a in arguments):
+            kind_of, names = AS_MODULE[target]
             settings = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
             if kind_of is nn.Flatten:
                 settings.setdefault("start_dim", 0)
             return self._module(kind_of(**settings), node.args[0], node.name)
         raise unknown
+
+    def _join(self, node: fx.Node, unknown: UnsupportedOperation) -> str:
+        """An operation of two values, or of a value and a constant."""
+        kind = JOINS[node.target]
+        if len(node.args) != 2 or node.kwargs:
+            raise unknown
+        constants = [self._constants.get(a, a) for a in node.args]  # type: ignore[arg-type]
+        for place, constant in enumerate(constants):
+            if not isinstance(constant, fx.Node):
+                x = self._value(node.args[1 - place])
+                shape = self._shapes[x]
+                tensor = torch.as_tensor(constant, dtype=torch.float32)
+                whole = (1, *shape)  # a constant may have a batch axis of one
+                if np.broadcast_shapes(whole, tuple(tensor.shape)) != whole:
+                    raise unknown
+                kind = kind if place == 1 else f"Reversed{kind}"
+                value = self._emit(kind, (x,), node.name, shape, tensor)
+                return self._mutated(x, value) if node.target in MUTATING else value
+        first, second = self._value(node.args[0]), self._value(node.args[1])
+        shapes = self._shapes[first], self._shapes[second]
+        if len(shapes[0]) != len(shapes[1]):
+            raise unknown
+        try:
+            shape = np.broadcast_shapes(*shapes)
+        except ValueError:
+            raise ValueError(
+                f"{node.name} joins {shapes[0]} and {shapes[1]} per image; expected shapes "
+                "that broadcast: build the student again with matching widths and sizes"
+            ) from None
+        value = self._emit(kind, (first, second), node.name, shape)
+        return self._mutated(first, value) if node.target in MUTATING else value
+
+    def _move(self, target: Any, node: fx.Node) -> str | None:
+        """Permutations, slices, means over both spatial axes and zero padding."""
+        arguments: Any = node.args
+        x = self._value(arguments[0])
+        shape = self._shapes[x]
+        name = node.name
+        if target in (torch.permute, "permute"):
+            order = arguments[1] if isinstance(arguments[1], tuple | list) else arguments[1:]
+            axes = [int(a) % (len(shape) + 1) for a in order]
+            if axes[0] == 0:
+                moved = tuple(shape[a - 1] for a in axes[1:])
+                return self._emit("Transpose", (x,), name, moved, perm=axes)
+        elif target is torch.narrow and len(arguments) == 4:
+            axis, start, length = (int(a) for a in arguments[1:])
+            axis %= len(shape) + 1
+            if axis:
+                cut = (*shape[: axis - 1], length, *shape[axis:])
+                bounds = (np.array([v], dtype=np.int64) for v in (start, start + length, axis))
+                return self._emit("Slice", (x,), name, cut, *bounds)
+        elif target is torch.unflatten and arguments[1] == 1 and len(shape) == 1:
+            sizes = list(arguments[2])
+            if sizes.count(-1) == 1:
+                sizes[sizes.index(-1)] = shape[0] // -math.prod(sizes)
+            # 0 keeps the batch axis as it is.
+            goal = np.array([0, *sizes], dtype=np.int64)
+            return self._emit("Reshape", (x,), name, tuple(sizes), goal)
+        elif target in REDUCING:
+            settings = {**dict(zip(("dim", "keepdim"), arguments[1:], strict=False)), **node.kwargs}
+            dims = settings.get("dim")
+            if len(shape) == 3 and isinstance(dims, tuple | list):
+                found = sorted(int(d) % 4 for d in dims)
+                if found == [2, 3]:
+                    pooled = self._emit(REDUCING[target], (x,), name, (shape[0], 1, 1))
+                    if settings.get("keepdim", False):
+                        return pooled
+                    return self._emit("Flatten", (pooled,), name, (shape[0],), axis=1)
+        return None
 
     def _module(self, module: Any, argument: Any, name: str) -> str:
         x = self._value(argument)
@@ -196,26 +234,29 @@ class OnnxGraph:
             return x
         if kind is nn.ReLU and any(op.output == x and op.kind == "Relu" for op in self.ops):
             return x
-        if kind in _SIMPLE:
-            onnx_kind, attributes = _SIMPLE[kind]
-            return self._emit(onnx_kind, (x,), name, shape, **attributes(m))
-        if kind is nn.ReLU6:
-            return self._emit("Clip", (x,), name, shape, 0.0, 6.0)
-        if kind is nn.SiLU:
-            gate = self._emit("Sigmoid", (x,), name, shape)
-            return self._emit("Mul", (x, gate), name, shape)
-        if kind is nn.GELU and m.approximate == "none":  # the form that ONNX Runtime fuses
-            value = self._emit("Div", (x,), name, shape, math.sqrt(2))
-            value = self._emit("Erf", (value,), name, shape)
-            value = self._emit("Add", (value,), name, shape, 1.0)
-            value = self._emit("Mul", (x, value), name, shape)
-            return self._emit("Mul", (value,), name, shape, 0.5)
+        if kind in ACTIVATIONS and (program := ACTIVATIONS[kind](m, len(shape))):
+            values = [x]
+            for onnx_kind, inputs, tensors, attributes in program:
+                operands = [values[i] for i in inputs]
+                values.append(self._emit(onnx_kind, operands, name, shape, *tensors, **attributes))
+            return values[-1]
         if kind is nn.Flatten and m.start_dim == 1 and m.end_dim in (-1, len(shape)):
             flat = (math.prod(shape),)
             return x if shape == flat else self._emit("Flatten", (x,), name, flat, axis=1)
         if kind is nn.Linear and len(shape) == 1:
             _check_width(name, m.in_features, shape)
             return self._emit("Gemm", (x,), name, (m.out_features,), m.weight, m.bias, transB=1)
+        if kind is nn.Linear and len(shape) == 3:
+            _check_width(name, m.in_features, shape[::-1])
+            wide = (*shape[:-1], m.out_features)
+            value = self._emit("MatMul", (x,), name, wide, m.weight.T)
+            return value if m.bias is None else self._emit("Add", (value,), name, wide, m.bias)
+        if kind is nn.LayerNorm and m.normalized_shape == shape[-1:]:
+            weight = torch.ones(shape[-1]) if m.weight is None else m.weight
+            return self._emit(
+                "LayerNormalization", (x,), name, shape, weight, m.bias, axis=-1,
+                epsilon=float(m.eps),
+            )  # fmt: skip
         if kind in (nn.BatchNorm2d, nn.BatchNorm1d) and m.running_mean is not None:
             _check_width(name, m.num_features, shape)
             affine = m.weight, m.bias
@@ -236,6 +277,12 @@ class OnnxGraph:
             out, window = _window(m, size)
             shape, window["group"] = (m.out_channels, *out), m.groups
             return self._emit("Conv", (x,), name, shape, m.weight, m.bias, **window)
+        if kind in (nn.ZeroPad2d, nn.ConstantPad2d):
+            left, right, top, bottom = m.padding
+            pads = np.array([0, 0, top, left, 0, 0, bottom, right], dtype=np.int64)
+            out = [size[0] + top + bottom, size[1] + left + right]
+            fill = float(getattr(m, "value", 0.0))
+            return self._emit("Pad", (x,), name, (channels, *out), pads, fill)
         if kind in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d):
             goal = _pair(m.output_size)
             wanted = [s if w is None else w for s, w in zip(size, goal, strict=True)]
@@ -248,7 +295,7 @@ class OnnxGraph:
                 rows = F.adaptive_avg_pool1d(torch.eye(size[0]), wanted[0])
                 columns = F.adaptive_avg_pool1d(torch.eye(size[1]), wanted[1])
                 value = self._emit("MatMul", (x,), name, (channels, size[0], wanted[1]), columns)
-                return self._emit("RowsMatMul", (value,), name, (channels, *wanted), rows.T)
+                return self._emit("ReversedMatMul", (value,), name, (channels, *wanted), rows.T)
         if kind is nn.MaxPool2d and not m.return_indices:
             out, window = _window(m, size)
             return self._emit("MaxPool", (x,), name, (channels, *out), **window)
@@ -261,6 +308,13 @@ class OnnxGraph:
             if not counted or window["pads"][:2] == window["pads"][2:]:
                 return self._emit("AveragePool", (x,), name, (channels, *out), **window)
         return None
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """Weights as float32; whole numbers (sizes, axes) are given as arrays and stay as they are."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    return torch.as_tensor(tensor, dtype=torch.float32).detach().cpu().contiguous().numpy()
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

@@ -24,13 +24,13 @@ from torch import fx, nn
 from moodistill.errors import UserError
 from moodistill.onnx_graph import (
     INPUT,
-    NO_OPS,
     OUTPUT,
     OnnxGraph,
     Shape,
     UnsupportedOperation,
     live_nodes,
 )
+from moodistill.onnx_operations import NO_OPS
 
 IR_VERSION = 8
 OPSETS = range(14, 22)  # HardSwish came with 14; newer sets than 21 want a newer IR version
@@ -38,6 +38,10 @@ SMALLEST_WEIGHT = 1.2e-38  # below the smallest normal float32, where CPUs slow 
 _TENSOR_NAMES = {
     "BatchNormalization": ("scale", "bias", "mean", "variance"),
     "Clip": ("min", "max"),
+    "Slice": ("starts", "ends", "axes"),
+    "Pad": ("pads", "value"),
+    "Reshape": ("shape",),
+    "PRelu": ("slope",),
 }
 
 
@@ -59,10 +63,10 @@ def to_onnx(student: fx.GraphModule, input_shape: tuple[int, int, int], opset: i
     if len(input_shape) != 3 or min(input_shape) < 1:
         raise UserError(f"input_shape is {input_shape}; give three positive sizes (C, H, W)")
     try:
-        graph = OnnxGraph(student, tuple(input_shape))
+        model = _to_model(OnnxGraph(student, tuple(input_shape)), opset)
     except UnsupportedOperation as reason:
-        return _finish(_export_with_torch(student, input_shape, opset, str(reason)))
-    return _finish(_to_model(graph, opset))
+        model = _export_with_torch(student, input_shape, opset, str(reason))
+    return _finish(model)
 
 
 def structure_hash(student: fx.GraphModule) -> str:
@@ -119,13 +123,15 @@ def _describe_module(module: nn.Module) -> list[Any]:
 
 def _to_model(graph: OnnxGraph, opset: int) -> onnx.ModelProto:
     nodes, tensors = [], []
+    if opset < 17 and any(op.kind == "LayerNormalization" for op in graph.ops):
+        raise UnsupportedOperation("LayerNorm below opset 17")
     for op in graph.ops:
         names = _TENSOR_NAMES.get(op.kind, ("weight", "bias"))
         added = [f"{op.output}.{name}" for name in names[: len(op.tensors)]]
         inputs = [*op.inputs, *added]
-        if op.kind == "RowsMatMul":
+        if op.kind.startswith("Reversed"):
             inputs.reverse()
-        kind = op.kind.removeprefix("Rows")
+        kind = op.kind.removeprefix("Reversed")
         tensors += [numpy_helper.from_array(a, n) for a, n in zip(op.tensors, added, strict=True)]
         nodes.append(helper.make_node(kind, inputs, [op.output], **op.attributes))
     ends = [

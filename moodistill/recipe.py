@@ -5,22 +5,24 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from moodistill.context import TeacherContext
 from moodistill.data import ImageData, Split
 from moodistill.evaluation import Evaluation, Latency
-from moodistill.genome import canonical
 from moodistill.graph import TeacherGraph
 from moodistill.inherit import InheritConfig, inherit
 from moodistill.memory import peak_memory_bytes
 from moodistill.onnx_writer import structure_hash, to_onnx
+from moodistill.resolve import canonical
+from moodistill.resolve import summary as describe
 from moodistill.runtime import onnx_accuracy
 from moodistill.student import Student, build_student
 
@@ -58,13 +60,22 @@ def student_accuracy(module: fx.GraphModule, data: ImageData, split: Split) -> f
 
 def count_macs(student: Student, graph: TeacherGraph) -> int:
     """Multiply-accumulates of one image, bias additions included, as the literature counts."""
-    shapes = {layer.name: layer.shape for layer in graph.layers}
+    areas: dict[str, list[int]] = {}  # pixels of a layer's output, one for each of its calls
+    for step in graph.steps:
+        if step.kind in ("layer", "channelwise") and step.node.op == "call_module":
+            areas.setdefault(step.target, []).append(step.form.area)
+    calls: Counter[str] = Counter()
     total = 0
-    for unit in student.units:
-        module = student.module.get_submodule(unit.target)
-        area = int(np.prod(shapes[unit.layer][1:]))
-        weights = sum(p.numel() for p in module.parameters())
-        total += weights * area
+    for node in student.module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        path = str(node.target)
+        module = student.module.get_submodule(path)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            found = areas.get(path) or areas[path.rpartition(".")[0]]
+            area = found[min(calls[path], len(found) - 1)]
+            calls[path] += 1
+            total += sum(p.numel() for p in module.parameters()) * area
     return total
 
 
@@ -91,7 +102,7 @@ class Evaluator:
         parameters = macs = size = memory = 0
         try:
             with _limited(self.recipe.time_limit_s):
-                summary = layout.summary(genome)
+                summary = describe(layout, genome)
                 with _timed(seconds, "build"):
                     student = build_student(self.context.graph, layout, genome)
                     parameters = student.parameters

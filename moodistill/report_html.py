@@ -15,9 +15,10 @@ import numpy as np
 from moodistill.errors import UserError
 from moodistill.files import write_atomic
 from moodistill.front import FrontRow
-from moodistill.genome import GenomeLayout, resolve
+from moodistill.genome import GenomeLayout
 from moodistill.int8 import SUFFIX
 from moodistill.layout_file import read_layout
+from moodistill.resolve import alive_in, resolve
 from moodistill.run_folder import read_run
 from moodistill.store import Store
 
@@ -123,17 +124,17 @@ def structure_data(layout: GenomeLayout, genome: np.ndarray) -> dict[str, Any]:
     found = resolve(layout, genome)
     layers = []
     for layer in layout.layers:
-        group = layout.groups[layer.group]
-        entry: dict[str, Any] = {"name": layer.name, "full": group.size, "matrix": None}
+        full = sum(layout.groups[g].size * layout.groups[g].width for g in layer.groups)
+        entry: dict[str, Any] = {"name": layer.name, "full": full, "matrix": None}
         if layer.name in found.connected:
-            kept = found.kept[layer.group]
-            entry |= {"kept": int(kept.sum()), "state": "kept"}
+            kept = sum(
+                int(found.kept[g].sum()) * layout.groups[g].width
+                for g in layer.groups if g in found.kept
+            )  # fmt: skip
+            entry |= {"kept": kept, "state": "kept"}
             if f"block/{layer.name}" in layout.slices and layer.name not in found.through:
-                rows = np.bincount(group.block[kept], minlength=group.blocks) > 0
-                source = layout.groups[found.source[layer.name]]
-                columns = (
-                    np.bincount(source.block[found.kept[source.name]], minlength=source.blocks) > 0
-                )
+                rows = alive_in(layout, found, layer.groups)
+                columns = alive_in(layout, found, found.source[layer.name])
                 alive = rows[:, None] & columns[None, :]
                 matrix = np.where(alive, found.connected[layer.name].astype(int), DEAD)
                 entry["matrix"] = matrix.tolist()

@@ -56,6 +56,12 @@ def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) 
     return values[index // area, :, index % area].reshape(-1, channels)
 
 
+def as_map(values: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    """A layer's input with its channels on the first axis behind the batch's."""
+    last = isinstance(layer, torch.nn.Linear) and values.ndim == 4
+    return values.permute(0, 3, 1, 2) if last else values
+
+
 @torch.no_grad()
 def collect_samples(
     graph: TeacherGraph,
@@ -78,18 +84,16 @@ def collect_samples(
                 return TeacherSamples(images, stored, config)
         except UserError:
             path.unlink()
-    repeats = {s.name: s.repeat for s in graph.steps}
     inputs: dict[str, torch.Tensor] = {}
     handles = []
     for layer in graph.layers:
+        repeat = graph.step(layer.inputs[0]).form.repeat
 
-        def hook(module: torch.nn.Module, args: tuple, name: str, repeat: int) -> None:
-            inputs[name] = sample_pixels(args[0], repeat, config)
+        def hook(module, args, name=layer.name, repeat=repeat):  # type: ignore
+            if name not in inputs:  # a shared layer is sampled at its first call
+                inputs[name] = sample_pixels(as_map(args[0], module), repeat, config)
 
-        def bound(module, args, name=layer.name, repeat=repeats[layer.inputs[0]]):  # type: ignore
-            hook(module, args, name, repeat)
-
-        handles.append(graph.layer_module(layer.name).register_forward_pre_hook(bound))
+        handles.append(graph.layer_module(layer.name).register_forward_pre_hook(hook))
     try:
         # All images at once: every layer samples its pixels over the whole set.
         graph.module(images)

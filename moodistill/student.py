@@ -1,41 +1,32 @@
-"""From a genome to a physical network: sliced modules, one dense conv per connection pattern."""
+"""From a genome to a physical network: sliced modules, one dense conv per connection pattern.
+
+A value of the teacher is, in the student, a list of tensors: each holds some parts of channel
+groups. Layers read the tensors that they are connected to (concatenated); what moves channels
+about in the teacher only relabels tensors, so that a channel shuffle leaves no trace.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from moodistill.genome import GenomeLayout, Structure, resolve
-from moodistill.graph import Step, TeacherGraph
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One conv or linear module of the student and what it stands for in the teacher.
-
-    Attributes:
-        target: its path in the student.
-        layer: the teacher's layer.
-        outputs: per group of the convolution, the teacher channels that it computes.
-        inputs: per group of the convolution, the channels (of `source`) that it reads.
-        source: the channel group that it reads.
-        through: whether it reads past a bypassed layer, so that `source` is not the group that
-            the teacher's layer reads.
-        repeat: features per channel of its input (behind a flatten).
-    """
-
-    target: str
-    layer: str
-    outputs: tuple[np.ndarray, ...]
-    inputs: tuple[np.ndarray, ...]
-    source: str
-    through: bool
-    repeat: int
+from moodistill.errors import UserError
+from moodistill.genome import GenomeLayout
+from moodistill.graph import TeacherGraph
+from moodistill.operations import JOINS
+from moodistill.parts import Parts
+from moodistill.rearrange import Form
+from moodistill.resolve import resolve
+from moodistill.slicing import Unit, slice_grouped, slice_layer, slice_norm
+from moodistill.steps import Step
+from moodistill.tensors import Key, Tensor, Tensors, Value
 
 
 @dataclass(frozen=True)
@@ -61,307 +52,338 @@ class Student:
         return sum(p.numel() for p in self.module.parameters())
 
 
-@dataclass(frozen=True)
-class _Value:
-    """A teacher node's value in the student: one fx node per part of a channel group."""
-
-    group: str
-    nodes: tuple[fx.Node, ...]
-    through: bool = False
-    repeat: int = 1
-
-
-class _Parts:
-    """How each live group's kept channels are cut into tensors, and which layers are grouped."""
-
-    def __init__(self, layout: GenomeLayout, structure: Structure, convs: set[str]) -> None:
-        self.layout = layout
-        self.structure = structure
-        self.active = [layout.by_name[name] for name in structure.source]
-        self.alive = {
-            name: np.unique(layout.groups[name].block[kept])
-            for name, kept in structure.kept.items()
-        }
-        self.grouped: dict[str, int] = {}
-        self.cut = self._cut()
-        for layer in self.active:
-            # Linear layers have no grouped form: theirs stay one dense layer per pattern.
-            classes = self._classes(layer.name) if layer.name in convs else 0
-            if classes > 1:
-                # Taken only if the layer then reads one tensor and writes one, in class order.
-                self.grouped[layer.name] = classes
-                trial = self._cut()
-                ends = (self.structure.source[layer.name], layer.group)
-                rest = [g for g in self.grouped if g != layer.name]
-                affected = {self.structure.source[g] for g in rest} | {
-                    layout.by_name[g].group for g in rest
-                }
-                whole = all(len(trial[g]) == 1 for g in {*ends, *affected})
-                if whole and all(self._in_order(g, trial) for g in self.grouped):
-                    self.cut = trial
-                else:
-                    del self.grouped[layer.name]
-
-    def _matrix(self, name: str) -> np.ndarray:
-        """Live part of a layer's block matrix, `(live out blocks, live in blocks)`."""
-        rows = self.alive[self.layout.by_name[name].group]
-        columns = self.alive[self.structure.source[name]]
-        return self.structure.connected[name][np.ix_(rows, columns)]
-
-    def _classes(self, name: str) -> int:
-        """Number of equal diagonal blocks of the layer's connections, 0 if not block-diagonal."""
-        matrix = self._matrix(name)
-        patterns = np.unique(matrix, axis=0)
-        if len(patterns) < 2 or (patterns.sum(axis=0) != 1).any():
-            return 0
-        layer = self.layout.by_name[name]
-        sizes = set()
-        for pattern in patterns:
-            rows = (matrix == pattern).all(axis=1)
-            outputs = self._count(layer.group, self.alive[layer.group][rows])
-            source = self.structure.source[name]
-            sizes.add((outputs, self._count(source, self.alive[source][pattern])))
-        return len(patterns) if len(sizes) == 1 else 0
-
-    def _count(self, group: str, blocks: np.ndarray) -> int:
-        kept = self.structure.kept[group]
-        return int(np.isin(self.layout.groups[group].block[kept], blocks).sum())
-
-    def _label(self, name: str, side: str) -> np.ndarray:
-        """A number per live block of one side of a layer: equal rows or columns, equal number."""
-        matrix = self._matrix(name)
-        lines = matrix if side == "out" else matrix.T
-        _, label = np.unique(lines, axis=0, return_inverse=True)
-        return np.asarray(label).reshape(-1)
-
-    def _cut(self) -> dict[str, list[np.ndarray]]:
-        """For every live group, its tensors: lists of block indices in channel order."""
-        result = {}
-        for name, blocks in self.alive.items():
-            split: list[np.ndarray] = []
-            order: list[np.ndarray] = []
-            for layer in self.active:
-                ends = (("in", self.structure.source[layer.name]), ("out", layer.group))
-                for side in (side for side, group in ends if group == name):
-                    if layer.name in self.grouped:
-                        order.append(self._class_rank(layer.name, side))
-                    else:
-                        split.append(self._label(layer.name, side))
-            keys = np.array([*split, *order, np.arange(len(blocks))]).reshape(-1, len(blocks))
-            sequence = np.lexsort(keys[::-1])
-            parts: list[list[int]] = []
-            previous = None
-            for place in sequence:
-                key = tuple(label[place] for label in split)
-                if key != previous:
-                    parts.append([])
-                parts[-1].append(int(blocks[place]))
-                previous = key
-            result[name] = [np.array(part) for part in parts]
-        return result
-
-    def _class_rank(self, name: str, side: str) -> np.ndarray:
-        """The diagonal block that each live block of one side belongs to."""
-        matrix = self._matrix(name)
-        patterns = np.unique(matrix, axis=0)
-        if side == "in":
-            return patterns.argmax(axis=0)
-        return np.array([int((patterns == row).all(axis=1).argmax()) for row in matrix])
-
-    def _in_order(self, name: str, cut: dict[str, list[np.ndarray]]) -> bool:
-        """Whether both sides of a grouped layer run through its classes one after another."""
-        layer = self.layout.by_name[name]
-        for side, group in (("in", self.structure.source[name]), ("out", layer.group)):
-            rank = dict(zip(self.alive[group], self._class_rank(name, side), strict=True))
-            ranks = [rank[block] for block in cut[group][0]]
-            if ranks != sorted(ranks):
-                return False
-        return True
-
-    def channels(self, group: str, blocks: np.ndarray) -> np.ndarray:
-        """Kept teacher channels of some blocks, block by block."""
-        kept = self.structure.kept[group]
-        block = self.layout.groups[group].block
-        return np.concatenate([np.flatnonzero(kept & (block == b)) for b in blocks])
-
-    def units(self, layer: Step) -> Iterator[tuple[list[int], tuple, tuple]]:
-        """For each output tensor: the input tensors it reads, outputs and inputs per class."""
-        source = self.structure.source[layer.name]
-        if layer.name in self.grouped:
-            out_rank = dict(
-                zip(self.alive[layer.group], self._class_rank(layer.name, "out"), strict=True)
-            )
-            in_rank = dict(zip(self.alive[source], self._class_rank(layer.name, "in"), strict=True))
-
-            def split(group: str, rank: dict) -> tuple[np.ndarray, ...]:
-                blocks = self.cut[group][0]
-                return tuple(
-                    self.channels(group, blocks[[rank[b] == c for b in blocks]])
-                    for c in range(self.grouped[layer.name])
-                )
-
-            yield [0], split(layer.group, out_rank), split(source, in_rank)
-            return
-        for part in self.cut[layer.group]:
-            row = self.structure.connected[layer.name][part[0]]
-            chosen = [i for i, blocks in enumerate(self.cut[source]) if row[blocks[0]]]
-            inputs = np.concatenate([self.channels(source, self.cut[source][i]) for i in chosen])
-            yield chosen, (self.channels(layer.group, part),), (inputs,)
-
-
 def build_student(graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray) -> Student:
     """The physical network of a genome, its weights sliced from the teacher.
 
-    The genome is taken as it is but for what `genome.resolve` must repair; snap it to whole SIMD
-    steps with `genome.canonical` first. A layer that reads past a bypassed layer has no plain
-    slice: its weights are zero until `inherit` solves for them.
+    The genome is taken as it is but for what `resolve` must repair; snap it to whole SIMD steps
+    with `canonical` first. A layer that reads past a bypassed layer has no plain slice: its
+    weights are zero until `inherit` solves for them.
     """
-    structure = resolve(layout, genome)
-    convs = {s.name for s in graph.layers if isinstance(graph.layer_module(s.name), nn.Conv2d)}
-    parts = _Parts(layout, structure, convs)
-    target_graph = fx.Graph()
-    modules: dict[str, nn.Module] = {}
-    values: dict[str, _Value] = {}
-    units: list[Unit] = []
-    norms: list[NormSlice] = []
-    joined: dict[tuple[fx.Node, ...], fx.Node] = {}
+    return _Builder(graph, layout, genome).build()
 
-    def join(nodes: tuple[fx.Node, ...]) -> fx.Node:
-        if len(nodes) == 1:
-            return nodes[0]
-        if nodes not in joined:
-            joined[nodes] = target_graph.call_function(torch.cat, (list(nodes), 1))
-        return joined[nodes]
 
-    def name(target: str, index: int, count: int) -> str:
+class _Builder:
+    """Writes the student's graph step by step."""
+
+    def __init__(self, graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray) -> None:
+        self.teacher = graph
+        self.structure = resolve(layout, genome)
+        layers = {s.name: s for s in graph.steps if s.kind == "layer"}
+        convs = {n for n, s in layers.items() if isinstance(self._module(s), nn.Conv2d)}
+        self.parts = Parts(layout, self.structure, convs)
+        self.graph = fx.Graph()
+        self.modules: dict[str, Any] = {}
+        self.values: dict[str, Value] = {}
+        self.units: list[Unit] = []
+        self.norms: list[NormSlice] = []
+        self.tensors = Tensors(graph, self.parts, self.graph, self.modules)
+        self.readers: dict[str, list[Step]] = {}
+        for step in graph.steps:
+            for name in step.inputs:
+                self.readers.setdefault(name, []).append(step)
+
+    def _module(self, step: Step) -> nn.Module:
+        return self.teacher.module.get_submodule(step.target)
+
+    def build(self) -> Student:
+        """The whole student."""
+        write: dict[str, Callable[[Step, Value], Value]] = {
+            "layer": self._layer, "norm": self._norm, "channelwise": self._channelwise,
+            "mixing": self._mixing, "activation": self._apply, "spatial": self._apply,
+        }  # fmt: skip
+        for step in self.teacher.steps:
+            if step.name not in self.structure.live:
+                continue
+            if step.kind == "input":
+                node = self.graph.placeholder("input")
+                value = Value((Tensor(node, self.tensors.natural(step)),), step, step.form)
+            elif step.kind == "output":
+                self.graph.output(self.tensors.ordered(self.values[step.inputs[0]]))
+                continue
+            elif step.kind in ("merge", "gate"):
+                value = self._joint(step)
+            elif step.kind == "rearrange":
+                value = self._rearrange(step)
+            else:
+                value = write[step.kind](step, self.values[step.inputs[0]])
+            self.values[step.name] = value
+        module = fx.GraphModule(self.modules, self.graph, "Student")
+        return Student(module.eval(), tuple(self.units), tuple(self.norms))
+
+    @staticmethod
+    def _path(target: str, index: int, count: int) -> str:
         return target if count == 1 else f"{target}.{index}"
 
-    for step in graph.steps:
-        if step.name not in structure.live:
-            continue
-        target = str(step.node.target)
-        if step.kind == "input":
-            node = target_graph.placeholder("input")
-            values[step.name] = _Value(step.group, (node,))
-            continue
-        if step.kind == "output":
-            target_graph.output(join(values[step.inputs[0]].nodes))
-            continue
-        if step.kind == "merge":
-            kept = structure.merges[step.name]
-            chosen = [values[i] for i, on in zip(step.inputs, kept, strict=True) if on]
-            if len(chosen) == 1:
-                values[step.name] = chosen[0]
+    # Steps
+
+    def _layer(self, step: Step, value: Value) -> Value:
+        if step.name in self.structure.bypassed:
+            return replace(value, through=True)
+        outputs = []
+        made = list(self._unit_keys(step, value))
+        for index, (outs, ins) in enumerate(made):
+            path = self._path(step.target, index, len(made))
+            if step.name in self.parts.grouped:
+                classes = self.parts.diagonal(step.name)
+                ends = (step, value.of)
+                out_groups, in_groups = (
+                    tuple(self.tensors.table(s.name, k[0][0])[c, 0] for c in side)
+                    for s, k, side in zip(ends, (outs, ins), classes, strict=True)
+                )
             else:
-                pairs = zip(chosen[0].nodes, chosen[1].nodes, strict=True)
-                added = tuple(target_graph.call_function(torch.add, pair) for pair in pairs)
-                values[step.name] = _Value(step.group, added, repeat=step.repeat)
-            continue
-        value = values[step.inputs[0]]
-        if step.kind == "layer":
-            if step.name in structure.bypassed:
-                values[step.name] = _Value(value.group, value.nodes, True, value.repeat)
-                continue
-            made = list(parts.units(step))
-            outputs = []
-            for index, (chosen_parts, outs, ins) in enumerate(made):
-                path = name(step.name, index, len(made))
-                unit = Unit(path, step.name, outs, ins, value.group, value.through, value.repeat)
-                modules[path] = _slice_layer(graph.layer_module(step.name), unit)
-                units.append(unit)
-                source = join(tuple(value.nodes[i] for i in chosen_parts))
-                outputs.append(target_graph.call_module(path, (source,)))
-            values[step.name] = _Value(step.group, tuple(outputs))
-        elif step.kind == "norm":
-            if value.through:
-                values[step.name] = value
-                continue
-            outputs = []
-            for index, (node, blocks) in enumerate(
-                zip(value.nodes, parts.cut[value.group], strict=True)
-            ):
-                path = name(target, index, len(value.nodes))
-                channels = parts.channels(value.group, blocks)
-                modules[path] = _slice_norm(graph.module.get_submodule(target), channels)
-                norms.append(NormSlice(path, target, channels))
-                outputs.append(target_graph.call_module(path, (node,)))
-            values[step.name] = _Value(value.group, tuple(outputs))
-        elif step.kind == "activation" and value.through:
-            values[step.name] = value
-        else:
-            outputs = [_apply(target_graph, modules, graph, step, node) for node in value.nodes]
-            repeat = value.repeat
-            if step.kind == "spatial" and step.repeat != 1:
-                repeat = step.repeat
-            values[step.name] = _Value(value.group, tuple(outputs), value.through, repeat)
-    module = fx.GraphModule(modules, target_graph, "Student")
-    return Student(module.eval(), tuple(units), tuple(norms))
+                out_groups = (self.tensors.channels(step, outs),)
+                in_groups = (self.tensors.channels(value.of, ins),)
+            unit = Unit(path, step.target, out_groups, in_groups, value.through, value.form.repeat)
+            if path not in self.modules:
+                layer = self.teacher.layer_module(step.target)
+                self.modules[path] = slice_layer(layer, unit)
+                self.units.append(unit)
+            node = self.graph.call_module(path, (self.tensors.gather(value, ins),))
+            outputs.append(Tensor(node, outs))
+        return Value(tuple(outputs), step, step.form)
 
+    def _unit_keys(
+        self, step: Step, value: Value
+    ) -> Iterator[tuple[tuple[Key, ...], tuple[Key, ...]]]:
+        """Output and input keys of every module that a layer becomes."""
+        cut = self.parts.cut
+        parts = [(group, part) for group in step.groups for part in range(len(cut.get(group, ())))]
+        patterns = [
+            tuple(key for key in value.keys if self.parts.reads(step.name, part, key[:2]))
+            for part in parts
+        ]
+        if len({group for group, _ in parts}) == len(parts) and len(set(patterns)) == 1:
+            # Several groups that all read the same: one module, cut apart where it must be.
+            yield tuple(k for g, p in parts for k in self.tensors.keys(step, g, p)), patterns[0]
+            return
+        for (group, part), pattern in zip(parts, patterns, strict=True):
+            yield self.tensors.keys(step, group, part), pattern
 
-def _apply(
-    target_graph: fx.Graph,
-    modules: dict[str, nn.Module],
-    graph: TeacherGraph,
-    step: Step,
-    node: fx.Node,
-) -> fx.Node:
-    """Repeat a step without channels of its own (activation, pooling, flatten) on one tensor."""
-    source = step.node
-    if source.op == "call_module":
-        path = str(source.target)
-        if path not in modules:
-            modules[path] = copy.deepcopy(graph.module.get_submodule(path))
-            if getattr(modules[path], "inplace", False):
-                # Where an edge is dropped, others may read the same tensor.
-                modules[path].inplace = False  # type: ignore[assignment]
-        return target_graph.call_module(path, (node,))
-    if source.target in ("view", "reshape"):
-        # The teacher's sizes are those of all its channels: flatten says the same for any width.
-        return target_graph.call_function(torch.flatten, (node, 1))
-    arguments = (node, *source.args[1:])
-    keywords = {k: False if k == "inplace" else v for k, v in source.kwargs.items()}
-    if source.op == "call_method":
-        return target_graph.call_method(str(source.target).removesuffix("_"), arguments, keywords)
-    return target_graph.call_function(source.target, arguments, keywords)  # type: ignore
-
-
-def feature_index(channels: np.ndarray, repeat: int) -> torch.Tensor:
-    """Columns of flattened features: `repeat` consecutive ones per channel."""
-    index = channels[:, None] * repeat + np.arange(repeat)[None, :]
-    return torch.from_numpy(index.reshape(-1))
-
-
-def _slice_layer(layer: nn.Conv2d | nn.Linear, unit: Unit) -> nn.Module:
-    outputs = torch.from_numpy(np.concatenate(unit.outputs))
-    width = sum(len(i) for i in unit.inputs)
-    blocks = []
-    for outs, ins in zip(unit.outputs, unit.inputs, strict=True):
-        rows = layer.weight.detach()[torch.from_numpy(outs)]
-        if unit.through:
-            shape = (len(outs), len(ins) * unit.repeat, *rows.shape[2:])
-            blocks.append(torch.zeros(shape))
-        else:
-            blocks.append(rows[:, feature_index(ins, unit.repeat)])
-    weight = torch.cat(blocks)
-    made: nn.Conv2d | nn.Linear
-    if isinstance(layer, nn.Conv2d):
-        made = nn.utils.skip_init(
-            nn.Conv2d, width, len(outputs), layer.kernel_size, layer.stride, layer.padding,
-            layer.dilation, len(unit.outputs), layer.bias is not None,
-        )  # fmt: skip
-    else:
-        made = nn.utils.skip_init(
-            nn.Linear, width * unit.repeat, len(outputs), layer.bias is not None
+    def _each(self, value: Value, step: Step, write: Callable[[Tensor, int], fx.Node]) -> Value:
+        """A value made tensor by tensor from another with the same channels."""
+        tensors = tuple(
+            Tensor(write(tensor, index), tensor.keys) for index, tensor in enumerate(value.tensors)
         )
-    made.weight = nn.Parameter(weight.clone())
-    if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach()[outputs].clone())
-    return made
+        of = value.of if value.through else step
+        return Value(tensors, of, step.form, value.through)
 
+    def _norm(self, step: Step, value: Value) -> Value:
+        if value.through:
+            return value
+        count = len(value.tensors)
 
-def _slice_norm(norm: nn.Module, channels: np.ndarray) -> nn.Module:
-    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-    index = torch.from_numpy(channels)
-    made = type(norm)(len(channels), norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    made.load_state_dict({k: v[index] if v.ndim else v for k, v in norm.state_dict().items()})
-    return made
+        def write(tensor: Tensor, index: int) -> fx.Node:
+            path = self._path(step.target, index, count)
+            if path not in self.modules:
+                channels = self.tensors.channels(step, tensor.keys)
+                self.modules[path] = slice_norm(self._module(step), channels)
+                calls = sum(s.target == step.target for s in self.teacher.steps)
+                # A norm with several inputs keeps the teacher's statistics of them all.
+                if calls == 1:
+                    self.norms.append(NormSlice(path, step.target, channels))
+            return self.graph.call_module(path, (tensor.node,))
+
+        return self._each(value, step, write)
+
+    def _channelwise(self, step: Step, value: Value) -> Value:
+        count = len(value.tensors)
+
+        def write(tensor: Tensor, index: int) -> fx.Node:
+            channels = self.tensors.channels(value.of, tensor.keys)
+            if step.node.op != "call_module":
+                return self._scaled(step, tensor.node, channels, index, count)
+            path = self._path(step.target, index, count)
+            if path not in self.modules:
+                module = self._module(step)
+                if isinstance(module, nn.Conv2d):
+                    self.modules[path] = slice_grouped(
+                        module, channels, self.tensors.channels(step, tensor.keys), step.name
+                    )
+                else:
+                    assert isinstance(module, nn.PReLU)
+                    made = nn.PReLU(len(channels))
+                    made.weight = nn.Parameter(module.weight.detach()[channels].clone())
+                    self.modules[path] = made
+            return self.graph.call_module(path, (tensor.node,))
+
+        return self._each(value, step, write)
+
+    def _scaled(
+        self, step: Step, node: fx.Node, channels: np.ndarray, index: int, count: int
+    ) -> fx.Node:
+        """An operation with one number per channel."""
+
+        def convert(argument: fx.Node) -> fx.Node:
+            if argument.op != "get_attr":
+                return node
+            name = str(argument.target) if count == 1 else f"{argument.target}_{index}"
+            if name not in self.modules:
+                tensor = operator.attrgetter(str(argument.target))(self.teacher.module)
+                axis = tensor.ndim - (1 if step.form.kind != "map" else 3)
+                chosen = tensor.detach().index_select(axis, torch.from_numpy(channels)).clone()
+                trained = isinstance(tensor, nn.Parameter)
+                self.modules[name] = nn.Parameter(chosen) if trained else chosen
+            return self.graph.get_attr(name)
+
+        arguments = fx.node.map_arg(step.node.args, convert)
+        return self.graph.call_function(JOINS[step.node.target], arguments)
+
+    def _mixing(self, step: Step, value: Value) -> Value:
+        module = copy.deepcopy(self._module(step))
+        if isinstance(module, nn.LayerNorm):
+            # The order of the channels does not matter to it.
+            node, keys = self.tensors.gather(value, value.keys), value.keys
+            channels = torch.from_numpy(self.tensors.channels(value.of, keys))
+            for name in ("weight", "bias"):
+                tensor = getattr(module, name)
+                if tensor is not None:
+                    setattr(module, name, nn.Parameter(tensor.detach()[channels].clone()))
+        else:
+            node, keys = self.tensors.ordered(value), value.keys
+            if len(keys) > 1 or len(value.tensors) > 1:
+                order = self.tensors.channels(value.of, keys)
+                if not np.array_equal(order, np.arange(len(order))):
+                    raise UserError(f"{step.target}: its channels are out of order: not supported")
+        self.modules[step.target] = module
+        made = Tensor(self.graph.call_module(step.target, (node,)), keys)
+        return Value((made,), step, step.form)
+
+    def _joint(self, step: Step) -> Value:
+        names = step.inputs
+        kept = self.structure.merges.get(step.name, (True,) * len(names))
+        chosen = [self.values[name] for name, on in zip(names, kept, strict=True) if on]
+        if len(chosen) == 1:
+            return replace(chosen[0], of=step)
+        operation = JOINS[step.node.target]
+        whole = [v for v in chosen if v.form == step.form or v.of.form.channels > 1]
+        # The coarser of two cuts: joining tensors costs less than taking them apart.
+        base = min(whole, key=lambda v: (v.form != step.form, len(v.tensors)))
+        tensors = []
+        for tensor in base.tensors:
+            operands = []
+            for value in chosen:
+                if value is base:
+                    operands.append(tensor.node)
+                elif set(tensor.keys) <= set(value.keys):
+                    operands.append(self.tensors.gather(value, tensor.keys))
+                else:  # one value for all channels
+                    operands.append(self.tensors.gather(value, value.keys))
+            node = self.graph.call_function(operation, tuple(operands))
+            tensors.append(Tensor(node, tensor.keys))
+        return Value(tuple(tensors), step, step.form)
+
+    def _apply(self, step: Step, value: Value) -> Value:
+        """A step without channels of its own (activation, pooling)."""
+        if step.kind == "activation" and value.through:
+            return value
+
+        def write(tensor: Tensor, index: int) -> fx.Node:
+            return self._repeat(step, tensor.node)
+
+        return self._each(value, step, write)
+
+    def _repeat(self, step: Step, node: fx.Node) -> fx.Node:
+        source = step.node
+        if source.op == "call_module":
+            if step.target not in self.modules:
+                made = copy.deepcopy(self._module(step))
+                if getattr(made, "inplace", False):
+                    # Where an edge is dropped, others may read the same tensor.
+                    made.inplace = False  # type: ignore[assignment]
+                self.modules[step.target] = made
+            return self.graph.call_module(step.target, (node,))
+
+        def convert(argument: fx.Node) -> fx.Node:
+            if argument.op != "get_attr":
+                return node
+            name = str(argument.target)
+            self.modules[name] = operator.attrgetter(name)(self.teacher.module)
+            return self.graph.get_attr(name)
+
+        arguments = fx.node.map_arg(source.args, convert)
+        keywords = {k: v for k, v in source.kwargs.items() if k != "inplace"}
+        keywords = fx.node.map_arg(keywords, convert)
+        if source.target in JOINS:
+            return self.graph.call_function(JOINS[source.target], arguments, keywords)
+        if source.op == "call_method":
+            method = str(source.target).removesuffix("_")
+            return self.graph.call_method(method, arguments, keywords)
+        return self.graph.call_function(source.target, arguments, keywords)  # type: ignore
+
+    def _rearrange(self, step: Step) -> Value:
+        """Relabels the tensors that the step's channels come from."""
+        live = [name for name in step.inputs if name in self.values]
+        first = self.values[live[0]]
+        if first.through:
+            return self._each(first, step, lambda t, _: self._reform(t.node, first.form, step.form))
+        assert step.origin is not None
+        tensors: list[Tensor] = []
+        for index, name in enumerate(step.inputs):
+            if name not in self.values:
+                continue
+            value = self.values[name]
+            target = np.flatnonzero(step.origin[:, 0] == index)
+            origin = step.origin[target, 1]
+            for tensor in value.tensors:
+                renamed = [(k, new) for k in tensor.keys for new in self._renamed(
+                    step, value, k, target, origin)]  # fmt: skip
+                if renamed:
+                    old, new = zip(*renamed, strict=True)
+                    node = self._reform(self.tensors.gather(value, old), value.form, step.form)
+                    tensors.append(Tensor(node, new))
+        made = Value(tuple(tensors), step, step.form)
+        if len(tensors) > 1 and self._is_read_whole(step):
+            node = self.tensors.gather(made, made.keys)
+            return replace(made, tensors=(Tensor(node, made.keys),))
+        return made
+
+    def _renamed(
+        self, step: Step, value: Value, key: Key, target: np.ndarray, origin: np.ndarray
+    ) -> Iterator[Key]:
+        """What a key of a source is called in the rearranged value; nothing if left out."""
+        group, part, _ = key
+        sources = self.tensors.positions(value.of.name, key)
+        wanted = np.isin(origin, sources)
+        if not wanted.any():
+            return
+        for new in self.tensors.keys(step, group, part):
+            places = self.tensors.positions(step.name, new)
+            found = np.isin(places, target)
+            if not found.all():
+                continue
+            came = origin[np.searchsorted(target, places)]
+            if np.array_equal(came, sources):
+                yield new
+            elif group in self.teacher.grouping.together:
+                raise UserError(
+                    f"{step.name} takes apart channels that a grouped convolution keeps together: "
+                    "not supported"
+                )
+
+    def _is_read_whole(self, step: Step) -> bool:
+        """Whether everything behind a step reads all that is left of its channels."""
+        readers = [s for s in self.readers.get(step.name, []) if s.name in self.structure.live]
+        for reader in readers:
+            if reader.kind == "layer":
+                if reader.name in self.structure.bypassed:
+                    return False
+                if not self.parts.reads_all(reader.name, step.groups):
+                    return False
+            elif reader.kind in ("norm", "activation", "spatial", "channelwise"):
+                if not self._is_read_whole(reader):
+                    return False
+            elif reader.kind not in ("mixing", "output"):
+                return False
+        return bool(readers)
+
+    def _reform(self, node: fx.Node, old: Form, new: Form) -> fx.Node:
+        call = self.graph.call_function
+        if old.kind == new.kind:
+            return node
+        if (old.kind, new.kind) == ("last", "map"):
+            return call(torch.permute, (node, (0, 3, 1, 2)))
+        if new.kind in ("flat", "vector"):
+            return call(torch.flatten, (node, 1))
+        if old.kind in ("flat", "vector"):
+            node = call(torch.unflatten, (node, 1, (-1, *new.size)))
+        return node if new.kind == "map" else call(torch.permute, (node, (0, 2, 3, 1)))

@@ -12,13 +12,14 @@ from torch import nn
 from moodistill import __version__
 from moodistill.cached import content_digest
 from moodistill.errors import UserError
-from moodistill.genome import GenomeLayout, Group, canonical
+from moodistill.genome import GenomeLayout, Group
 from moodistill.graph import TeacherGraph, trace
 from moodistill.layout import skeleton
+from moodistill.resolve import canonical
 from moodistill.student import Student, build_student
 from moodistill.teachers import read_safetensors, save_atomic
 
-FORMAT = "3"
+FORMAT = "4"
 REQUIRED = ("genome", "blocks", "frozen", "fixed", "task", "digest")
 
 
@@ -103,7 +104,10 @@ def _rebuild(graph: TeacherGraph, metadata: dict[str, str]) -> tuple[Student, np
         raise ValueError("its channel groups are not those of the given teacher")
     if any(block.min() < 0 or block.max() >= len(block) for block in blocks.values()):
         raise ValueError("a block index is out of range")
-    groups = {n: Group(n, b, np.zeros(len(b)), n in frozen) for n, b in blocks.items()}
+    widths = graph.grouping.widths
+    groups = {
+        n: Group(n, b, np.zeros(len(b)), n in frozen, width=widths[n]) for n, b in blocks.items()
+    }
     fixed = set(json.loads(metadata["fixed"]))
     layout = GenomeLayout(groups, skeleton(graph, blocks, keep=fixed))
     genome = layout.unpack(bytes.fromhex(metadata["genome"]))

@@ -115,7 +115,7 @@ def l1_widths(context: TeacherContext, share: float, step: int) -> np.ndarray:
             continue
         norms = np.zeros(group.size)
         for layer in layout.layers:
-            if layer.group == group.name:
+            if group.name in layer.groups:
                 weight = context.graph.layer_module(layer.name).weight.detach()
                 norms += weight.abs().flatten(1).sum(1).numpy()
         width = min(group.size, max(step, round(share * group.size / step) * step))

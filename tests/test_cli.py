@@ -40,7 +40,11 @@ def test_a_run_leaves_what_is_documented(finished):
     distilled = [row for row in table if row["stage"] == "distilled"]
     assert [row["precision"] for row in distilled].count("fp32") == 2
     for row in table:
-        assert 0 <= float(row["accuracy"]) <= 1 and 0 <= float(row["search_accuracy"]) <= 1
+        assert 0 <= float(row["accuracy"]) <= 1
+        if row["precision"] == "fp32":
+            assert 0 <= float(row["search_accuracy"]) <= 1
+        else:  # a twin that was fast enough here; it was never searched
+            assert row["search_accuracy"] == ""
         assert int(row["parameters"]) > 0 and float(row["latency_ms"]) > 0
     for row in distilled:
         assert 0 <= float(row["test_accuracy"]) <= 1

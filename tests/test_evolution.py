@@ -19,18 +19,18 @@ def chain_layout(layers: int = 6, channels: int = 64) -> GenomeLayout:
     """A plain chain of convolutions behind an input of 3 channels, 10 outputs."""
     rng = np.random.default_rng(0)
     groups = {INPUT: Group(INPUT, np.zeros(3, int), np.zeros(3), True)}
-    nodes = [Node("x", "input", (), INPUT)]
+    nodes = [Node("x", "input", (), (INPUT,))]
     for index in range(layers):
         name = f"conv{index}"
         block = np.arange(channels) * 4 // channels
         groups[name] = Group(name, block, rng.random(channels))
-        energy = rng.random((4, groups[nodes[-1].group].blocks))
+        energy = rng.random((4, groups[nodes[-1].groups[0]].blocks))
         nodes.append(
-            Node(name, "layer", (nodes[-1].name,), name, nodes[-1].group, index > 0, energy)
+            Node(name, "layer", (nodes[-1].name,), (name,), nodes[-1].groups, index > 0, energy)
         )
     groups["head"] = Group("head", np.zeros(10, int), np.zeros(10), True)
-    nodes.append(Node("head", "layer", (nodes[-1].name,), "head", nodes[-1].group))
-    nodes.append(Node("output", "output", ("head",), "head"))
+    nodes.append(Node("head", "layer", (nodes[-1].name,), ("head",), nodes[-1].groups))
+    nodes.append(Node("output", "output", ("head",), ("head",)))
     return GenomeLayout(groups, tuple(nodes))
 
 

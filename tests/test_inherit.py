@@ -6,10 +6,11 @@ import torch
 from conftest import random_genome
 from torch import nn
 
-from moodistill.genome import GenomeLayout, Group, canonical
+from moodistill.genome import GenomeLayout, Group
 from moodistill.graph import trace
 from moodistill.inherit import InheritConfig, estimate_inputs, inherit
 from moodistill.layout import build_layout, skeleton
+from moodistill.resolve import canonical
 from moodistill.statistics import CalibrationConfig, collect_samples, sample_pixels
 from moodistill.student import build_student
 from moodistill.training import accuracy
@@ -350,7 +351,7 @@ def test_a_bypassed_linear_layer_with_fewer_samples_than_images(random_images):
     torch.manual_seed(0)
     graph = trace(Flat().eval(), (3, 32, 32))
     blocks = {name: np.zeros(size, dtype=int) for name, size in graph.groups.items()}
-    frozen = {graph.output_group, graph.steps[0].group}
+    frozen = set(graph.grouping.frozen)
     groups = {n: Group(n, b, np.ones(len(b)), n in frozen) for n, b in blocks.items()}
     layout = GenomeLayout(groups, skeleton(graph, blocks))
     genome = layout.teacher()

@@ -204,6 +204,33 @@ def test_every_operation():
         nn.Conv2d(4, 4, (3, 1), padding="valid", stride=(2, 1)),
         lambda x: x * torch.sigmoid(x),
         lambda x: F.silu(F.relu6(x)),
+        *(
+            kind()
+            for kind in (
+                nn.Mish,
+                nn.Softplus,
+                nn.SELU,
+                nn.CELU,
+                nn.Softsign,
+                nn.LogSigmoid,
+                nn.Hardtanh,
+                nn.GELU,
+                nn.PReLU,
+            )
+        ),
+        nn.GELU(approximate="tanh"),
+        nn.PReLU(4),
+        nn.ZeroPad2d((1, 2, 0, 3)),
+        nn.ConstantPad2d((0, 1, 2, 1), 0.5),
+        lambda x: F.pad(F.gelu(F.leaky_relu(x, 0.2)), (1, 2, 3, 0)),
+        lambda x: F.elu(F.hardsigmoid(x)) + F.softplus(F.mish(x)),
+        lambda x: 2.0 - x / 3 + 1 - (4 / (x * x + 1)),
+        lambda x: torch.narrow(torch.cat([x, -1.0 * x], dim=-3), 1, 2, 4),
+        lambda x: torch.cat([torch.narrow(x, 1, 1, 3), torch.narrow(x, 1, 0, 1)], 1),
+        lambda x: torch.permute(torch.permute(x, (0, 2, 3, 1)), (0, 3, 1, 2)),
+        lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2) * x.mean((2, 3), keepdim=True),
+        lambda x: x + torch.unflatten(torch.flatten(torch.mean(x, (-1, -2)), 1), 1, (-1, 1, 1)),
+        lambda x: x + x.amax((2, 3), True),
     ],
     ids=str,
 )
@@ -226,6 +253,32 @@ class Rewired(nn.Module):
         shortcut = x
         y = self.relu(x)
         return self.head(F.adaptive_avg_pool2d(shortcut + y, 1).flatten(1))
+
+
+class ChannelsLast(nn.Module):
+    """A norm and linear layers on the last axis, and a scale per channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.bare = nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False)
+        self.wide, self.back = nn.Linear(4, 6), nn.Linear(6, 4, bias=False)
+        self.scale = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x):
+        y = self.norm(x.permute(0, 2, 3, 1))
+        y = torch.cat([self.back(self.wide(y)), self.bare(y)], -1)
+        return torch.narrow(y.permute(0, 3, 1, 2), 1, 1, 4) * self.scale
+
+
+def test_channels_last_is_written_exactly(monkeypatch):
+    student = traced(Sample(ChannelsLast()))
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.onnx.export", None)  # no fallback
+        model = check(student, (3, 8, 8))
+    assert "LayerNormalization" in kinds(model)
+    # The operator came with set 17; older sets go through torch's exporter.
+    older = onnx.load_from_string(to_onnx(student, (3, 8, 8), opset=14))
+    assert "LayerNormalization" not in kinds(older)
 
 
 def test_in_place_activation_changes_its_input():

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymoo.core.population import Population
 
-from moodistill.genome import canonical, resolve
 from moodistill.operators import (
     CanonicalRepair,
     ComposedMutation,
@@ -21,6 +20,7 @@ from moodistill.operators import (
     SeenElimination,
 )
 from moodistill.operators.widths import noisy_top, snap
+from moodistill.resolve import canonical, resolve
 from moodistill.student import build_student
 
 STEP = 8
@@ -218,13 +218,13 @@ def test_crossover_moves_whole_layers(layout):
             view = layout.view(child, name)
             assert view.all() or not view.any(), name
         for layer in layout.layers:
-            if layout.groups[layer.group].frozen:
+            if layout.groups[layer.groups[0]].frozen:
                 continue
             for kind in ("block", "bypass"):
                 if f"{kind}/{layer.name}" in layout.slices:
                     assert (
                         layout.view(child, f"{kind}/{layer.name}").flat[0]
-                        == layout.view(child, f"mask/{layer.group}")[0]
+                        == layout.view(child, f"mask/{layer.groups[0]}")[0]
                     )
     blockwise = LayerCrossover(layout, within=1.0)._do(
         None, pairs, random_state=np.random.default_rng(0)

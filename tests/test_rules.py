@@ -6,10 +6,10 @@ import torch
 from conftest import random_genome
 
 from moodistill.errors import UserError
-from moodistill.genome import canonical, resolve
 from moodistill.layout import LayerRules, build_layout
 from moodistill.layout_file import read_layout, write_layout
 from moodistill.operators import DensitySampling
+from moodistill.resolve import canonical, resolve
 from moodistill.student import build_student
 from moodistill.student_file import load_student, save_student
 

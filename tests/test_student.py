@@ -9,9 +9,9 @@ from conftest import random_genome
 from torch import nn
 from torch.nn import functional as F
 
-from moodistill.genome import canonical, resolve
 from moodistill.graph import trace
 from moodistill.recipe import count_macs
+from moodistill.resolve import canonical, resolve
 from moodistill.student import build_student
 
 PARAMETERS = {"vgg16": 14_991_946, "resnet18": 11_173_962}
@@ -49,9 +49,9 @@ def masked_logits(prepared, genome, images):
             values[step.name] = sum(chosen[1:], chosen[0])
         elif step.kind == "layer":
             layer = graph.layer_module(step.name)
-            rows, columns = layout.groups[step.group].block, layout.groups[step.reads].block
+            rows, columns = layout.groups[step.groups[0]].block, layout.groups[step.reads[0]].block
             mask = structure.connected[step.name][np.ix_(rows, columns)]
-            mask = torch.from_numpy(mask & structure.kept[step.reads][None, :])
+            mask = torch.from_numpy(mask & structure.kept[step.reads[0]][None, :])
             if isinstance(layer, nn.Linear):
                 mask = mask.repeat_interleave(layer.in_features // len(columns), dim=1)
                 values[step.name] = F.linear(inputs[0], layer.weight * mask, layer.bias)
@@ -208,7 +208,7 @@ def test_parameters_and_macs_follow_the_widths(vgg16):
 
 def test_nothing_of_a_dropped_channel_is_stored(prepared):
     layout, graph = prepared.layout, prepared.graph
-    norm_groups = {str(s.node.target): s.group for s in graph.steps if s.kind == "norm"}
+    norm_groups = {str(s.node.target): s.groups[0] for s in graph.steps if s.kind == "norm"}
     for seed in range(6):
         genome = canonical(
             layout, random_genome(layout, np.random.default_rng(seed)), STEPS[seed % 3]
@@ -224,8 +224,8 @@ def test_nothing_of_a_dropped_channel_is_stored(prepared):
             for outs in unit.outputs:
                 written.setdefault(unit.layer, []).extend(outs.tolist())
         assert set(written) == set(structure.source)
-        for name, source in structure.source.items():
-            group = layout.by_name[name].group
+        for name, (source,) in structure.source.items():
+            group = layout.by_name[name].groups[0]
             assert sorted(written[name]) == np.flatnonzero(structure.kept[group]).tolist()
             rows, columns = layout.groups[group].block, layout.groups[source].block
             pairs = structure.connected[name][np.ix_(rows, columns)]
@@ -321,7 +321,7 @@ def one_block_layout(graph):
     from moodistill.layout import skeleton
 
     blocks = {name: np.zeros(size, dtype=int) for name, size in graph.groups.items()}
-    frozen = {graph.output_group, graph.steps[0].group}
+    frozen = set(graph.grouping.frozen)
     groups = {n: Group(n, b, np.ones(len(b)), n in frozen) for n, b in blocks.items()}
     return GenomeLayout(groups, skeleton(graph, blocks))
 

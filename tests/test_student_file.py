@@ -10,8 +10,8 @@ import torch
 from conftest import random_genome
 
 from moodistill.errors import UserError
-from moodistill.genome import canonical
 from moodistill.inherit import inherit
+from moodistill.resolve import canonical
 from moodistill.student import build_student
 from moodistill.student_file import load_student, save_student
 from moodistill.teachers import read_safetensors
@@ -84,7 +84,7 @@ def test_round_trip_from_architecture_and_file_alone(digits, untrained, tmp_path
         with torch.no_grad():
             assert torch.equal(found, student.module(pictures()))
         _, metadata = read_safetensors(path)
-        assert metadata["task"] == "digits" and metadata["moodistill_format"] == "3"
+        assert metadata["task"] == "digits" and metadata["moodistill_format"] == "4"
     assert not [p for p in path.parent.iterdir() if p.suffix != ".safetensors"]
 
 

@@ -24,7 +24,7 @@ class LayerCrossover(Crossover):
         self.layout = layout
         self.within = within
         # Of a frozen group (the output) the connections of its layers are heritable.
-        written = {n.group for n in layout.layers if f"block/{n.name}" in layout.slices}
+        written = {n.groups[0] for n in layout.layers if f"block/{n.name}" in layout.slices}
         self.heritable = [g for g in layout.groups.values() if not g.frozen or g.name in written]
 
     def _do(
@@ -64,7 +64,7 @@ class LayerCrossover(Crossover):
             if not group.frozen:
                 layout.view(swap, f"mask/{group.name}")[:] = True
             for layer in layout.layers:
-                if layer.group == group.name:
+                if layer.groups[0] == group.name:
                     for kind in ("block", "bypass"):
                         if f"{kind}/{layer.name}" in layout.slices:
                             layout.view(swap, f"{kind}/{layer.name}")[:] = True

@@ -16,7 +16,8 @@ class MaskMutation(Mutation):
 
     A group's width is multiplied by a log-normal factor and moves by at least one step; the least
     important channels go first, the most important come back first, by noisy (Gumbel) top-k. Bit
-    flips would change one channel in thousands and never a whole SIMD step.
+    flips would change one channel in thousands and never a whole SIMD step. A group that
+    nobody needs (its readers read others beside) goes as a whole now and then.
     """
 
     def __init__(
@@ -51,9 +52,13 @@ class MaskMutation(Mutation):
             if rng.random() >= rate:
                 continue
             kept = self.layout.view(genome, f"mask/{group.name}")
+            if group.name in self.layout.droppable and rng.random() < 0.1:
+                kept[:] = False
+                continue
+            step = group.step(self.step)
             width = int(kept.sum())
             change = shared if everywhere else rng.normal() * self.scale
-            target = snap(width * float(np.exp(change)), group.size, self.step)
+            target = snap(width * float(np.exp(change)), group.size, step)
             if target == width and not everywhere:
-                target = snap(width + self.step * np.sign(change), group.size, self.step)
+                target = snap(width + step * np.sign(change), group.size, step)
             kept[:] = noisy_top(group, target, 0.3, rng, kept)

@@ -8,7 +8,8 @@ import numpy as np
 from pymoo.core.duplicate import DuplicateElimination
 from pymoo.core.repair import Repair
 
-from moodistill.genome import GenomeLayout, canonical
+from moodistill.genome import GenomeLayout
+from moodistill.resolve import canonical
 
 
 class CanonicalRepair(Repair):

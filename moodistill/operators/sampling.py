@@ -54,7 +54,7 @@ class DensitySampling(Sampling):
             if group.frozen:
                 continue
             width = group.size * min(1.0, share * float(np.exp(spread * rng.normal())))
-            mask = noisy_top(group, snap(width, group.size, self.step), 0.3, rng)
+            mask = noisy_top(group, snap(width, group.size, group.step(self.step)), 0.3, rng)
             layout.view(genome, f"mask/{group.name}")[:] = mask
         if rng.random() < 0.5:
             density = rng.uniform(0.3, 1.0)

@@ -1,0 +1,378 @@
+"""What a genome means: its repair, its canonical form, and a summary in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moodistill.genome import GenomeLayout, Group, Node
+
+Alive = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a genome means, every dependency resolved.
+
+    Attributes:
+        kept: for every live group, `(size,)` bool.
+        connected: for every live layer, `(blocks of its groups, blocks of its source)` bool; False
+            where one of the two blocks is gone.
+        source: for every live layer, the groups it reads in the student.
+        through: live layers whose input comes past a bypassed layer.
+        bypassed: layers that are left out.
+        merges: for every live Add, the inputs that stay.
+        live: names of all nodes that the output depends on.
+        dropped: groups that nobody reads in this student, though their layers could be there.
+    """
+
+    kept: dict[str, np.ndarray]
+    connected: dict[str, np.ndarray]
+    source: dict[str, tuple[str, ...]]
+    through: frozenset[str]
+    bypassed: frozenset[str]
+    merges: dict[str, tuple[bool, ...]]
+    live: frozenset[str]
+    dropped: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Wiring:
+    """Merges and bypasses resolved: what depends on what, before any channel is cut."""
+
+    merges: dict[str, tuple[bool, ...]]
+    bypassed: frozenset[str]
+    live: frozenset[str]
+    groups: dict[str, tuple[str, ...]]  # of every node's value in the student
+    past: dict[str, bool]  # whether a node's value comes past a bypassed layer
+
+
+def alive_blocks(group: Group, kept: np.ndarray) -> np.ndarray:
+    """`(blocks,)` bool: blocks with at least one kept channel."""
+    alive = np.zeros(group.blocks, dtype=bool)
+    alive[group.block[kept]] = True
+    return alive
+
+
+def alive_in(layout: GenomeLayout, structure: Structure, groups: Iterable[str]) -> np.ndarray:
+    """`(blocks,)` bool over several groups, one after another."""
+    parts = []
+    for name in groups:
+        group = layout.groups[name]
+        kept = structure.kept.get(name, np.zeros(group.size, dtype=bool))
+        parts.append(alive_blocks(group, kept))
+    return np.concatenate(parts)
+
+
+def _wire(layout: GenomeLayout, genome: np.ndarray) -> _Wiring:
+    merges: dict[str, tuple[bool, ...]] = {}
+    for merge in layout.merges:
+        bits = layout.view(genome, f"merge/{merge.name}")
+        # An Add without inputs has no meaning: its first input (the residual branch) stays.
+        merges[merge.name] = tuple(bool(b) for b in bits) if bits.any() else (
+            (True,) + (False,) * (len(bits) - 1)
+        )  # fmt: skip
+    bypassed = {
+        layer.name
+        for layer in layout.layers
+        if layer.bypassable and not layout.view(genome, f"bypass/{layer.name}")[0]
+    }
+    groups: dict[str, tuple[str, ...]] = {}
+    past: dict[str, bool] = {}
+    for node in layout.nodes:
+        out = node.name in bypassed
+        behind = len(node.inputs) == 1 and past[node.inputs[0]]
+        past[node.name] = out or (behind and node.kind != "layer")
+        groups[node.name] = groups[node.inputs[0]] if past[node.name] else node.groups
+    live: set[str] = set()
+    for node in reversed(layout.nodes):
+        if node.kind == "output":
+            live.add(node.name)
+        if node.name in live:
+            live.update(_chosen(node, merges))
+    return _Wiring(merges, frozenset(bypassed & live), frozenset(live), groups, past)
+
+
+def _chosen(node: Node, merges: dict[str, tuple[bool, ...]]) -> list[str]:
+    """The inputs of a node that stay."""
+    chosen = merges.get(node.name, (True,) * len(node.inputs))
+    return [name for name, on in zip(node.inputs, chosen, strict=True) if on]
+
+
+def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structure:
+    """Repair a genome and resolve it.
+
+    Every Add keeps an input, every layer and every output block reads something, what nobody reads
+    is dropped with what feeds only that (blocks, whole groups, layers), and widths are whole
+    multiples of `step` channels (or the full width): per block in groups with missing connections,
+    else per group.
+    """
+    wiring = _wire(layout, genome)
+    active = [n for n in layout.layers if n.name in wiring.live and n.name not in wiring.bypassed]
+    source = {n.name: wiring.groups[n.inputs[0]] for n in active}
+    through = frozenset(n.name for n in active if wiring.past[n.inputs[0]])
+    kept: dict[str, np.ndarray] = {}
+    for name in [*layout.inputs, *(g for n in active for g in n.groups)]:
+        group = layout.groups[name]
+        if name in kept:
+            continue
+        if group.frozen:
+            kept[name] = np.ones(group.size, dtype=bool)
+            continue
+        kept[name] = layout.view(genome, f"mask/{name}").copy()
+        if group.least is not None and kept[name].sum() < group.least:
+            order = np.lexsort((-group.importance, ~kept[name]))
+            kept[name][order[: group.least]] = True
+    connected: dict[str, np.ndarray] = {}
+    for layer in active:
+        own = f"block/{layer.name}" in layout.slices and layer.name not in through
+        shape = (layout.blocks(layer.groups), layout.blocks(source[layer.name]))
+        connected[layer.name] = (
+            layout.view(genome, f"block/{layer.name}").copy() if own else np.ones(shape, bool)
+        )
+    repair = _Repair(layout, active, source, kept, connected, step)
+    while repair.reconnect() or repair.drop() or repair.round():
+        pass
+    alive = repair.alive()
+    active = [n for n in active if repair.lines(alive, n.groups).any()]
+    for layer in active:
+        rows, columns = (repair.lines(alive, g) for g in (layer.groups, source[layer.name]))
+        connected[layer.name] &= rows[:, None] & columns[None, :]
+    present = {name: mask for name, mask in kept.items() if mask.any()}
+    live = _still_live(layout, wiring, present)
+    names = {n.name for n in active}
+    return Structure(
+        kept=present,
+        connected={name: connected[name] for name in connected if name in names},
+        source={name: source[name] for name in source if name in names},
+        through=through & names,
+        bypassed=wiring.bypassed & live,
+        merges={k: v for k, v in wiring.merges.items() if k in live},
+        live=live,
+        dropped=frozenset(kept) - frozenset(present),
+    )
+
+
+def _still_live(layout: GenomeLayout, wiring: _Wiring, kept: Alive) -> frozenset[str]:
+    """Nodes that the output depends on once groups without channels are gone."""
+    live: set[str] = set()
+    for node in reversed(layout.nodes):
+        if node.kind == "output":
+            live.add(node.name)
+        if node.name in live:
+            for name in _chosen(node, wiring.merges):
+                if any(group in kept for group in wiring.groups[name]):
+                    live.add(name)
+    return frozenset(live)
+
+
+class _Repair:
+    """The parts of the repair; each changes masks and connections in place, and says whether."""
+
+    def __init__(
+        self,
+        layout: GenomeLayout,
+        active: list[Node],
+        source: dict[str, tuple[str, ...]],
+        kept: dict[str, np.ndarray],
+        connected: dict[str, np.ndarray],
+        step: int,
+    ) -> None:
+        self.layout = layout
+        self.active = active
+        self.source = source
+        self.kept = kept
+        self.connected = connected
+        self.step = step
+
+    def alive(self) -> Alive:
+        """The live blocks of every group."""
+        return {name: alive_blocks(self.layout.groups[name], k) for name, k in self.kept.items()}
+
+    def lines(self, alive: Alive, groups: tuple[str, ...]) -> np.ndarray:
+        """`(blocks,)` live blocks of several groups, one after another."""
+        return np.concatenate([alive[name] for name in groups])
+
+    def reconnect(self) -> bool:
+        """Give every live output block without a live input block the one of highest energy."""
+        alive = self.alive()
+        for layer in self.active:
+            rows, columns = (self.lines(alive, g) for g in (layer.groups, self.source[layer.name]))
+            if not rows.any():
+                continue
+            if not columns.any():
+                self._revive(self.source[layer.name])
+                return True
+            matrix = self.connected[layer.name]
+            for row in np.flatnonzero(rows & ~(matrix & columns[None, :]).any(axis=1)):
+                same = layer.energy is not None and layer.energy.shape == matrix.shape
+                energy = layer.energy[row] if same else np.ones(matrix.shape[1])  # type: ignore
+                matrix[row, int(np.where(columns, energy, -1.0).argmax())] = True
+        return False
+
+    def _revive(self, groups: tuple[str, ...]) -> None:
+        """Keep a SIMD step of the most important block of the most important group."""
+        group = max((self.layout.groups[g] for g in groups), key=lambda g: g.importance.sum())
+        totals = np.bincount(group.block, weights=group.importance, minlength=group.blocks)
+        members = np.flatnonzero(group.block == int(totals.argmax()))
+        order = members[np.argsort(-group.importance[members], kind="stable")]
+        self.kept[group.name][order[: group.step(self.step)]] = True
+
+    def drop(self) -> bool:
+        """Drop blocks that nobody reads."""
+        alive = self.alive()
+        read = {name: np.zeros(len(blocks), dtype=bool) for name, blocks in alive.items()}
+        for layer in self.active:
+            rows = self.lines(alive, layer.groups)
+            used = self.connected[layer.name][rows].any(axis=0)
+            start = 0
+            for name in self.source[layer.name]:
+                end = start + len(read[name])
+                read[name] |= used[start:end]
+                start = end
+        changed = False
+        for name, blocks in alive.items():
+            group = self.layout.groups[name]
+            dead = blocks & ~read[name]
+            if group.frozen or not dead.any():
+                continue
+            changed = True
+            left = int((blocks & read[name])[group.block].sum())
+            short = group.least is not None and left < group.least
+            if not (short and self._read(name, dead, alive)):
+                self.kept[name] &= ~dead[group.block]
+        return changed
+
+    def _read(self, name: str, blocks: np.ndarray, alive: Alive) -> bool:
+        """Let the first live reader of a group read some blocks of it, if there is a reader."""
+        for reader in self.active:
+            rows = self.lines(alive, reader.groups)
+            if name in self.source[reader.name] and rows.any():
+                groups = self.source[reader.name]
+                start = self.layout.blocks(groups[: groups.index(name)])
+                columns = start + np.flatnonzero(blocks)
+                self.connected[reader.name][int(np.argmax(rows)), columns] = True
+                return True
+        return False
+
+    def round(self) -> bool:
+        """Round widths to whole SIMD steps."""
+        alive = self.alive()
+        changed = False
+        for name, blocks in alive.items():
+            group = self.layout.groups[name]
+            if not group.frozen and blocks.any():
+                split = self._is_split(alive, name)
+                changed |= _round_widths(group, self.kept[name], group.step(self.step), split)
+        return changed
+
+    def _is_split(self, alive: Alive, group: str) -> bool:
+        """Whether a layer that writes or reads the group misses a connection of live blocks."""
+        for layer in self.active:
+            source = self.source[layer.name]
+            for side, groups in (("rows", layer.groups), ("columns", source)):
+                if group not in groups:
+                    continue
+                live = self.connected[layer.name][
+                    np.ix_(self.lines(alive, layer.groups), self.lines(alive, source))
+                ]
+                # Where a layer writes or reads other groups beside, only this one's part counts.
+                here = [np.full(int(alive[g].sum()), g == group) for g in groups]
+                place = np.concatenate(here)
+                if not (live[place] if side == "rows" else live[:, place]).all():
+                    return True
+        return False
+
+
+def _round_widths(group: Group, kept: np.ndarray, step: int, split: bool) -> bool:
+    """Round kept widths in place to whole steps; returns whether anything changed."""
+    alive = np.unique(group.block[kept])
+    parts = [alive == b for b in alive] if split else [np.ones(len(alive), bool)]
+    members = [np.flatnonzero(np.isin(group.block, alive[part])) for part in parts]
+    counts = [int(kept[m].sum()) for m in members]
+    targets = []
+    for member, count in zip(members, counts, strict=True):
+        full = count == len(member)
+        targets.append(count if full else min(len(member), int(count / step + 0.5) * step))
+    targets = _bounded(group, targets, [len(m) for m in members], step)
+    if not any(targets):
+        # Something of the group must stay: the part with most channels gets one step.
+        first = int(np.argmax(counts))
+        targets[first] = min(step, len(members[first]))
+    changed = False
+    for member, count, target in zip(members, counts, targets, strict=True):
+        if target == count:
+            continue
+        changed = True
+        # Kept channels first, then by importance: rounding up adds, rounding down removes.
+        order = member[np.lexsort((-group.importance[member], ~kept[member]))]
+        kept[member] = False
+        kept[order[:target]] = True
+    return changed
+
+
+def _bounded(group: Group, targets: list[int], sizes: list[int], step: int) -> list[int]:
+    """Widths of a group's parts with their sum within the group's bounds, in whole steps."""
+    targets = list(targets)
+    while group.most is not None and sum(targets) > group.most and max(targets) > step:
+        place = int(np.argmax(targets))
+        targets[place] -= targets[place] % step or step
+    while group.least is not None and sum(targets) < group.least:
+        room = [size - target for size, target in zip(sizes, targets, strict=True)]
+        place = int(np.argmax(room))
+        if room[place] == 0:
+            break
+        targets[place] = min(sizes[place], targets[place] + step)
+    return targets
+
+
+def canonical(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> np.ndarray:
+    """The repaired genome in which every bit that has no effect is True.
+
+    Two genomes of the same student have the same canonical form; it is idempotent.
+    """
+    structure = resolve(layout, genome, step)
+    result = layout.teacher()
+    for name, kept in structure.kept.items():
+        if f"mask/{name}" in layout.slices:
+            layout.view(result, f"mask/{name}")[:] = kept
+    for name in structure.dropped:
+        layout.view(result, f"mask/{name}")[:] = False
+    for name, matrix in structure.connected.items():
+        if f"block/{name}" in layout.slices and name not in structure.through:
+            rows = alive_in(layout, structure, layout.by_name[name].groups)
+            columns = alive_in(layout, structure, structure.source[name])
+            matters = rows[:, None] & columns[None, :]
+            layout.view(result, f"block/{name}")[:] = matrix | ~matters
+    for name, inputs in structure.merges.items():
+        layout.view(result, f"merge/{name}")[:] = inputs
+    for name in structure.bypassed:
+        layout.view(result, f"bypass/{name}")[:] = False
+    return result
+
+
+def summary(layout: GenomeLayout, genome: np.ndarray) -> str:
+    """One line: widths, connections, merges and bypasses that are left."""
+    structure = resolve(layout, genome)
+    masked = [g for g in layout.groups.values() if not g.frozen]
+    live = [g for g in masked if g.name in structure.kept]
+    kept = sum(int(structure.kept[g.name].sum()) * g.width for g in live)
+    channels = f"channels {kept}/{sum(g.size * g.width for g in masked)}"
+    cut = total = 0
+    for name, matrix in structure.connected.items():
+        if f"block/{name}" in layout.slices and name not in structure.through:
+            rows = alive_in(layout, structure, layout.by_name[name].groups)
+            columns = alive_in(layout, structure, structure.source[name])
+            total += int(rows.sum() * columns.sum())
+            cut += int((~matrix[np.ix_(rows, columns)]).sum())
+    parts = [channels, f"connections {total - cut}/{total}"]
+    edges = sum(len(kept) for kept in structure.merges.values())
+    if edges:
+        parts.append(f"merge edges {sum(map(sum, structure.merges.values()))}/{edges}")
+    parts.append(f"bypassed {', '.join(sorted(structure.bypassed)) or 'none'}")
+    gone = [n.name for n in layout.layers if n.name not in structure.live]
+    if gone:
+        parts.append(f"gone {', '.join(gone)}")
+    return "; ".join(parts)

@@ -1,0 +1,418 @@
+"""Many kinds of network through the same rules: each student against its masked teacher."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_genome
+from torch import nn
+from torch.nn import functional as F
+
+from moodistill.graph import trace
+from moodistill.inherit import inherit
+from moodistill.layout import build_layout
+from moodistill.masked import masked_logits
+from moodistill.onnx_graph import OnnxGraph
+from moodistill.onnx_writer import to_onnx
+from moodistill.recipe import count_macs
+from moodistill.resolve import canonical, resolve
+from moodistill.statistics import CalibrationConfig, collect_samples
+from moodistill.student import build_student
+
+SIZE = 16
+
+
+def conv(inputs, outputs, kernel=3, groups=1, stride=1):
+    """A convolution with its norm."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+class Net(nn.Module):
+    """A stem of 32 channels, something in the middle, a head of 5 classes."""
+
+    width = 32
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv(3, 32, stride=2)
+        self.head = nn.Linear(self.width, 5)
+
+    def forward(self, x):
+        x = self.middle(F.relu(self.stem(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Dense(Net):
+    """Each layer reads everything before it; a norm over the concatenation."""
+
+    width = 64
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(32 + 16 * i) for i in range(3)])
+        self.convs = nn.ModuleList([nn.Conv2d(32 + 16 * i, 16, 3, padding=1) for i in range(2)])
+
+    def middle(self, x):
+        values = [x]
+        for norm, layer in zip(self.norms, self.convs, strict=False):
+            values.append(layer(F.relu(norm(torch.cat(values, 1)))))
+        return F.relu(self.norms[2](torch.cat(values, dim=1)))
+
+
+class Branches(Net):
+    """Four branches side by side, one of them a pooling."""
+
+    width = 80
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.three, self.five = conv(32, 16, 1), conv(32, 24), conv(32, 16, 5)
+        self.pooled = conv(32, 24, 1)
+
+    def middle(self, x):
+        pooled = self.pooled(F.max_pool2d(x, 3, 1, 1))
+        return F.relu(torch.cat([self.one(x), self.three(x), self.five(x), pooled], 1))
+
+
+class Shuffle(Net):
+    """Half of the channels pass by; a channel shuffle mixes the halves, twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.units = nn.ModuleList(
+            [nn.Sequential(conv(16, 24, 1), nn.ReLU(), conv(24, 24, 3, 24), conv(24, 16, 1))
+             for _ in range(2)]
+        )  # fmt: skip
+
+    def middle(self, x):
+        for unit in self.units:
+            left, right = x.chunk(2, dim=1)
+            x = torch.cat((left, unit(right)), dim=1)
+            n, c, h, w = x.size()
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
+        return x
+
+
+class Ghost(Net):
+    """Cheap twins of half of the channels, and a residual over both."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.cheap = conv(32, 16, 1), conv(16, 16, 3, 16)
+        self.last = conv(32, 32)
+
+    def middle(self, x):
+        y = F.relu(self.main(x))
+        return self.last(x + torch.cat([y, self.cheap(y)], 1))
+
+
+class Ladder(Net):
+    """Splits that read one another, as in Res2Net."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([conv(8, 8) for _ in range(3)])
+        self.last = conv(32, 32, 1)
+
+    def middle(self, x):
+        parts = torch.split(x, 8, 1)
+        y = parts[0]
+        outs = []
+        for index, layer in enumerate(self.convs):
+            y = F.relu(layer(y if index == 0 else y + parts[index]))
+            outs.append(y)
+        return F.relu(self.last(torch.cat([*outs, parts[3]], 1)) + x)
+
+
+class Gates(Net):
+    """Squeeze-and-excite, and a gate with one value per pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.expand, self.deep = conv(32, 48, 1), conv(48, 48, 5, 48)
+        self.fc1, self.fc2 = nn.Conv2d(48, 16, 1), nn.Conv2d(16, 48, 1)
+        self.where = nn.Conv2d(48, 1, 3, padding=1)
+        self.project = conv(48, 32, 1)
+
+    def middle(self, x):
+        y = F.hardswish(self.deep(F.silu(self.expand(x))))
+        y = y * F.hardsigmoid(self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(y, 1)))))
+        y = torch.sigmoid(self.where(y)) * y
+        return x + self.project(y)
+
+
+class Grouped(Net):
+    """A grouped convolution between dense ones, and a depthwise one that doubles the channels."""
+
+    width = 96
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.grouped, self.third = conv(32, 48, 1), conv(48, 96, 3, 12), conv(96, 32, 1)
+        self.deepen, self.mix = conv(32, 64, 3, 32), conv(64, 96, 1)
+
+    def middle(self, x):
+        x = x + self.third(F.relu(self.grouped(F.relu(self.first(x)))))
+        return F.relu(self.mix(self.deepen(F.relu(x))))
+
+
+class ChannelsLast(Net):
+    """A block with a norm over channels, linear layers on the last axis and a layer scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.Conv2d(32, 32, 7, padding=3, groups=32)
+        self.norm = nn.LayerNorm(32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.scale = nn.Parameter(torch.rand(32, 1, 1))
+        self.outer = nn.Parameter(torch.rand(32))
+
+    def middle(self, x):
+        y = self.norm(self.deep(x).permute(0, 2, 3, 1))
+        y = self.down(F.gelu(self.up(y))).permute(0, 3, 1, 2)
+        return (y * self.scale + x).mul(self.outer.reshape(1, -1, 1, 1))
+
+
+class Norms(Net):
+    """GroupNorm, PReLU with a slope per channel, arithmetic with numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.slopes = nn.GroupNorm(4, 32), nn.PReLU(32)
+        self.inner, self.last = conv(32, 24), conv(24, 32)
+
+    def middle(self, x):
+        y = 2.0 * self.slopes(self.norm(x)) - 0.5
+        return self.last(torch.relu(self.inner(y / 3)) + 1)
+
+
+class Shared(Net):
+    """One convolution, with its norm, called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.last = conv(32, 32), conv(32, 32)
+
+    def middle(self, x):
+        return self.last(F.relu(self.twice(F.relu(self.twice(x)))))
+
+
+class GatedLinear(Net):
+    """One half of a layer's channels gates the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.last = conv(32, 96), conv(48, 32)
+
+    def middle(self, x):
+        one, other = self.both(x).chunk(2, 1)
+        return self.last(one * torch.sigmoid(other))
+
+
+class Functional(Net):
+    """Functional layers: a norm, and a convolution with standardised weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.plain, self.last = nn.BatchNorm2d(48), nn.Conv2d(32, 48, 3), conv(48, 32)
+
+    def middle(self, x):
+        weight = self.plain.weight
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / weight.std((1, 2, 3), keepdim=True)
+        y = F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, self.plain.bias)
+        norm = self.norm
+        y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1)
+        return self.last(F.relu(y, inplace=True))
+
+
+class PickedInput(nn.Module):
+    """Scales the picture's channels one by one, as GoogLeNet does; overwrites its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = conv(3, 24, stride=2), conv(24, 24), conv(24, 24)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(24 * 16, 5)
+
+    def forward(self, x):
+        channels = [torch.unsqueeze(x[:, i], 1) * (0.5 + i) - 0.1 for i in range(3)]
+        x = self.one(torch.cat(channels, 1))
+        y = self.two(self.relu(x))  # x is read again below, after it was overwritten
+        y += x
+        z = self.three(self.relu(y))
+        z += y
+        z = F.max_pool2d(z, 2)
+        return self.head(z.view(z.size(0), -1))
+
+
+NETS = [
+    Dense, Branches, Shuffle, Ghost, Ladder, Gates, Grouped, ChannelsLast, Norms, Shared,
+    GatedLinear, Functional, PickedInput,
+]  # fmt: skip
+
+
+class Prepared:
+    """A drawn network with its graph, samples and layout."""
+
+    def __init__(self, network, size=SIZE):
+        self.network = network
+        self.images = torch.randn(6, 3, size, size)
+        with torch.no_grad():
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = 1.0  # one pass sets the statistics
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.uniform_(-0.5, 0.5)
+            network.train()(self.images)
+            for module in network.eval().modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean.add_(torch.randn(module.num_features) * 0.2)
+                    module.running_var.mul_(torch.empty(module.num_features).uniform_(0.5, 1.5))
+        self.graph = trace(network, (3, size, size))
+        config = CalibrationConfig(images=6, pixels=600)
+        self.digest, self.calibration = "", lambda count: self.images
+        self.samples = collect_samples(self.graph, self, config, None, "")
+        self.layout = build_layout(self.graph, self.samples)
+
+    def genome(self, seed, step=1):
+        """A canonical random genome without bypasses (they have no masked twin)."""
+        genome = random_genome(self.layout, np.random.default_rng(seed))
+        return canonical(self.layout, genome, step)
+
+
+@pytest.fixture(scope="module", params=NETS, ids=lambda net: net.__name__)
+def prepared(request):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return Prepared(request.param())
+
+
+def worst(found, expected):
+    """Largest difference of logits, relative to a picture's largest."""
+    found, expected = found.detach(), expected.detach()
+    scale = expected.abs().amax(dim=1, keepdim=True).clamp_min(1e-3)
+    return float(((found - expected).abs() / scale).max())
+
+
+@torch.no_grad()
+def check(prepared, seeds):
+    widths = set()
+    for seed in seeds:
+        step = (1, 4, 8)[seed % 3]
+        genome = prepared.genome(seed, step)
+        assert (canonical(prepared.layout, genome, step) == genome).all()
+        student = build_student(prepared.graph, prepared.layout, genome)
+        expected = masked_logits(prepared.graph, prepared.layout, genome, prepared.images)
+        assert worst(student.module(prepared.images), expected) < 1e-4, seed
+        widths.add(student.parameters)
+    return widths
+
+
+def counted(network, images):
+    """Multiply-accumulates of one image by hooks on the network itself."""
+    total = []
+
+    def hook(module, inputs, output):
+        weights = sum(p.numel() for p in module.parameters())
+        outputs = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
+        total.append(weights * output[0].numel() // outputs)
+
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    network(images[:1])
+    for handle in handles:
+        handle.remove()
+    return sum(total)
+
+
+@torch.no_grad()
+def test_the_teachers_genome_is_the_teacher(prepared):
+    student = build_student(prepared.graph, prepared.layout, prepared.layout.teacher())
+    expected = prepared.network(prepared.images)
+    assert worst(prepared.graph.module(prepared.images), expected) < 1e-4
+    assert worst(student.module(prepared.images), expected) < 1e-4
+    assert student.parameters == sum(p.numel() for p in prepared.network.parameters())
+    if not isinstance(prepared.network, Functional):  # its convolution is no module
+        macs = count_macs(student, prepared.graph)
+        assert macs == counted(prepared.network, prepared.images)
+
+
+def test_students_are_their_masked_teachers(prepared):
+    assert len(check(prepared, range(12))) > 6
+
+
+@torch.no_grad()
+def test_inherited_and_exported(prepared):
+    """Closed-form weights are finite, bring the logits closer, and the file says the same."""
+    import onnxruntime
+
+    layout, graph = prepared.layout, prepared.graph
+    genome = layout.teacher()
+    rng = np.random.default_rng(2)
+    for name in layout.shapes:
+        if name.startswith("mask/"):
+            view = layout.view(genome, name)
+            view[:] = rng.random(view.shape) < 0.7
+    genome = canonical(layout, genome, 1)
+    expected = prepared.network(prepared.images)
+    errors = []
+    for mode in ("slice", "student"):
+        student = build_student(graph, layout, genome)
+        if mode == "student":
+            inherit(student, graph, prepared.samples)
+        found = student.module(prepared.images)
+        assert torch.isfinite(found).all()
+        errors.append(float((found - expected).pow(2).mean()))
+    assert errors[1] < errors[0]
+    if not isinstance(prepared.network, Norms):  # GroupNorm goes through torch's exporter
+        OnnxGraph(student.module, graph.input_shape)
+    data = to_onnx(student.module, graph.input_shape)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: prepared.images.numpy()})
+    assert worst(torch.from_numpy(logits), found) < 1e-4
+
+
+def test_what_moves_channels_leaves_no_trace():
+    """A channel shuffle vanishes; whole groups and their layers may go."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        shuffle, branches = Prepared(Shuffle()), Prepared(Branches())
+    student = build_student(shuffle.graph, shuffle.layout, shuffle.layout.teacher())
+    called = {str(n.target) for n in student.module.graph.nodes}
+    assert not called & {"view", "transpose", "contiguous", "size"}
+    layout = branches.layout
+    assert "three.0" in layout.droppable
+    genome = layout.teacher()
+    layout.view(genome, "mask/three.0")[:] = False
+    structure = resolve(layout, genome)
+    assert "three.0" not in structure.live and structure.dropped == {"three.0"}
+    assert (canonical(layout, genome) == genome).all()
+    student = build_student(branches.graph, layout, genome)
+    assert not any(unit.layer == "three.0" for unit in student.units)
+    expected = masked_logits(branches.graph, layout, genome, branches.images)
+    assert worst(student.module(branches.images), expected) < 1e-4
+
+
+def test_what_cannot_be_cut_is_frozen_and_said():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        last, norms = Prepared(ChannelsLast()), Prepared(Norms())
+    assert last.graph.grouping.frozen["stem.0"] == "LayerNorm norm mixes its channels"
+    assert norms.graph.grouping.frozen["stem.0"] == "GroupNorm norm mixes its channels"
+    # What lies between may be cut.
+    assert "mask/up" in last.layout.slices and "mask/inner.0" in norms.layout.slices
+
+
+@pytest.mark.parametrize(
+    "name", ["squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "regnet_y_400mf"]
+)
+def test_torchvision(name):
+    import torchvision
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        prepared = Prepared(torchvision.models.get_model(name, num_classes=10), size=32)
+    check(prepared, range(3))
