@@ -32,12 +32,14 @@ TASK = replace(DIGITS, train=TrainConfig(phases=((1, 32),), batch_size=256),
 
 
 def commands():
-    """`(page, command)` of every line in a `sh` block."""
+    """Every line in a `sh` block, once."""
+    seen = set()
     for page in PAGES:
         for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.splitlines():
                 command = line.split("  #")[0].strip()
-                if command:
+                if command and command not in seen:
+                    seen.add(command)
                     yield pytest.param(command, id=f"{page.name}: {command[:70]}")
 
 

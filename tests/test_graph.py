@@ -253,7 +253,6 @@ def test_the_shipped_teachers(digits, vgg16, resnet18):
         "channels",
         "operations",
         "reader",
-        "steps",
         "slicing",
         "tensors",
     ],
