@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -245,8 +246,11 @@ class RemoteMeter:
         self.cluster = cluster
         self.resource = cluster.device
         self.rejected_windows = 0
-        # One copy on the device, not one a task.
-        self.reference = cluster.client.scatter(reference, hash=False)
+        # One copy on the device, not one a task; as a task's result it is made again where a
+        # device that was gone comes back (scattered data would be lost).
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it is large
+            self.reference = cluster._submit(remote.hold, self.resource, reference)
         setup = remote.TimeSetup(__version__, input_shape, config, teacher_latency_ms)
         future = cluster._submit(remote.calibrate, self.resource, setup, self.reference)
         scale, self.device = cluster.result(future, self.resource)

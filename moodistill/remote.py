@@ -133,6 +133,11 @@ def _meter(setup: TimeSetup, reference: bytes) -> LatencyMeter:
     return _meters[key]
 
 
+def hold(reference: bytes) -> bytes:
+    """Keep the teacher's file on this worker for the tasks that follow."""
+    return reference
+
+
 def calibrate(setup: TimeSetup, reference: bytes) -> tuple[float, dict[str, Any]]:
     """The teacher's latency on this device, and the device's fingerprint."""
     from moodistill.device import check_provider, device_fingerprint

@@ -108,9 +108,7 @@ def main() -> int:
             costs, size, genome = stages(arguments.run)
             total = sum(costs.values())
             print("seconds a student: " + ", ".join(f"{k} {v:.2f}" for k, v in costs.items()))
-            print(
-                f"bytes a student: genome {genome}, set-up {len(SETUP.config)}, file {size:,.0f}"
-            )
+            print(f"bytes a student: genome {genome}, set-up {len(SETUP.config)}, file {size:,.0f}")
             busy = total - costs.get("latency", 0.0)
             print(f"one driver feeds {count / seconds * busy:.0f} workers of this speed")
             print(
