@@ -6,6 +6,8 @@ import argparse
 import json
 import shlex
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,8 @@ from moodistill.latency import LatencyConfig
 from moodistill.latency_worker import CPU
 
 if TYPE_CHECKING:
+    from moodistill.cluster import Cluster
+    from moodistill.progress import Reporter
     from moodistill.task import OwnTask
 
 
@@ -110,16 +114,62 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         help="validation accuracy that an INT8 twin may lose (default 0.01, one point)",
     )  # fmt: skip
     _places_arguments(parser)
+    _cluster_arguments(parser)
+
+
+def _cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    many = parser.add_argument_group("more processes and machines (extra: distributed)")
+    many.add_argument("--workers", type=int, metavar="N", help="processes on this machine")
+    many.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, tcp://host:port")
+    many.add_argument("--latency-on", metavar="NAME", help="the worker's device that is timed")
+    for name in ("ca", "cert", "key"):
+        many.add_argument(f"--tls-{name}", type=Path, metavar="PEM")
+    many.add_argument(
+        "--patience", type=number, metavar="SECONDS",
+        help="how long there may be no worker before the run stops (default 60)",
+    )  # fmt: skip
+    many.add_argument("--wait", action="store_true", help="say so then, and wait for one")
+
+
+@contextmanager
+def _cluster(arguments: argparse.Namespace, say: Callable[[str], None]) -> Iterator[Cluster | None]:
+    """The workers that the options ask for, None for this process alone."""
+    given = {
+        "workers": arguments.workers,
+        "scheduler": arguments.scheduler,
+        "latency_on": arguments.latency_on,
+        "tls_ca": arguments.tls_ca,
+        "tls_cert": arguments.tls_cert,
+        "tls_key": arguments.tls_key,
+        "patience_s": arguments.patience,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given and not arguments.wait:
+        yield None
+        return
+    from moodistill.cluster import ClusterConfig, connect
+
+    with connect(ClusterConfig(**given, wait=arguments.wait), say) as cluster:
+        yield cluster
 
 
 def run_command(arguments: argparse.Namespace) -> None:
     """Search, distil, confirm, export."""
+    from moodistill.progress import Mode, make_reporter
+
+    mode: Mode = "json" if arguments.json else "quiet" if arguments.quiet else "auto"
+    reporter = make_reporter(mode)
+    with _cluster(arguments, reporter.say) as cluster:
+        _run(arguments, reporter, cluster)
+
+
+def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | None) -> None:
     from moodistill.context import default_cache_dir
     from moodistill.device import check_provider, probe_simd
     from moodistill.int8 import Int8Config
     from moodistill.layout import LayerRules
     from moodistill.objectives import DEFAULT, Limits
-    from moodistill.progress import Mode, TensorBoardReporter, make_reporter
+    from moodistill.progress import TensorBoardReporter
     from moodistill.run import Places, refuse_changes, resume_run, start_run
     from moodistill.run_config import Budget, new_config
 
@@ -131,8 +181,6 @@ def run_command(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} is {value}; expected a whole number of at least 1")
-    mode: Mode = "json" if arguments.json else "quiet" if arguments.quiet else "auto"
-    reporter = make_reporter(mode)
     if arguments.tensorboard is not None:
         reporter = TensorBoardReporter(reporter, arguments.tensorboard)
     places = Places(arguments.data_dir, arguments.weights, arguments.torch_threads)
@@ -149,7 +197,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         budget = Budget(
             arguments.preset, arguments.generations, arguments.finalists, arguments.distill_steps
         )
-        folder = resume_run(arguments.resume, budget, places, reporter)
+        folder = resume_run(arguments.resume, budget, places, reporter, cluster=cluster)
     else:
         own = _own_task(arguments)
         model = arguments.teacher if own else arguments.model
@@ -158,8 +206,15 @@ def run_command(arguments: argparse.Namespace) -> None:
         latency = LatencyConfig(
             arguments.threads or 1, arguments.batch or 1, arguments.provider or CPU
         )
-        check_provider(latency.provider)
-        step = arguments.simd_step or probe_simd(latency, default_cache_dir()).step
+        remote = cluster if cluster is not None and cluster.device is not None else None
+        if remote is None:
+            check_provider(latency.provider)
+        if arguments.simd_step:
+            step = arguments.simd_step
+        elif remote is not None:
+            step = remote.probe_step(latency)
+        else:
+            step = probe_simd(latency, default_cache_dir()).step
         loss = arguments.int8_max_loss
         config = new_config(
             model,
@@ -186,7 +241,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         )
         stem = model.rpartition(":")[2] if own else Path(model).stem
         out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = start_run(config, out, places, reporter)
+        folder = start_run(config, out, places, reporter, cluster=cluster)
     if arguments.json:
         print(json.dumps({"event": "finished", "run": str(folder)}))
         return

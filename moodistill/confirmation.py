@@ -7,13 +7,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moodistill.context import TeacherContext
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.export import Origin, ship
 from moodistill.files import write_json_atomic
-from moodistill.latency import LatencyMeter
 from moodistill.onnx_writer import to_onnx
 from moodistill.progress import Reporter
 from moodistill.results import Searched
@@ -26,12 +25,26 @@ CONFIRMED_FILE = "confirmed.json"
 SLACK = 0.05
 
 
+class Timer(Protocol):
+    """What times several models side by side: `LatencyMeter`, or one on another device."""
+
+    rejected_windows: int
+
+    def confirm(
+        self,
+        models: Mapping[str, Callable[[], bytes]],
+        rounds: int = ...,
+        report: Callable[[int], None] | None = None,
+    ) -> dict[str, Latency]:
+        """As `LatencyMeter.confirm`."""
+
+
 def confirm(
     folder: Path,
     searched: Searched,
     shipped: Mapping[str, Path],
     context: TeacherContext,
-    meter: LatencyMeter,
+    meter: Timer,
     reporter: Reporter,
 ) -> dict[str, Latency]:
     """Latency of the front, of what is near it, and of the files that ship; kept in `folder`.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pymoo.algorithms.moo.sms import SMSEMOA
 from pymoo.core.crossover import Crossover
 from pymoo.core.evaluator import Evaluator as PymooEvaluator
 from pymoo.core.mutation import Mutation
+from pymoo.core.population import Population
 from pymoo.core.problem import Problem
 from pymoo.core.repair import Repair
 from pymoo.core.sampling import Sampling
@@ -27,6 +29,7 @@ from pymoo.util.ref_dirs import get_reference_directions
 
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
+from moodistill.executor import Executor
 from moodistill.genome import GenomeLayout
 from moodistill.objectives import DEFAULT, Limits, check_objectives
 from moodistill.operators import (
@@ -173,16 +176,16 @@ class Search:
         layout: GenomeLayout,
         config: SearchConfig,
         store: Store,
-        evaluate: Callable[[np.ndarray], Evaluation],
+        executor: Executor,
         operators: Operators | None = None,
     ) -> None:
         self.layout = layout
         self.config = config
         self.store = store
-        self.evaluate = evaluate
+        self.executor = executor
         self.problem = StructuralDistillationProblem(
             layout.length,
-            lambda x: [self._answer(g)[0] for g in x],
+            lambda x: self._evaluations(x),  # a bound method would be copied with its search
             config.limits,
             config.objectives,
         )
@@ -198,19 +201,33 @@ class Search:
             self.problem, termination=("n_gen", config.generations), seed=config.seed, verbose=False
         )
 
-    def _answer(self, genome: np.ndarray) -> tuple[Evaluation, bool]:
-        """An evaluation and whether it came from the store."""
-        found = self.store.get(self.layout.digest(genome))
-        if found is not None:
-            return found, True
-        made = self.evaluate(genome)
-        self.store.add(made)
-        return made, False
+    def _evaluations(self, genomes: np.ndarray) -> list[Evaluation]:
+        """For who evaluates the problem by itself."""
+        answers = {i: e for i, e, _ in self._answers(list(genomes), [None] * len(genomes))}
+        return [answers[index] for index in range(len(genomes))]
+
+    def _answers(
+        self, genomes: Sequence[np.ndarray], numbers: Sequence[int | None]
+    ) -> Iterator[tuple[int, Evaluation, bool]]:
+        """Index, evaluation and whether it came from the store; each is stored as it ends.
+
+        A student's number is its place in the search, whatever the order of finishing.
+        """
+        missing = []
+        for index, genome in enumerate(genomes):
+            found = self.store.get(self.layout.digest(genome))
+            if found is not None:
+                yield index, found, True
+            else:
+                missing.append(index)
+        for place, made in self.executor.map([genomes[index] for index in missing]):
+            self.store.add(made, numbers[missing[place]])
+            yield missing[place], made, False
 
     def run(self) -> Iterator[Progress]:
         """Run all generations, yielding after every evaluation; everything is stored at once."""
-        evaluated = replayed = alike = 0
-        failure: str | None = None
+        evaluated = replayed = 0
+        failures = _AlikeFailures(self.store.folder)
         reference: np.ndarray | None = None
         front = np.empty((0, len(self.config.objectives)))
         while self.algorithm.has_next():
@@ -221,41 +238,68 @@ class Search:
             number = self.algorithm.n_gen
             genomes = offspring.get("X").astype(bool)
             digests = [self.layout.digest(genome) for genome in genomes]
-            evaluations = []
-            for index, genome in enumerate(genomes):
-                answer, from_store = self._answer(genome)
-                evaluations.append(answer)
+            evaluations: dict[int, Evaluation] = {}
+            places = range(evaluated + 1, evaluated + 1 + len(genomes))
+            for index, answer, from_store in self._answers(genomes, places):
+                evaluations[index] = answer
                 evaluated += 1
-                if evaluated == 1 and answer.failure is not None:
+                if places[index] == 1 and answer.failure is not None:
                     raise UserError(
                         f"the teacher itself could not be scored ({answer.failure}); "
                         "expected a network that runs in ONNX Runtime on this machine"
                     )
                 replayed += from_store
-                same = answer.failure is not None and answer.failure == failure
-                failure, alike = answer.failure, alike + 1 if same and not from_store else 1
-                if failure is not None and not from_store and alike >= MAX_ALIKE_FAILURES:
-                    raise RepeatedFailure(
-                        f"{alike} students in a row failed alike ({failure}); everything so far is "
-                        f"kept: mend the cause and continue with --resume {self.store.folder}"
-                    )
-                if reference is None:
-                    # The first genome is the teacher: its objectives are the reference.
-                    reference = self.problem.score([answer]).F[0]
+                failures.add(answer.failure, from_store)
                 front = _extended(front, self.problem.score([answer]))
-                last = index + 1 == len(genomes)
-                volume = hypervolume(front, reference) if last else 0.0
+                last = len(evaluations) == len(genomes)
+                volume = 0.0
                 if last:
-                    generation_hash = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-                    self.store.add_generation(
-                        number, generation_hash, time.perf_counter() - began, len(front), volume
-                    )
-                    self.seen.seen.update(np.packbits(g).tobytes() for g in genomes)
-                    score = self.problem.score(evaluations)
-                    static = StaticProblem(self.problem, F=score.F, G=score.G)
-                    PymooEvaluator().eval(static, offspring)
-                    self.algorithm.tell(infills=offspring)
+                    ordered = [evaluations[i] for i in range(len(genomes))]
+                    if reference is None:
+                        # The first genome is the teacher: its objectives are the reference.
+                        reference = self.problem.score(ordered[:1]).F[0]
+                    volume = hypervolume(front, reference)
+                    self._tell(offspring, ordered, number, digests, began, len(front), volume)
                 yield Progress(number, evaluated, replayed, len(front), volume, last, answer)
+
+    def _tell(
+        self,
+        offspring: Population,
+        evaluations: list[Evaluation],
+        number: int,
+        digests: list[str],
+        began: float,
+        front_size: int,
+        volume: float,
+    ) -> None:
+        """Store a finished generation and let the algorithm select."""
+        generation_hash = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        seconds = time.perf_counter() - began
+        self.store.add_generation(number, generation_hash, seconds, front_size, volume)
+        genomes = offspring.get("X").astype(bool)
+        self.seen.seen.update(np.packbits(g).tobytes() for g in genomes)
+        score = self.problem.score(evaluations)
+        static = StaticProblem(self.problem, F=score.F, G=score.G)
+        PymooEvaluator().eval(static, offspring)
+        self.algorithm.tell(infills=offspring)
+
+
+class _AlikeFailures:
+    """Stops a search in which one student after another fails for the same reason."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reason: str | None = None
+        self.count = 0
+
+    def add(self, reason: str | None, from_store: bool) -> None:
+        same = reason is not None and reason == self.reason
+        self.reason, self.count = reason, self.count + 1 if same and not from_store else 1
+        if reason is not None and not from_store and self.count >= MAX_ALIKE_FAILURES:
+            raise RepeatedFailure(
+                f"{self.count} students in a row failed alike ({reason}); everything so far is "
+                f"kept: mend the cause and continue with --resume {self.folder}"
+            )
 
 
 def _extended(front: np.ndarray, score: Score) -> np.ndarray:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from moodistill import pareto
-from moodistill.confirmation import confirm
+from moodistill.confirmation import Timer, confirm
 from moodistill.context import TeacherContext, default_cache_dir
-from moodistill.device import device_fingerprint
 from moodistill.distill import SoftTargets
 from moodistill.errors import UserError
 from moodistill.evaluation import Latency
@@ -20,7 +19,6 @@ from moodistill.export import Origin
 from moodistill.finalists import finish, float_model
 from moodistill.front import FrontRow
 from moodistill.int8 import SUFFIX, Int8Result, judge_speed, quantise_student, save_int8
-from moodistill.latency import LatencyMeter
 from moodistill.package import write_package
 from moodistill.progress import Reporter
 from moodistill.results import (
@@ -42,7 +40,8 @@ def finish_run(
     store: Store,
     config: RunConfig,
     context: TeacherContext,
-    meter: LatencyMeter,
+    meter: Timer,
+    device: Mapping[str, Any],
     known: Accuracies,
     reporter: Reporter,
 ) -> dict[str, Latency]:
@@ -64,7 +63,6 @@ def finish_run(
     finalists = searched.finalists(folder)
     twins: dict[str, Int8Result] = {}
     if config.int8.wanted:
-        device = device_fingerprint(config.latency)
         with reporter.stage("INT8", len(finalists), "student") as stage:
             for place, (name, finalist) in enumerate(finalists.items()):
                 genome = searched.students[name].genome

@@ -79,14 +79,29 @@ def count_macs(student: Student, graph: TeacherGraph) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A scored student and its file.
+
+    Attributes:
+        evaluation: without a latency if none was measured.
+        model: the ONNX file; empty if the student failed.
+        key: of the structure, for the latency's cache.
+    """
+
+    evaluation: Evaluation
+    model: bytes = b""
+    key: str = ""
+
+
 class Evaluator:
     """Scores genomes of one teacher by one recipe.
 
     `measure(onnx_bytes, structure_hash)` gives the latency: `LatencyMeter.measure`, or a recorded
-    table in tests.
+    table in tests; None where it is measured elsewhere.
     """
 
-    def __init__(self, context: TeacherContext, recipe: Recipe, measure: Measure) -> None:
+    def __init__(self, context: TeacherContext, recipe: Recipe, measure: Measure | None) -> None:
         self.context = context
         self.recipe = recipe
         self.measure = measure
@@ -94,6 +109,10 @@ class Evaluator:
 
     def evaluate(self, genome: np.ndarray) -> Evaluation:
         """Score one genome; whatever goes wrong becomes the evaluation's `failure`."""
+        return self.score(genome).evaluation
+
+    def score(self, genome: np.ndarray) -> Scored:
+        """Score one genome, without a latency if there is no `measure`; never raises."""
         layout = self.context.layout
         genome = canonical(layout, genome, self.recipe.simd_step)
         digest, packed = layout.digest(genome), layout.pack(genome)
@@ -113,8 +132,10 @@ class Evaluator:
                     model = to_onnx(student.module, self.context.data.input_shape)
                     key = structure_hash(student.module)
                     size, memory = len(model), peak_memory_bytes(model)
-                with _timed(seconds, "latency"):
-                    latency = self.measure(model, key)
+                latency = None
+                if self.measure is not None:
+                    with _timed(seconds, "latency"):
+                        latency = self.measure(model, key)
                 # Behind the latency: a file that brings ONNX Runtime down does so in its process.
                 with _timed(seconds, "accuracy"):
                     threads = torch.get_num_threads()
@@ -123,12 +144,16 @@ class Evaluator:
             # One bad student must not end a search of hours: it becomes a row with a reason.
             lines = str(error).strip().splitlines() or [""]
             failure = f"{type(error).__name__}: {lines[0][:200]}"
-            return Evaluation(
-                digest, packed, 0.0, parameters, macs, size, None, seconds, failure, summary, memory
-            )
-        return Evaluation(
+            return Scored(
+                Evaluation(
+                    digest, packed, 0.0, parameters, macs, size, None, seconds, failure, summary,
+                    memory,
+                )
+            )  # fmt: skip
+        made = Evaluation(
             digest, packed, reached, parameters, macs, size, latency, seconds, None, summary, memory
         )
+        return Scored(made, model, key)
 
 
 @contextmanager

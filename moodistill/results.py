@@ -47,13 +47,12 @@ class Searched:
     @staticmethod
     def read(store: Store, limits: Limits, objectives: tuple[str, ...]) -> Searched | None:
         """What the store holds, or None if not even the teacher was scored."""
-        evaluations = store.all()
-        if not evaluations or evaluations[0].latency is None:
+        evaluations = store.numbered()
+        teacher = evaluations.get(0)
+        if teacher is None or teacher.latency is None:
             return None
-        students = {
-            student_id(n): e for n, e in enumerate(evaluations) if n > 0 and limits.keeps(e)
-        }
-        return Searched(evaluations[0], students, objectives)
+        students = {student_id(n): e for n, e in evaluations.items() if n > 0 and limits.keeps(e)}
+        return Searched(teacher, students, objectives)
 
     def values(self) -> np.ndarray:
         """`(n, m)` objectives of the students, in order, all minimised."""

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from moodistill import report
-from moodistill.context import TeacherContext, default_cache_dir, load_context, use_threads
+from moodistill import __version__, report
+from moodistill.context import (
+    TeacherContext,
+    default_cache_dir,
+    default_threads,
+    load_context,
+    use_threads,
+)
 from moodistill.data import fraction_right, metric_name
 from moodistill.device import device_fingerprint
 from moodistill.errors import UserError
 from moodistill.estimate import estimate_seconds
 from moodistill.evaluation import Latency
 from moodistill.evolution import Search
+from moodistill.executor import Executor, SerialExecutor
 from moodistill.files import TEMPORARY, remove_orphans
 from moodistill.finishing import changed_places, finish_run, package_finalists
 from moodistill.latency import LatencyError, LatencyMeter
@@ -27,6 +36,11 @@ from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import RUN_FILE, new_run_folder, read_run, versions, write_run
 from moodistill.store import LOCK_FILE, Store
 from moodistill.task import Task, load_task
+
+if TYPE_CHECKING:
+    from moodistill.cluster import Cluster, RemoteMeter
+
+    Meter = LatencyMeter | RemoteMeter
 
 CACHE_ORPHANS_S = 600.0  # nothing that is written to the cache takes so long
 
@@ -46,6 +60,7 @@ def start_run(
     places: Places,
     reporter: Reporter | None = None,
     task: Task | None = None,
+    cluster: Cluster | None = None,
 ) -> Path:
     """Make the folder `out` and run; returns the folder. `task` None loads `config.model`.
 
@@ -65,7 +80,7 @@ def start_run(
     limits = replace(limits, min_accuracy=max(floor, limits.min_accuracy))
     config = replace(config, search=replace(config.search, limits=limits))
     folder = new_run_folder(out)
-    with _meter(context, config, None) as meter:
+    with _meter(context, config, None, cluster) as meter:
         write_run(
             folder,
             {
@@ -75,7 +90,8 @@ def start_run(
                 "metric": metric_name(context.data),
                 "genome_bits": context.layout.length,
                 "teacher_latency_ms": meter.teacher_latency_ms,
-                "device": device_fingerprint(config.latency),
+                "device": _device(meter, config),
+                "latency_on": cluster.config.latency_on if cluster is not None else None,
                 "versions": versions(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "status": "running",
@@ -83,7 +99,8 @@ def start_run(
         )
         write_layout(folder, context.layout)
         with Store.create(folder) as store:
-            _execute(folder, store, config, context, meter, reporter or Reporter())
+            executor = _executor(context, config, places, meter, cluster)
+            _execute(folder, store, config, context, meter, reporter or Reporter(), executor)
     return folder
 
 
@@ -93,6 +110,7 @@ def resume_run(
     places: Places,
     reporter: Reporter | None = None,
     task: Task | None = None,
+    cluster: Cluster | None = None,
 ) -> Path:
     """Carry on a run, finished or not; finished evaluations are answered from its store.
 
@@ -123,6 +141,12 @@ def resume_run(
                     f"{folder} was started with {key} {stored.get(key)}, found {found}; "
                     "resume it with the same teacher, data and metric"
                 )
+        place = cluster.config.latency_on if cluster is not None else None
+        if stored.get("latency_on") != place:
+            raise UserError(
+                f"{folder} has latencies of {stored.get('latency_on') or 'this machine'}, not of "
+                f"{place or 'this machine'}; resume it with the same --latency-on"
+            )
         scale = stored.get("teacher_latency_ms")
         if not isinstance(scale, int | float) or not 0 < scale < 1e15:
             raise UserError(
@@ -131,8 +155,9 @@ def resume_run(
             )
         write_run(folder, {**stored, "config": asdict(config), "status": "running"})
         write_layout(folder, context.layout)
-        with _meter(context, config, scale) as meter:
-            _execute(folder, store, config, context, meter, reporter or Reporter())
+        with _meter(context, config, scale, cluster) as meter:
+            executor = _executor(context, config, places, meter, cluster)
+            _execute(folder, store, config, context, meter, reporter or Reporter(), executor)
     return folder
 
 
@@ -187,11 +212,18 @@ def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
     )
 
 
-def _meter(context: TeacherContext, config: RunConfig, calibrated: float | None) -> LatencyMeter:
+def _meter(
+    context: TeacherContext, config: RunConfig, calibrated: float | None, cluster: Cluster | None
+) -> Meter:
+    teacher, shape = teacher_onnx(context), context.data.input_shape
+    if cluster is not None and cluster.device is not None:
+        from moodistill.cluster import RemoteMeter
+
+        return RemoteMeter(cluster, teacher, shape, config.latency, calibrated)
     try:
         return LatencyMeter(
-            teacher_onnx(context),
-            context.data.input_shape,
+            teacher,
+            shape,
             config.latency,
             teacher_latency_ms=calibrated,
         )
@@ -202,13 +234,48 @@ def _meter(context: TeacherContext, config: RunConfig, calibrated: float | None)
         ) from error
 
 
+def _device(meter: Meter, config: RunConfig) -> dict[str, Any]:
+    """Fingerprint of the device that latencies are of."""
+    return device_fingerprint(config.latency) if isinstance(meter, LatencyMeter) else meter.device
+
+
+def _executor(
+    context: TeacherContext,
+    config: RunConfig,
+    places: Places,
+    meter: Meter,
+    cluster: Cluster | None,
+) -> Executor:
+    """What scores the students: this process, or the cluster's workers."""
+    local = meter.measure if isinstance(meter, LatencyMeter) else None
+    if cluster is None:
+        return SerialExecutor(Evaluator(context, config.recipe, local).evaluate)
+    from moodistill.cluster import DaskExecutor
+    from moodistill.remote import ScoreSetup
+
+    workers = cluster.config.workers
+    threads = max(1, default_threads() // workers) if workers is not None else 1
+    setup = ScoreSetup(
+        version=__version__,
+        config=json.dumps(asdict(config)),
+        teacher_digest=context.teacher_digest,
+        data_digest=context.data.digest,
+        data_dir=None if places.data_dir is None else str(places.data_dir.resolve()),
+        weights=None if places.weights is None else str(places.weights.resolve()),
+        threads=places.threads or threads,
+    )
+    remote = None if isinstance(meter, LatencyMeter) else meter
+    return DaskExecutor(cluster, context.layout, setup, remote, local)
+
+
 def _execute(
     folder: Path,
     store: Store,
     config: RunConfig,
     context: TeacherContext,
-    meter: LatencyMeter,
+    meter: Meter,
     reporter: Reporter,
+    executor: Executor,
 ) -> None:
     seconds = estimate_seconds(context, config, len(store))
     minutes = {name: f"{value / 60:.0f} min" for name, value in seconds.items()}
@@ -218,14 +285,14 @@ def _execute(
         f"{config.finalists} finalists and {minutes['front']} for the front on this machine",
         estimated_seconds={name: round(value) for name, value in seconds.items()},
     )
-    evaluator = Evaluator(context, config.recipe, meter.measure)
-    search = Search(context.layout, config.search, store, evaluator.evaluate)
+    search = Search(context.layout, config.search, store, executor)
+    device = _device(meter, config)
     known = Accuracies(folder / "accuracies.json")
     confirmed: dict[str, Latency] = {}
     status, problem = "stopped", ""
     try:
         _search(search, config, reporter)
-        confirmed = finish_run(folder, store, config, context, meter, known, reporter)
+        confirmed = finish_run(folder, store, config, context, meter, device, known, reporter)
         status = "finished"
     except LatencyError as error:
         # Everything else of the finalists is on disk: their rows are written before it is said.
@@ -246,7 +313,7 @@ def _execute(
         rows = make_rows(folder, searched, known.known, confirmed, meter.teacher_latency_ms)
         title = f"{config.model}: {len(store)} students searched, {config.preset} preset"
         write_results(folder, store, rows, title)
-        package_finalists(folder, rows, searched, context, device_fingerprint(config.latency))
+        package_finalists(folder, rows, searched, context, device)
         reporter.say(report.front_table(rows))
         changes = changed_places(searched, confirmed)
         if changes["lost"] or changes["gained"]:

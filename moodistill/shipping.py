@@ -151,7 +151,7 @@ def export_student(
 
 def _evaluation(run: Path, name: str) -> Evaluation:
     with Store.open(run, readonly=True) as store:
-        evaluations = {student_id(n): e for n, e in enumerate(store.all())}
+        evaluations = {student_id(n): e for n, e in store.numbered().items()}
     if name not in evaluations or evaluations[name].latency is None:
         known = sorted(p.name for p in (run / "students").glob("s*"))
         raise UserError(

@@ -43,6 +43,10 @@ CREATE TABLE generations (
     front_size INTEGER NOT NULL, hypervolume REAL NOT NULL, evaluations INTEGER NOT NULL);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+_WHY_DIVERGED = (
+    "the code, a library or a setting changed since: resume with the versions in run.json, or "
+    "start anew with another --out"
+)
 # A forked worker would keep the lock alive after its parent was killed, so it lets go at once.
 _held_locks: set[int] = set()
 
@@ -140,8 +144,10 @@ class Store:
             raise
         return cls(folder, connection, lock)
 
-    def add(self, evaluation: Evaluation) -> None:
+    def add(self, evaluation: Evaluation, number: int | None = None) -> None:
         """Store one evaluation; it is on disk when this returns.
+
+        `number` is its place in the search, None the next one.
 
         Raises:
             ValueError: if the genome is stored already, a number is NaN, or the store is read-only.
@@ -161,7 +167,7 @@ class Store:
         seconds = json.dumps({k: float(v) for k, v in evaluation.seconds.items()})
         # float() and int() because sqlite3 stores NumPy scalars as blobs.
         row = (
-            evaluation.genome_hash, bytes(evaluation.genome), float(evaluation.accuracy),
+            number, evaluation.genome_hash, bytes(evaluation.genome), float(evaluation.accuracy),
             int(evaluation.parameters), int(evaluation.macs), int(evaluation.size_bytes),
             *times, samples, seconds, evaluation.failure, evaluation.summary,
             int(evaluation.memory_bytes), datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -170,9 +176,16 @@ class Store:
         with self._guard():
             try:
                 self._connection.execute(
-                    f"INSERT INTO evaluations ({_COLUMNS}, timestamp) VALUES ({marks})", row
+                    f"INSERT INTO evaluations (number, {_COLUMNS}, timestamp) VALUES ({marks})", row
                 )
             except sqlite3.IntegrityError as error:
+                taken = "SELECT genome_hash FROM evaluations WHERE number = ?"
+                known = self._connection.execute(taken, (number,)).fetchone()
+                if known is not None and known[0] != evaluation.genome_hash:
+                    raise ReplayDiverged(
+                        f"{self.folder}: student {number} is {evaluation.genome_hash}, but the run "
+                        f"stored {known[0]}; {_WHY_DIVERGED}"
+                    ) from error
                 raise ValueError(f"{evaluation.genome_hash} is not stored: {error}") from error
 
     def get(self, genome_hash: str) -> Evaluation | None:
@@ -183,10 +196,15 @@ class Store:
             return None if row is None else _evaluation(row)
 
     def all(self) -> list[Evaluation]:
-        """Every evaluation, in the order stored."""
-        query = f"SELECT {_COLUMNS} FROM evaluations ORDER BY number"
+        """Every evaluation, in the search's order."""
+        return list(self.numbered().values())
+
+    def numbered(self) -> dict[int, Evaluation]:
+        """Every evaluation by its place in the search, the first one 0."""
+        query = f"SELECT {_COLUMNS}, number FROM evaluations ORDER BY number"
         with self._guard(ValueError, TypeError, KeyError, AttributeError):
-            return [_evaluation(row) for row in self._connection.execute(query)]
+            rows = self._connection.execute(query)
+            return {number - 1: _evaluation(tuple(row)) for *row, number in rows}
 
     def __len__(self) -> int:
         """How many evaluations are stored."""
@@ -214,8 +232,7 @@ class Store:
             elif known[0] != offspring_hash:
                 raise ReplayDiverged(
                     f"{self.folder}: generation {number} bred offspring {offspring_hash[:12]}, "
-                    f"but the run stored {known[0][:12]}; the code, a library or a setting changed "
-                    "since: resume with the versions in run.json, or start anew with another --out"
+                    f"but the run stored {known[0][:12]}; {_WHY_DIVERGED}"
                 )
 
     def generations(self) -> list[Generation]:

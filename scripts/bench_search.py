@@ -31,6 +31,7 @@ from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.evolution import Operators, Search, SearchConfig, default_operators
 from moodistill.evolution import hypervolume as normalised_hypervolume
+from moodistill.executor import SerialExecutor
 from moodistill.files import write_atomic, write_json_atomic
 from moodistill.inherit import InheritConfig
 from moodistill.latency import LatencyMeter
@@ -131,7 +132,7 @@ class Bench:
                 BinaryRandomSampling(), UniformCrossover(), BitflipMutation(), operators.repair
             )
         evaluator = Evaluator(self.context, recipe, meter.measure)
-        search = Search(layout, config, store, evaluator.evaluate, operators)
+        search = Search(layout, config, store, SerialExecutor(evaluator.evaluate), operators)
         total = population * config.generations
         with tqdm(total=total, desc=f"{arm} {seed}", disable=None) as bar:
             for _ in search.run():

@@ -8,6 +8,7 @@ import pytest
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.evolution import RepeatedFailure, Search, SearchConfig, hypervolume
+from moodistill.executor import SerialExecutor
 from moodistill.genome import INPUT, GenomeLayout, Group, Node
 from moodistill.objectives import Limits
 from moodistill.problem import StructuralDistillationProblem
@@ -69,7 +70,7 @@ def make(folder, config, evaluate=recorded):
     else:
         (folder / "run.json").write_text("{}")
         store = Store.create(folder)
-    return store, Search(LAYOUT, config, store, evaluate)
+    return store, Search(LAYOUT, config, store, SerialExecutor(evaluate))
 
 
 CONFIG = SearchConfig(population=12, generations=6, seed=3, simd_step=8)

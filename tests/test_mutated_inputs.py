@@ -32,6 +32,7 @@ from moodistill.distill import DistillConfig, SoftTargets
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.evolution import Search
+from moodistill.executor import SerialExecutor
 from moodistill.finishing import changed_places
 from moodistill.latency import LatencyError, LatencyMeter
 from moodistill.objectives import Limits
@@ -264,7 +265,7 @@ def call(context, folder, monkeypatch):
             context.graph.module, context.data, config.distill, None, context.teacher_digest
         )
         with contextlib.suppress(Stop):
-            list(Search(context.layout, config.search, store, evaluate).run())
+            list(Search(context.layout, config.search, store, SerialExecutor(evaluate)).run())
         searched = Searched.read(store, config.search.limits, config.search.objectives)
         if searched is None:
             return

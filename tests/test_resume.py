@@ -20,6 +20,7 @@ from test_evolution import LAYOUT, make, recorded
 from moodistill import latency
 from moodistill.cached import content_digest
 from moodistill.evolution import Search, SearchConfig
+from moodistill.executor import SerialExecutor
 from moodistill.recipe import Evaluator, Recipe, teacher_onnx
 from moodistill.store import Store
 from moodistill.teachers import read_safetensors
@@ -252,7 +253,7 @@ def test_a_latency_process_that_dies_costs_one_student(digits, tmp_path, monkeyp
     ):
         evaluator = Evaluator(digits, Recipe(), meter.measure)
         config = SearchConfig(population=6, generations=1)
-        list(Search(digits.layout, config, store, evaluator.evaluate).run())
+        list(Search(digits.layout, config, store, SerialExecutor(evaluator.evaluate)).run())
         found = store.all()
     died = "LatencyError: the latency worker died (exit code {})"
     assert [e.failure for e in found] == [

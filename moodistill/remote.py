@@ -1,0 +1,183 @@
+"""What runs on a Dask worker: scoring a student, or timing a model on the device that it stands on.
+
+Teacher, statistics and data are loaded once a process; what travels is the genome, digests and ONNX
+files. A worker of another version, teacher or data set refuses by its own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from moodistill import __version__
+from moodistill.errors import UserError
+from moodistill.evaluation import Evaluation, Latency
+from moodistill.latency import LatencyConfig, LatencyError, LatencyMeter
+from moodistill.recipe import Evaluator, Scored
+
+STUDENTS = "student"  # the resource of a worker that scores students; of each it has one
+DEVICE = "latency:"  # and of one that times models, followed by the device's name
+
+
+class WorkerMismatch(UserError):
+    """A worker that cannot take part, and why."""
+
+
+@dataclass(frozen=True)
+class ScoreSetup:
+    """What a worker must have to score students.
+
+    Attributes:
+        version: moodistill's.
+        config: the run's configuration as JSON.
+        teacher_digest, data_digest: of the driver's teacher and data.
+        data_dir, weights: where to look for them, as on the driver; None for the defaults.
+        threads: torch's.
+    """
+
+    version: str
+    config: str
+    teacher_digest: str
+    data_digest: str
+    data_dir: str | None
+    weights: str | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class TimeSetup:
+    """How a device times models: as `LatencyMeter`'s arguments."""
+
+    version: str
+    input_shape: tuple[int, int, int]
+    config: LatencyConfig
+    teacher_latency_ms: float | None
+
+
+def _name() -> str:
+    from distributed import get_worker
+
+    try:
+        worker = get_worker()
+    except ValueError:  # called outside a worker
+        return "this process"
+    return f"worker {worker.name} at {worker.address}"
+
+
+def _check_version(version: str) -> None:
+    if version != __version__:
+        raise WorkerMismatch(
+            f"{_name()} has moodistill {__version__}, the run has {version}; install the same there"
+        )
+
+
+@lru_cache(maxsize=1)
+def _evaluator(setup: ScoreSetup) -> Evaluator:
+    from moodistill.context import load_context, use_threads
+    from moodistill.run_config import RunConfig
+    from moodistill.task import load_task
+
+    _check_version(setup.version)
+    use_threads(setup.threads)
+    config = RunConfig.from_dict(json.loads(setup.config))
+    data_dir, weights = (
+        Path(path) if path is not None else None for path in (setup.data_dir, setup.weights)
+    )
+    try:
+        task = load_task(config.model, config.own)
+        context = load_context(task, data_dir, weights, config.calibration, rules=config.rules)
+    except UserError as error:
+        raise WorkerMismatch(f"{_name()}: {error}") from error
+    for what, found, wanted in (
+        ("teacher", context.teacher_digest, setup.teacher_digest),
+        ("data set", context.data.digest, setup.data_digest),
+    ):
+        if found != wanted:
+            raise WorkerMismatch(
+                f"{_name()} has another {what} ({found[:12]}, the run has {wanted[:12]}); "
+                "copy it there"
+            )
+    return Evaluator(context, config.recipe, None)
+
+
+def score(setup: ScoreSetup, genome: bytes) -> Scored:
+    """Score a packed genome, latency aside."""
+    evaluator = _evaluator(setup)
+    return evaluator.score(evaluator.context.layout.unpack(genome))
+
+
+_meters: dict[str, LatencyMeter] = {}
+
+
+def _meter(setup: TimeSetup, reference: bytes) -> LatencyMeter:
+    _check_version(setup.version)
+    key = hashlib.sha256(reference).hexdigest() + repr(setup)
+    if key not in _meters:
+        for meter in _meters.values():
+            meter.close()
+        _meters.clear()
+        try:
+            _meters[key] = LatencyMeter(
+                reference,
+                setup.input_shape,
+                setup.config,
+                teacher_latency_ms=setup.teacher_latency_ms,
+            )
+        except LatencyError as error:
+            raise WorkerMismatch(f"{_name()} cannot time the teacher: {error}") from error
+    return _meters[key]
+
+
+def hold(reference: bytes) -> bytes:
+    """Keep the teacher's file on this worker for the tasks that follow."""
+    return reference
+
+
+def calibrate(setup: TimeSetup, reference: bytes) -> tuple[float, dict[str, Any]]:
+    """The teacher's latency on this device, and the device's fingerprint."""
+    from moodistill.device import check_provider, device_fingerprint
+
+    try:
+        check_provider(setup.config.provider)
+    except UserError as error:
+        raise WorkerMismatch(f"{_name()}: {error}") from error
+    meter = _meter(setup, reference)
+    return meter.teacher_latency_ms, device_fingerprint(setup.config)
+
+
+def probe_step(version: str, config: LatencyConfig) -> int:
+    """Channels per SIMD block of this device."""
+    from moodistill.context import default_cache_dir
+    from moodistill.device import probe_simd
+
+    _check_version(version)
+    return probe_simd(config, default_cache_dir()).step
+
+
+def time_model(setup: TimeSetup, reference: bytes, scored: Scored) -> Evaluation:
+    """The evaluation with its latency on this device; a model that cannot be timed has failed."""
+    if scored.evaluation.failure is not None:
+        return scored.evaluation
+    began = time.perf_counter()
+    try:
+        latency = _meter(setup, reference).measure(scored.model, scored.key)
+    except LatencyError as error:
+        failure = f"LatencyError: {error}"
+        return replace(scored.evaluation, accuracy=0.0, failure=failure)
+    seconds = scored.evaluation.seconds | {"latency": time.perf_counter() - began}
+    return replace(scored.evaluation, latency=latency, seconds=seconds)
+
+
+def confirm_models(
+    setup: TimeSetup, reference: bytes, models: dict[str, bytes], rounds: int
+) -> tuple[dict[str, Latency], int]:
+    """Latencies of several models side by side, and how many windows were timed again."""
+    meter = _meter(setup, reference)
+    before = meter.rejected_windows
+    files = {name: (lambda file=file: file) for name, file in models.items()}
+    return meter.confirm(files, rounds), meter.rejected_windows - before

@@ -1,0 +1,252 @@
+"""Scoring on other processes: same answers, faults, versions; with real Dask workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("distributed")
+
+from moodistill import cluster as clusters
+from moodistill import remote
+from moodistill.cluster import ClusterConfig, DaskExecutor, RemoteMeter, connect
+from moodistill.errors import UserError
+from moodistill.evolution import Search, SearchConfig
+from moodistill.executor import SerialExecutor
+from moodistill.latency import LatencyConfig
+from moodistill.recipe import Evaluator, Recipe, teacher_onnx
+from moodistill.run_config import new_config
+from moodistill.store import Store
+
+pytestmark = pytest.mark.distributed
+
+SEARCH = SearchConfig(population=6, generations=2, seed=5, simd_step=8)
+
+
+def table(model, key):
+    """A recorded latency: the same for the same structure, whoever asks."""
+    from moodistill.evaluation import Latency
+
+    ms = 0.1 + int(key[:6], 16) / 0xFFFFFF
+    return Latency(ms, ms, ms, ms, (ms,) * 3, (1.0,) * 3)
+
+
+def score_setup(context, **changes):
+    from dataclasses import asdict
+
+    config = new_config("digits", 8, generations=2, population=6)
+    values = {
+        "version": remote.__version__, "config": json.dumps(asdict(config)),
+        "teacher_digest": context.teacher_digest, "data_digest": context.data.digest,
+        "data_dir": None, "weights": None, "threads": 1,
+    }  # fmt: skip
+    return remote.ScoreSetup(**values | changes)
+
+
+def searched(folder, layout, executor):
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    with Store.create(folder) as store:
+        list(Search(layout, SEARCH, store, executor).run())
+        return [
+            (e.genome_hash, e.accuracy, e.parameters, e.macs, e.size_bytes, e.latency.latency_ms)
+            for e in store.all()
+        ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory):
+    """Workers are processes of their own: they inherit this cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOODISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def four(environment):
+    with connect(ClusterConfig(workers=4), lambda text: None) as cluster:
+        yield cluster
+
+
+def dask(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "distributed.cli.dask_" + arguments[0], *arguments[1:]],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def end(*processes):
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def scheduler(environment, tmp_path):
+    """Address of a scheduler on loopback, in a process of its own."""
+    file = tmp_path / "scheduler.json"
+    process = dask(
+        "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+        "--scheduler-file", str(file),
+    )  # fmt: skip
+    while not file.exists() or not file.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield json.loads(file.read_text())["address"]
+    end(process)
+
+
+def worker(address, resource, *more):
+    return dask(
+        "worker", address, "--nthreads", "1", "--host", "127.0.0.1", "--no-dashboard",
+        "--resources", f"{resource}=1", "--death-timeout", "60", *more,
+    )  # fmt: skip
+
+
+def test_one_process_and_four_workers_find_the_same(digits, four, tmp_path):
+    serial = SerialExecutor(Evaluator(digits, Recipe(), table).evaluate)
+    expected = searched(tmp_path / "serial", digits.layout, serial)
+    executor = DaskExecutor(four, digits.layout, score_setup(digits), None, table)
+    found = searched(tmp_path / "four", digits.layout, executor)
+    assert len(found) == 12 and found == expected
+
+
+def test_the_order_of_finishing_changes_nothing(digits, tmp_path):
+    class Reversed(SerialExecutor):
+        def map(self, genomes):
+            yield from reversed(list(super().map(genomes)))
+
+    evaluate = Evaluator(digits, Recipe(), table).evaluate
+    expected = searched(tmp_path / "serial", digits.layout, SerialExecutor(evaluate))
+    assert searched(tmp_path / "reversed", digits.layout, Reversed(evaluate)) == expected
+
+
+def test_a_worker_killed_in_the_middle_is_made_up_for(digits, four, tmp_path):
+    genomes = [digits.layout.teacher()] * 8
+    executor = DaskExecutor(four, digits.layout, score_setup(digits), None, table)
+    list(executor.map(genomes))  # all have loaded their teacher
+    pids = list(four.client.run(os.getpid).values())
+    threading.Timer(0.05, os.kill, (pids[0], signal.SIGKILL)).start()
+    found = dict(executor.map(genomes * 3))
+    assert sorted(found) == list(range(24))
+    assert {e.failure for e in found.values()} == {None}
+    assert len({e.accuracy for e in found.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"version": "0.0.1"}, r"worker \d at tcp://127.0.0.1:\d+ has moodistill .* has 0.0.1"),
+        ({"teacher_digest": "abc"}, r"worker \d .* has another teacher"),
+        ({"data_digest": "abc"}, r"worker \d .* has another data set"),
+    ],
+)
+def test_another_version_teacher_or_data_set_is_refused_by_name(digits, four, changes, match):
+    executor = DaskExecutor(four, digits.layout, score_setup(digits, **changes), None, table)
+    with pytest.raises(UserError, match=match):
+        list(executor.map([digits.layout.teacher()]))
+
+
+def test_a_worker_of_another_version_is_refused_when_the_run_starts(four, monkeypatch):
+    monkeypatch.setattr(clusters, "__version__", "9.9")
+    with pytest.raises(UserError, match=r"worker \d at tcp://.* has moodistill .* has 9.9"):
+        clusters.Cluster(four.client, four.config, print)
+
+
+def test_latency_on_a_named_device(digits, scheduler, tmp_path):
+    """Students are scored on one worker and timed on another; the device then vanishes."""
+    student, device = worker(scheduler, "student"), worker(scheduler, "latency:edge")
+    said = []
+    config = ClusterConfig(scheduler=scheduler, latency_on="edge", patience_s=30)
+    try:
+        with connect(config, said.append) as cluster:
+            assert cluster.probe_step(LatencyConfig()) in (4, 8, 16, 32)
+            shape = digits.data.input_shape
+            meter = RemoteMeter(cluster, teacher_onnx(digits), shape, LatencyConfig(), None)
+            assert meter.teacher_latency_ms > 0 and meter.device["onnxruntime"]
+            executor = DaskExecutor(cluster, digits.layout, score_setup(digits), meter, None)
+            rng = np.random.default_rng(0)
+            genomes = [digits.layout.teacher()]
+            small = digits.layout.teacher()
+            for name in digits.layout.shapes:
+                if name.startswith("mask/"):
+                    view = digits.layout.view(small, name)
+                    view[:] = rng.random(view.shape) < 0.3
+            found = dict(executor.map([*genomes, small]))
+            assert found[0].latency.ratio == pytest.approx(1.0, abs=0.4)
+            assert found[1].latency.latency_ms < found[0].latency.latency_ms
+            assert len(found[1].latency.samples_ms) >= 8 and found[1].failure is None
+            confirmed = meter.confirm({"t": lambda: teacher_onnx(digits)}, rounds=16)
+            assert len(confirmed["t"].samples_ms) == 16
+            end(device)
+            cluster.config = ClusterConfig(scheduler=scheduler, latency_on="edge", patience_s=1.0)
+            with pytest.raises(
+                UserError, match=r"no worker with the resource 'latency:edge' for 1"
+            ):
+                list(executor.map(genomes))
+            # Or the run waits, says so, and goes on when the device is back.
+            cluster.config = ClusterConfig(
+                scheduler=scheduler, latency_on="edge", patience_s=1.0, wait=True
+            )
+            answers = executor.map(genomes)
+            made = []
+            thread = threading.Thread(target=lambda: made.extend(answers))
+            thread.start()
+            while not any("waiting for one" in text for text in said):
+                time.sleep(0.1)
+            device = worker(scheduler, "latency:edge")
+            thread.join(60)
+            assert len(made) == 1 and made[0][1].failure is None
+            assert any("is back" in text for text in said)
+    finally:
+        end(student, device)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "give either --workers"),
+        ({"workers": 2, "scheduler": "tcp://a:1"}, "give either --workers"),
+        ({"workers": 0}, "--workers is 0"),
+        ({"workers": 2, "latency_on": "edge"}, "--latency-on names a worker"),
+        ({"scheduler": "tls://a:1", "tls_ca": "x"}, "TLS needs all three"),
+    ],
+)
+def test_options_that_do_not_fit(options, match):
+    with pytest.raises(UserError, match=match):
+        ClusterConfig(**options)
+
+
+def test_nobody_there(scheduler):
+    config = ClusterConfig(scheduler=scheduler, patience_s=0.5)
+    with (
+        pytest.raises(UserError, match="no worker with the resource 'student' within 0.5 s"),
+        connect(config, print),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match="no Dask scheduler answers at tcp://127.0.0.1:9"),
+        connect(ClusterConfig(scheduler="tcp://127.0.0.1:9"), print),
+    ):
+        pass
+
+
+def test_a_whole_run_on_two_workers(call, tmp_path):
+    out = tmp_path / "run"
+    call(
+        "run", "--model", "digits", "--out", out, "--workers", "2", "--population", "6",
+        "--generations", "2", "--finalists", "1", "--distill-steps", "4", "--no-int8",
+        "--simd-step", "8",
+    )  # fmt: skip
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    assert (out / "pareto.csv").read_text().count("\n") >= 3
+    error = call("run", "--resume", out, "--scheduler", "tcp://127.0.0.1:9", code=2).stderr
+    assert "no Dask scheduler answers" in error
