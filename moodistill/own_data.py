@@ -17,7 +17,7 @@ PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "tes
 
 
 def load_image_folder(
-    folder: Path,
+    folder: Path | str,
     size: tuple[int, int] = (32, 32),
     channels: int = 3,
     mean: Sequence[float] | None = None,
@@ -42,6 +42,7 @@ def load_image_folder(
         UserError: if the folder has no such form, a split or class is empty, or a picture is
             damaged.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; expected pictures in {folder}/<class>/")
     found = {
