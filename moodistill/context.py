@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from moodistill.data import ImageData
 from moodistill.errors import UserError
@@ -14,8 +15,12 @@ from moodistill.genome import GenomeLayout
 from moodistill.graph import TeacherGraph, trace
 from moodistill.layout import LayerRules, build_layout
 from moodistill.statistics import CalibrationConfig, TeacherSamples, collect_samples
+from moodistill.student import build_student
 from moodistill.task import Task
 from moodistill.teachers import file_digest, load_weights
+
+CHECKED = 8  # images that the traced network is compared on
+MOST_APART = 1e-3
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,33 @@ def load_context(
     samples = collect_samples(
         graph, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
     )
-    return TeacherContext(task, graph, samples, build_layout(graph, samples, rules), data, digest)
+    layout = build_layout(graph, samples, rules)
+    check_graph(teacher, graph, layout, data.calibration(CHECKED))
+    return TeacherContext(task, graph, samples, layout, data, digest)
+
+
+@torch.no_grad()
+def check_graph(
+    teacher: nn.Module, graph: TeacherGraph, layout: GenomeLayout, images: torch.Tensor
+) -> None:
+    """Compare a network with the student of its own genome, on some images.
+
+    Tracing follows operations, not memory: what a network does by side effects (in-place work on
+    views, hooks) may be lost, and would be lost in every student.
+
+    Raises:
+        UserError: if their logits differ.
+    """
+    expected = teacher.eval()(images.clone())
+    found = build_student(graph, layout, layout.teacher()).module(images.clone())
+    scale = float(expected.abs().max().clamp_min(1.0))
+    apart = float((found - expected).abs().max()) / scale
+    if not apart < MOST_APART:
+        raise UserError(
+            f"{type(teacher).__name__} computes something else once it is traced (logits differ by "
+            f"{apart:.2g} of the largest): expected a network without side effects, such as "
+            "in-place operations on slices or views, or forward hooks"
+        )
 
 
 def default_threads() -> int:

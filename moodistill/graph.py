@@ -14,6 +14,7 @@ import numpy as np
 from torch import fx, nn
 
 from moodistill.channels import Grouping
+from moodistill.errors import UserError
 from moodistill.reader import Reader
 from moodistill.steps import Step
 from moodistill.tracing import flat_graph
@@ -73,6 +74,8 @@ def trace(teacher: nn.Module, input_shape: tuple[int, int, int]) -> TeacherGraph
     grouping = reader.channels.group()
     steps = tuple(_placed(step, grouping) for step in reader.steps.values())
     by_name = {step.name: step for step in steps}
+    for step in steps:
+        _refuse_taken_apart(step, by_name, grouping)
     shared = {step.target for step in steps if step.again}
     steps = tuple(
         replace(s, reads=by_name[s.inputs[0]].groups, shared=s.target in shared)
@@ -80,6 +83,23 @@ def trace(teacher: nn.Module, input_shape: tuple[int, int, int]) -> TeacherGraph
         for s in steps
     )  # fmt: skip
     return TeacherGraph(module, steps, grouping, input_shape)
+
+
+def _refuse_taken_apart(step: Step, by_name: dict[str, Step], grouping: Grouping) -> None:
+    """Refuse a rearrangement of channels that a grouped convolution keeps side by side."""
+    if step.origin is None:
+        return
+    bound = np.isin(step.owner, [i for i, g in enumerate(step.groups) if g in grouping.together])
+    for owner, place in {*zip(step.owner[bound], step.place[bound], strict=True)}:
+        here = step.origin[(step.owner == owner) & (step.place == place)]
+        source = by_name[step.inputs[here[0, 0]]]
+        group = source.groups.index(step.groups[owner])
+        whole = np.flatnonzero((source.owner == group) & (source.place == place))
+        if len({*here[:, 0]}) > 1 or not np.array_equal(here[:, 1], whole):
+            raise UserError(
+                f"{step.name} takes apart channels that a grouped convolution keeps together: "
+                "not supported"
+            )
 
 
 def _placed(step: Step, grouping: Grouping) -> Step:

@@ -60,6 +60,7 @@ def inherit(
     units = {unit.target: unit for unit in student.units}
     norms = {norm.target for norm in student.norms}
     values: dict[fx.Node, torch.Tensor] = {}
+    solved: set[str] = set()
     last_use = _last_uses(student.module.graph)
 
     def read(argument: Any) -> Any:
@@ -76,7 +77,9 @@ def inherit(
             module = student.module.get_submodule(str(node.target))
             source = values[node.args[0]]
             unit = units.get(str(node.target))
-            if unit is not None and config.mode != "slice":
+            # A shared layer is solved where it is first called, from samples of that call.
+            if unit is not None and config.mode != "slice" and unit.target not in solved:
+                solved.add(unit.target)
                 assert isinstance(module, nn.Conv2d | nn.Linear)
                 _solve_unit(unit, module, source, graph, samples, config)
             if str(node.target) in norms:

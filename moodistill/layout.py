@@ -280,15 +280,21 @@ def _bypassable(graph: TeacherGraph, layer: Step) -> bool:
             if step.kind == "layer":
                 if step.shared:
                     return False
-            elif step.kind in ("norm", "activation", "spatial") or _reshapes(step):
+            elif step.kind in ("norm", "activation", "spatial") or _reshapes(
+                step, graph.step(step.inputs[0]), source
+            ):
                 frontier.append(step.name)
             else:
                 return False
     return True
 
 
-def _reshapes(step: Step) -> bool:
-    """Whether a step only changes the form of one value, such as a flatten."""
+def _reshapes(step: Step, before: Step, source: Step) -> bool:
+    """Whether a step only changes the form of one value, as a flatten does, past a bypass too.
+
+    `before` is what it reads, `source` what it would read past the bypassed layer.
+    """
     if step.kind != "rearrange" or len(step.inputs) != 1 or step.origin is None:
         return False
-    return np.array_equal(step.origin[:, 1], np.arange(step.form.channels))
+    unflattens = source.form.kind == "flat" and step.form.kind in ("map", "last")
+    return not unflattens and np.array_equal(step.origin[:, 1], np.arange(before.form.channels))

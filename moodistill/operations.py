@@ -19,8 +19,8 @@ ACTIVATIONS = (
 )  # fmt: skip
 ACTIVATION_CALLS = (
     F.relu, F.relu6, F.leaky_relu, F.silu, F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh, F.gelu,
-    F.elu, F.selu, F.celu, F.mish, F.softplus, F.softsign, F.hardtanh, F.logsigmoid, F.dropout,
-    F.dropout2d, torch.relu, torch.sigmoid, torch.tanh, torch.clamp, torch.exp, torch.abs,
+    F.elu, F.selu, F.celu, F.mish, F.softplus, F.softsign, F.hardtanh, F.logsigmoid,
+    torch.relu, torch.sigmoid, torch.tanh, torch.clamp, torch.exp, torch.abs,
     "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "clamp", "clamp_",
 )  # fmt: skip
 SPATIAL = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,8 @@ class Reader:
         # Rearranged values whose channels are not on one axis: numbers of their elements.
         self.raw: dict[fx.Node, Any] = {}
         self.moved_by: dict[fx.Node, str] = {}  # the operation that took them off one axis
-        self.calls: dict[str, Step] = {}  # first call of every module with channels
+        self.calls: dict[str, Step] = {}  # first call of every layer
+        self.uses: dict[str, Step] = {}  # and what other modules and parameters were first used on
         self.constants: dict[fx.Node, torch.Tensor] = {}
         self.taken = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
 
@@ -100,7 +100,9 @@ class Reader:
         again: bool = False,
     ) -> Step:
         # A layer is named by its module path; no other step may have that name.
-        name = name or (node.name if node.name not in self.taken else f"{node.name} operation")
+        own = node.op == "call_module" and node.target == node.name
+        taken = node.name in self.taken and not own
+        name = name or (f"{node.name} operation" if taken else node.name)
         if channels is None:
             channels = self.channels.new(INPUT if kind == "input" else node.target, form.channels)  # type: ignore
             if kind == "input":
@@ -144,8 +146,8 @@ class Reader:
     # Modules
 
     def _module(self, node: fx.Node, module: nn.Module) -> None:
-        if len(node.all_input_nodes) != 1:
-            raise self._refuse(node, "with more than one input")
+        if len(node.all_input_nodes) != 1 or len(node.args) != 1:
+            raise self._refuse(node, "with other than one positional input")
         source = self.of[node.all_input_nodes[0]]
         form = source.form
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -153,14 +155,20 @@ class Reader:
         elif isinstance(module, ops.NORMS):
             if form.kind == "flat":
                 raise UserError(f"{node.target}: BatchNorm behind a flatten is not supported")
-            self._once(node, source, source.channels)
+            if module.running_mean is None:
+                raise self._refuse(node, "without running statistics: it mixes pictures")
+            if form.kind == "last" or module.num_features != form.channels:
+                raise self._refuse(node, f"on a value of shape {form.shape}")
+            self._once(node, source)
             self._pass(node, "norm", source)
         elif isinstance(module, ops.MIXING):
             self._mixing(node, module, source)
         elif isinstance(module, ops.ACTIVATIONS):
             self._pass(node, "activation", source)
         elif isinstance(module, nn.PReLU):
-            self._once(node, source, source.channels)
+            if module.num_parameters > 1 and form.kind not in ("map", "vector"):
+                raise self._refuse(node, f"on a {form.kind} value")
+            self._once(node, source)
             self._pass(node, "activation" if module.num_parameters == 1 else "channelwise", source)
         elif isinstance(module, ops.SPATIAL) and form.kind == "map" and is_tensor(node):
             self._spatial(node, source)
@@ -170,14 +178,11 @@ class Reader:
     def _pass(self, node: fx.Node, kind: str, source: Step) -> None:
         self._add(node, kind, source.form, source.channels, (source,))
 
-    def _once(self, node: fx.Node, source: Step, made: np.ndarray) -> bool:
-        """Tie the channels of a module's calls; whether this is its first call."""
-        first = self.calls.get(str(node.target))
-        if first is None:
-            self.calls[str(node.target)] = replace(source, name="", channels=source.channels)
-            return True
-        self.channels.tie(first.channels, source.channels)
-        return False
+    def _once(self, node: fx.Node, source: Step) -> None:
+        """Tie what a module, or a parameter, is used on: it is cut once for all its uses."""
+        first = self.uses.setdefault(str(node.target), source)
+        if first is not source:
+            self.channels.tie(first.channels, source.channels)
 
     def _layer(self, node: fx.Node, layer: nn.Conv2d | nn.Linear, source: Step) -> None:
         name = str(node.target)
@@ -221,11 +226,11 @@ class Reader:
         for channels in (inputs, outputs):
             if channels.shape[1] > 1:
                 self.channels.bind(channels)
-        first = self._once(node, source, made)
+        self._once(node, source)
         step = self._add(node, "channelwise", form, made, (source,))
-        if not first:
-            before = next(s for s in self.steps.values() if s.node.target == node.target)
-            self.channels.tie(before.channels, step.channels)
+        first = self.calls.setdefault(str(node.target), step)
+        if first is not step:
+            self.channels.tie(first.channels, step.channels)
 
     def _mixing(self, node: fx.Node, module: nn.Module, source: Step) -> None:
         form = source.form
@@ -235,6 +240,7 @@ class Reader:
         elif form.kind not in ("map", "vector"):
             raise self._refuse(node, f"on a {form.kind} value")
         kind = type(module).__name__
+        self._once(node, source)
         self.channels.freeze(source.channels, f"{kind} {node.target} mixes its channels")
         self._add(node, "mixing", form, source.channels, (source,))
 
@@ -245,6 +251,8 @@ class Reader:
             raise self._refuse(node)
         source = self.of[node.all_input_nodes[0]]
         target = node.target
+        if target in (F.dropout, F.dropout2d):
+            raise self._refuse(node, "where it is active in evaluation (training=True)")
         if target in ops.ACTIVATION_CALLS:
             self._pass(node, "activation", source)
         elif target in ops.SPATIAL_CALLS and source.form.kind == "map" and is_tensor(node):
@@ -329,6 +337,8 @@ class Reader:
             tensor.ndim < -axis or tensor.shape[axis] != tensor.numel()
         ):  # fmt: skip
             raise self._refuse(node, f"with a constant of shape {tuple(tensor.shape)}")
+        assert isinstance(constant, fx.Node)
+        self._once(constant, source)
         self._add(node, "channelwise", source.form, source.channels, (source,))
 
     # Rearrangements

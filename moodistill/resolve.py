@@ -333,6 +333,15 @@ def canonical(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> np.nda
 
     Two genomes of the same student have the same canonical form; it is idempotent.
     """
+    while True:
+        # What is set to True may wire a layer in again that nobody reads: once more, then.
+        result = _canonical(layout, genome, step)
+        if np.array_equal(result, genome):
+            return result
+        genome = result
+
+
+def _canonical(layout: GenomeLayout, genome: np.ndarray, step: int) -> np.ndarray:
     structure = resolve(layout, genome, step)
     result = layout.teacher()
     for name, kept in structure.kept.items():

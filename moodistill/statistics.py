@@ -96,7 +96,7 @@ def collect_samples(
         handles.append(graph.layer_module(layer.name).register_forward_pre_hook(hook))
     try:
         # All images at once: every layer samples its pixels over the whole set.
-        graph.module(images)
+        graph.module(images.clone())  # some networks work in place on their input
     finally:
         for handle in handles:
             handle.remove()

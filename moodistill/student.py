@@ -77,6 +77,7 @@ class _Builder:
         self.units: list[Unit] = []
         self.norms: list[NormSlice] = []
         self.tensors = Tensors(graph, self.parts, self.graph, self.modules)
+        self.first_cut: dict[str, tuple[tuple[Key, ...], ...]] = {}
         self.readers: dict[str, list[Step]] = {}
         for step in graph.steps:
             for name in step.inputs:
@@ -116,9 +117,18 @@ class _Builder:
 
     # Steps
 
+    def _as_first(self, target: str, value: Value) -> Value:
+        """A value cut and ordered as the first one that a module or parameter is used on."""
+        wanted = self.first_cut.setdefault(target, tuple(t.keys for t in value.tensors))
+        if wanted == tuple(t.keys for t in value.tensors):
+            return value
+        tensors = tuple(Tensor(self.tensors.gather(value, keys), keys) for keys in wanted)
+        return replace(value, tensors=tensors)
+
     def _layer(self, step: Step, value: Value) -> Value:
         if step.name in self.structure.bypassed:
             return replace(value, through=True)
+        value = self._as_first(step.target, value)
         outputs = []
         made = list(self._unit_keys(step, value))
         for index, (outs, ins) in enumerate(made):
@@ -170,6 +180,7 @@ class _Builder:
     def _norm(self, step: Step, value: Value) -> Value:
         if value.through:
             return value
+        value = self._as_first(step.target, value)
         count = len(value.tensors)
 
         def write(tensor: Tensor, index: int) -> fx.Node:
@@ -177,7 +188,9 @@ class _Builder:
             if path not in self.modules:
                 channels = self.tensors.channels(step, tensor.keys)
                 self.modules[path] = slice_norm(self._module(step), channels)
-                calls = sum(s.target == step.target for s in self.teacher.steps)
+                calls = sum(
+                    s.kind == "norm" and s.target == step.target for s in self.teacher.steps
+                )
                 # A norm with several inputs keeps the teacher's statistics of them all.
                 if calls == 1:
                     self.norms.append(NormSlice(path, step.target, channels))
@@ -186,6 +199,8 @@ class _Builder:
         return self._each(value, step, write)
 
     def _channelwise(self, step: Step, value: Value) -> Value:
+        constants = [n for n in step.node.all_input_nodes if n.op == "get_attr"]
+        value = self._as_first(str(constants[0].target) if constants else step.target, value)
         count = len(value.tensors)
 
         def write(tensor: Tensor, index: int) -> fx.Node:
@@ -229,6 +244,7 @@ class _Builder:
         return self.graph.call_function(JOINS[step.node.target], arguments)
 
     def _mixing(self, step: Step, value: Value) -> Value:
+        value = self._as_first(step.target, value)
         module = copy.deepcopy(self._module(step))
         if isinstance(module, nn.LayerNorm):
             # The order of the channels does not matter to it.
@@ -240,10 +256,9 @@ class _Builder:
                     setattr(module, name, nn.Parameter(tensor.detach()[channels].clone()))
         else:
             node, keys = self.tensors.ordered(value), value.keys
-            if len(keys) > 1 or len(value.tensors) > 1:
-                order = self.tensors.channels(value.of, keys)
-                if not np.array_equal(order, np.arange(len(order))):
-                    raise UserError(f"{step.target}: its channels are out of order: not supported")
+            order = self.tensors.channels(value.of, keys)
+            if not np.array_equal(order, np.arange(len(order))):
+                raise UserError(f"{step.target}: its channels are out of order: not supported")
         self.modules[step.target] = module
         made = Tensor(self.graph.call_module(step.target, (node,)), keys)
         return Value((made,), step, step.form)
@@ -297,7 +312,11 @@ class _Builder:
             if argument.op != "get_attr":
                 return node
             name = str(argument.target)
-            self.modules[name] = operator.attrgetter(name)(self.teacher.module)
+            if name not in self.modules:
+                tensor = operator.attrgetter(name)(self.teacher.module)
+                made = tensor.detach().clone()
+                trained = isinstance(tensor, nn.Parameter)
+                self.modules[name] = nn.Parameter(made) if trained else made
             return self.graph.get_attr(name)
 
         arguments = fx.node.map_arg(source.args, convert)

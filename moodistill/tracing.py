@@ -39,7 +39,6 @@ def flat_graph(network: nn.Module, input_shape: tuple[int, int, int]) -> fx.Grap
         module = fx.symbolic_trace(network.eval())
         _refuse_attention(module)
         _drop_assertions(module.graph)
-        module.graph.eliminate_dead_code()
         _propagate(module, input_shape)
     except UserError:
         raise
@@ -49,11 +48,13 @@ def flat_graph(network: nn.Module, input_shape: tuple[int, int, int]) -> fx.Grap
             f"{type(network).__name__} cannot be traced by torch.fx with input "
             f"{(1, *input_shape)}: {reason[0]}; expected a CNN without data-dependent control flow"
         ) from error
+    # Before anything unused is taken out: what works in place is used by who reads its input later.
+    _order_inplace(module)
+    module.graph.eliminate_dead_code()
     _fold_sizes(module.graph)
     _fold_tensors(module)
     module.graph.eliminate_dead_code()
     _calls_to_modules(module)
-    _order_inplace(module)
     _drop_no_ops(module)
     module.graph.eliminate_dead_code()
     # A new one holds what the graph uses and nothing else.
@@ -67,8 +68,6 @@ def is_tensor(node: fx.Node) -> bool:
 
 class _Propagator(fx.Interpreter):
     """Runs a graph and keeps what every node gave."""
-
-    extra_traceback = False
 
     def __init__(self, module: fx.GraphModule, key: str) -> None:
         super().__init__(module, garbage_collect_values=False)
@@ -181,6 +180,8 @@ def _is_view(tensor: torch.Tensor, sources: list[Any]) -> bool:
 
 def _norm(running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
           eps=1e-5):  # type: ignore # fmt: skip
+    if training:
+        raise ValueError("statistics of the batch, not stored ones")
     norm = nn.BatchNorm2d(len(running_mean), eps, affine=weight is not None)
     norm.running_mean, norm.running_var = running_mean, running_var
     return _with(norm, weight, bias)
@@ -235,17 +236,24 @@ def _calls_to_modules(module: fx.GraphModule) -> None:
         if node.op != "call_function" or node.target not in _MODULES:
             continue
         suffix, make = _MODULES[node.target]
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            continue
         first, *rest = node.args
         sources = [n for n in node.all_input_nodes if n is not first]
-        if not isinstance(first, fx.Node) or any(n.op != "get_attr" for n in sources):
+        if any(n.op != "get_attr" for n in sources):
             continue
         arguments, keywords = fx.node.map_arg(
             (tuple(rest), node.kwargs), lambda n: operator.attrgetter(str(n.target))(module)
         )
         owner = str(sources[-1].target).rpartition(".")[0] if sources else ""
+        try:
+            made = make(*arguments, **keywords)
+        except (TypeError, ValueError, IndexError):
+            continue  # the reader refuses it by name
         if not owner or owner in called or any(c.startswith(f"{owner}.") for c in called):
             owner = f"{owner}.{suffix}" if owner else node.name
-        made = make(*arguments, **{k: v for k, v in keywords.items() if k != "input"})
+        while owner in called:
+            owner += "_again"
         _set_submodule(module, owner, made)
         called.add(owner)
         with graph.inserting_before(node):

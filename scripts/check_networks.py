@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moodistill.context import check_graph
 from moodistill.errors import UserError
 from moodistill.files import write_json_atomic
 from moodistill.graph import trace
@@ -107,6 +108,7 @@ def check(name, from_timm, size, measure):
     row["sites"] = sum(name.startswith("block/") for name in layout.slices)
     row["merge edges"] = sum(len(m.inputs) for m in layout.merges)
     row["bypasses"] = sum(layer.bypassable for layer in layout.layers)
+    check_graph(network, graph, layout, data.images)
     genome = layout.teacher()
     DensitySampling(layout, STEP).draw(genome, 0.5, np.random.default_rng(1))
     for layer in layout.layers:

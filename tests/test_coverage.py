@@ -7,6 +7,8 @@ from conftest import random_genome
 from torch import nn
 from torch.nn import functional as F
 
+from moodistill.context import check_graph
+from moodistill.errors import UserError
 from moodistill.graph import trace
 from moodistill.inherit import inherit
 from moodistill.layout import build_layout
@@ -404,6 +406,139 @@ def test_what_cannot_be_cut_is_frozen_and_said():
     assert norms.graph.grouping.frozen["stem.0"] == "GroupNorm norm mixes its channels"
     # What lies between may be cut.
     assert "mask/up" in last.layout.slices and "mask/inner.0" in norms.layout.slices
+
+
+class Odd(nn.Module):
+    """A stem, an odd middle and a head of 5 classes; `make` adds layers by name."""
+
+    def __init__(self, middle, width=32, **layers):
+        super().__init__()
+        self.stem = conv(3, 32, stride=2)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.head = nn.Linear(width, 5)
+        self.middle = middle
+
+    def forward(self, x):
+        return self.head(self.middle(self, F.relu(self.stem(x))).mean((2, 3)))
+
+
+def overwritten(net, x):
+    """Relies on an in-place operation whose result nobody takes."""
+    y = net.a(x)
+    F.relu(y, inplace=True)
+    return net.b(y)
+
+
+def reordered(net, x):
+    """Calls one layer on the same channels in two orders."""
+    y = net.c(torch.cat([net.p(x), net.q(x)], 1))
+    d = net.q(F.relu(y))
+    k = net.z(torch.cat([d, d], 1))
+    w = net.c(torch.cat([net.p(F.relu(y)), d], 1))
+    return y + w + torch.cat([k, k], 1)
+
+
+ODD = {
+    "overwritten": lambda: Odd(overwritten, a=conv(32, 24), b=conv(24, 32)),
+    "reordered": lambda: Odd(
+        reordered, p=conv(32, 16), q=conv(32, 16), c=conv(32, 32), z=conv(32, 16)
+    ),
+    "parameter twice": lambda: Odd(
+        lambda n, x: n.b(n.a(x) * n.s.weight.reshape(-1, 1, 1)) + n.c(x) * n.s.weight.reshape(-1, 1, 1),
+        s=nn.PReLU(32), a=conv(32, 32), b=conv(32, 32), c=conv(32, 32),
+    ),
+    "itself": lambda: Odd(lambda n, x: n.a(x + x) + torch.cat([n.b(x), n.b(x)], 1),
+                          a=conv(32, 32), b=conv(32, 16)),
+    "scalars": lambda: Odd(lambda n, x: n.a(x) * n.scale.weight.mean(), a=conv(32, 32),
+                           scale=nn.PReLU(1)),
+    "prefix": lambda: Odd(lambda n, x: n.d(F.relu(n.a(x))[:, :10]), a=conv(32, 16), d=conv(10, 32)),
+    "every other": lambda: Odd(lambda n, x: n.a(x[:, ::2]), a=conv(16, 32)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_networks(name):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        prepared = Prepared(ODD[name]())
+    check_graph(prepared.network, prepared.graph, prepared.layout, prepared.images)
+    check(prepared, range(6))
+    before = [p.detach().clone() for p in prepared.network.parameters()]
+    student = build_student(prepared.graph, prepared.layout, prepared.layout.teacher())
+    with torch.no_grad():
+        for parameter in student.module.parameters():
+            parameter.add_(1.0)
+    # Nothing that a student learns reaches its teacher.
+    after = prepared.network.parameters()
+    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+def test_canonical_genomes_stay_so_with_bypasses():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        prepared = Prepared(
+            Odd(
+                lambda n, x: torch.cat([x, F.relu(n.e(F.relu(n.d(F.relu(n.z(x))))))], 1),
+                width=48, z=conv(32, 32), d=conv(32, 32), e=conv(32, 16),
+            )
+        )  # fmt: skip
+    for seed in range(200):
+        genome = random_genome(prepared.layout, np.random.default_rng(seed), bypass=True)
+        once = canonical(prepared.layout, genome, 1)
+        assert (canonical(prepared.layout, once, 1) == once).all()
+
+
+def aliased(net, x):
+    """Changes a tensor through a slice of it, which tracing cannot follow."""
+    y = net.a(x)
+    z = y[:, :16].relu_()
+    return net.b(y) + torch.cat([z, z], 1)
+
+
+def test_side_effects_that_are_lost_are_found():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        prepared = Prepared(Odd(aliased, a=conv(32, 32), b=conv(32, 32)))
+    with pytest.raises(UserError, match="computes something else once it is traced"):
+        check_graph(prepared.network, prepared.graph, prepared.layout, prepared.images)
+
+
+@pytest.mark.parametrize(
+    ("match", "middle", "layers"),
+    [
+        ("takes apart", lambda n, x: n.g(torch.cat([n.a(x), n.b(x)], 1)),
+         {"a": conv(32, 3), "b": conv(32, 5), "g": nn.Conv2d(8, 32, 3, groups=2)}),
+        ("takes apart", lambda n, x: n.d(torch.cat([n.a(x), n.g(n.a(x))], 1)),
+         {"a": conv(32, 8), "g": nn.Conv2d(8, 16, 3, padding=1, groups=8), "d": conv(24, 32)}),
+        ("batch_norm", lambda n, x: F.batch_norm(x, None, None, training=True), {}),
+        ("BatchNorm2d.* without running", lambda n, x: n.n(x),
+         {"n": nn.BatchNorm2d(32, track_running_stats=False)}),
+        ("dropout .*active in evaluation", lambda n, x: F.dropout(x, 0.5), {}),
+        ("BatchNorm2d", lambda n, x: n.n(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+         {"n": nn.BatchNorm2d(8)}),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_when_traced(match, middle, layers):
+    with pytest.raises(UserError, match=match):
+        trace(Odd(middle, **layers).eval(), (3, SIZE, SIZE))
+
+
+@torch.no_grad()
+def test_a_shared_layer_is_solved_once():
+    """Solving it again for its second input would spoil what the first one reads."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        prepared = Prepared(Shared())
+    layer = prepared.graph.layer_module("twice.0")
+    student = build_student(prepared.graph, prepared.layout, prepared.layout.teacher())
+    inherit(student, prepared.graph, prepared.samples)
+    # The solve is for its first input, which is the teacher's own: little changes.
+    found = student.module.get_submodule("twice.0").weight
+    inputs = prepared.samples.inputs["twice.0"]
+    taps = (layer.weight.sum((2, 3)), found.sum((2, 3)))
+    answers = [inputs @ weight.T for weight in taps]
+    assert (answers[0] - answers[1]).std() < 0.2 * answers[0].std()
 
 
 @pytest.mark.parametrize(
