@@ -22,15 +22,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 
 from moodistill.errors import UserError
-from moodistill.onnx_graph import (
-    INPUT,
-    OUTPUT,
-    OnnxGraph,
-    Shape,
-    UnsupportedOperation,
-    live_nodes,
-)
-from moodistill.onnx_operations import NO_OPS
+from moodistill.onnx_graph import OnnxGraph, live_nodes
+from moodistill.onnx_modules import NO_OPS
+from moodistill.onnx_ops import INPUT, OUTPUT, Shape, UnsupportedOperation
 
 IR_VERSION = 8
 OPSETS = range(14, 22)  # HardSwish came with 14; newer sets than 21 want a newer IR version
@@ -38,11 +32,14 @@ SMALLEST_WEIGHT = 1.2e-38  # below the smallest normal float32, where CPUs slow 
 _TENSOR_NAMES = {
     "BatchNormalization": ("scale", "bias", "mean", "variance"),
     "Clip": ("min", "max"),
+    "LayerNormalization": ("scale", "bias"),
+    "InstanceNormalization": ("scale", "bias"),
     "Slice": ("starts", "ends", "axes"),
-    "Pad": ("pads", "value"),
     "Reshape": ("shape",),
+    "Pad": ("pads", "value"),
     "PRelu": ("slope",),
 }
+_SINCE = {"LayerNormalization": 17}  # the first opset, where it is later than `OPSETS`' first
 
 
 def to_onnx(student: fx.GraphModule, input_shape: tuple[int, int, int], opset: int = 17) -> bytes:
@@ -123,17 +120,14 @@ def _describe_module(module: nn.Module) -> list[Any]:
 
 def _to_model(graph: OnnxGraph, opset: int) -> onnx.ModelProto:
     nodes, tensors = [], []
-    if opset < 17 and any(op.kind == "LayerNormalization" for op in graph.ops):
-        raise UnsupportedOperation("LayerNorm below opset 17")
     for op in graph.ops:
+        if opset < _SINCE.get(op.kind, 0):
+            raise UnsupportedOperation(f"{op.kind} in opset {opset}")
         names = _TENSOR_NAMES.get(op.kind, ("weight", "bias"))
         added = [f"{op.output}.{name}" for name in names[: len(op.tensors)]]
-        inputs = [*op.inputs, *added]
-        if op.kind.startswith("Reversed"):
-            inputs.reverse()
-        kind = op.kind.removeprefix("Reversed")
+        inputs = [*added, *op.inputs] if op.front else [*op.inputs, *added]
         tensors += [numpy_helper.from_array(a, n) for a, n in zip(op.tensors, added, strict=True)]
-        nodes.append(helper.make_node(kind, inputs, [op.output], **op.attributes))
+        nodes.append(helper.make_node(op.kind, inputs, [op.output], **op.attributes))
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
         for name, shape in ((INPUT, graph.input_shape), (OUTPUT, graph.output_shape))

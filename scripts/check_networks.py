@@ -21,7 +21,8 @@ from moodistill.graph import trace
 from moodistill.latency import LatencyMeter
 from moodistill.layout import build_layout
 from moodistill.masked import masked_logits
-from moodistill.onnx_graph import OnnxGraph, UnsupportedOperation
+from moodistill.onnx_graph import OnnxGraph
+from moodistill.onnx_ops import UnsupportedOperation
 from moodistill.onnx_writer import to_onnx
 from moodistill.operators import DensitySampling
 from moodistill.resolve import canonical

@@ -15,7 +15,15 @@ NO_TORCH = ["evolution", "front", "store", "problem", "latency", "latency_worker
             "evaluation", "pareto", "run_folder", "files", "device", "ship", "quantise", "verify",
             "shipped_run"]  # fmt: skip
 NO_PYMOO = ["graph", "tracing", "rearrange", "steps", "reader", "masked", "parts", "slicing", "tensors", "student", "inherit", "distill", "layout", "statistics", "genome", "recipe",
-            "student_file", "latency", "store", "front"]  # fmt: skip
+            "student_file", "latency", "store", "front", "onnx_ops", "onnx_modules", "onnx_graph",
+            "onnx_writer"]  # fmt: skip
+# What each module of the ONNX writer may know of the package.
+ONNX = {
+    "onnx_ops": set(),
+    "onnx_modules": {"onnx_ops"},
+    "onnx_graph": {"onnx_ops", "onnx_modules"},
+    "onnx_writer": {"onnx_ops", "onnx_modules", "onnx_graph", "errors"},
+}
 
 
 def imported(path):
@@ -104,3 +112,12 @@ def test_operators_know_the_genome_only():
             n.startswith(("moodistill.genome.", "moodistill.resolve.", "moodistill.operators."))
             for n in own
         ), path
+
+
+@pytest.mark.parametrize("name", ONNX)
+def test_the_onnx_writer_knows_no_more_of_the_package(name):
+    names = imported(PACKAGE / f"{name}.py")
+    own = {n.split(".")[1] for n in names if n.startswith("moodistill.")}
+    assert own == ONNX[name]
+    heavy = {"onnx", "onnxruntime", "torchvision"} & {n.split(".")[0] for n in names}
+    assert heavy == ({"onnx"} if name == "onnx_writer" else set())
