@@ -295,9 +295,9 @@ def test_replaying_500_evaluations_and_storing_one_are_quick(tmp_path):
     with store:
         add = store.add
 
-        def timed(one):
+        def timed(one, number):
             began = time.perf_counter()
-            add(one)
+            add(one, number)
             times.append(time.perf_counter() - began)
 
         store.add = timed
