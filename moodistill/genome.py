@@ -57,6 +57,11 @@ class Group:
         """Number of blocks."""
         return int(self.block.max()) + 1
 
+    @cached_property
+    def block_sizes(self) -> np.ndarray:
+        """`(blocks,)` channels of each block."""
+        return np.bincount(self.block)
+
     def step(self, step: int) -> int:
         """A SIMD step of `step` real channels in channels of the mask."""
         return max(1, -(-step // self.width))
