@@ -353,7 +353,33 @@ class Reader:
             raise UserError(f"a constant tensor ({node.target}) among moved channels: unsupported")
         return node.meta["value"]
 
+    def _concatenate(self, node: fx.Node) -> bool:
+        """Whether the node is a plain concatenation of maps, which needs no numbers; adds it."""
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        parts = [self.of.get(part) for part in node.args[0]] if node.args else []  # type: ignore
+        first = parts[0] if parts else None
+        if node.target not in (torch.cat, torch.concat) or axis != 1 or first is None:
+            return False
+        steps = [p for p in parts if p is not None and p.form.kind == "map"]
+        if len(steps) < len(parts) or any(s.form.size != first.form.size for s in steps):
+            return False
+        names = list(dict.fromkeys(step.name for step in steps))
+        origin = np.concatenate(
+            [
+                np.stack(
+                    [np.full(s.form.channels, names.index(s.name)), np.arange(s.form.channels)], 1
+                )
+                for s in steps
+            ]
+        )
+        channels = np.concatenate([step.channels for step in steps])
+        form = Form("map", len(channels), first.form.size)
+        self._add(node, "rearrange", form, channels, tuple(self.steps[n] for n in names), origin)
+        return True
+
     def _rearrange(self, node: fx.Node, module: nn.Module | None) -> None:
+        if module is None and node.target in (torch.cat, torch.concat) and self._concatenate(node):
+            return
         arguments = fx.node.map_arg(node.args, self._numbers)
         keywords = fx.node.map_arg(node.kwargs, self._numbers)
         if module is not None:
