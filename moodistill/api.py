@@ -32,9 +32,10 @@ from moodistill.layout import LayerRules
 from moodistill.objectives import DEFAULT, Limits
 from moodistill.own_data import from_datasets, from_splits
 from moodistill.progress import Mode, make_reporter
-from moodistill.run import Places, resume_run, start_run
+from moodistill.run import resume_run, start_run
 from moodistill.run_config import Budget, RunConfig, new_config
 from moodistill.run_folder import RUN_FILE, read_run
+from moodistill.scoring import Places
 from moodistill.ship import ShipOptions
 from moodistill.shipping import export_student, rebuild_student
 from moodistill.task import Task, load_task

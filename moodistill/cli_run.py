@@ -170,8 +170,9 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
     from moodistill.layout import LayerRules
     from moodistill.objectives import DEFAULT, Limits
     from moodistill.progress import TensorBoardReporter
-    from moodistill.run import Places, refuse_changes, resume_run, start_run
+    from moodistill.run import refuse_changes, resume_run, start_run
     from moodistill.run_config import Budget, new_config
+    from moodistill.scoring import Places
 
     for name in (
         "population", "generations", "finalists", "distill_steps", "simd_step",

@@ -16,7 +16,7 @@ from moodistill import __version__, remote
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.genome import GenomeLayout
-from moodistill.latency import CONFIRMED_ROUNDS, CONFIRMED_TOGETHER, LatencyConfig, LatencyError
+from moodistill.latency import CONFIRMED_ROUNDS, LatencyConfig, LatencyError, timed_together
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -75,39 +75,36 @@ def connect(config: ClusterConfig, say: Callable[[str], None]) -> Iterator[Clust
         UserError: if Dask is not installed, nobody answers, or a worker has another version.
     """
     try:
-        import dask
         from distributed import Client, LocalCluster, Security
     except ImportError as error:
         raise UserError(
             f"{error.name} is not installed; install with: pip install 'moodistill[distributed]'"
         ) from error
-    # Nothing may listen beyond this machine unless the user started a scheduler that does.
-    options = {"distributed.admin.log-format": "%(name)s - %(message)s"}
-    with dask.config.set(options):
-        if config.scheduler is None:
-            local = LocalCluster(
-                n_workers=config.workers, threads_per_worker=1, processes=True, host="127.0.0.1",
-                dashboard_address=None, resources={remote.STUDENTS: 1}, memory_limit=0,
-                silence_logs="CRITICAL",
-            )  # fmt: skip
-            with local, Client(local) as client:
-                yield Cluster(client, config, say)
-            return
-        security = None
-        if config.tls_ca is not None:
-            security = Security(
-                tls_ca_file=str(config.tls_ca), tls_client_cert=str(config.tls_cert),
-                tls_client_key=str(config.tls_key), require_encryption=True,
-            )  # fmt: skip
-        try:
-            client = Client(config.scheduler, security=security, timeout=20)
-        except (OSError, TimeoutError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"no Dask scheduler answers at {config.scheduler} ({error}); start one with: "
-                "dask scheduler"
-            ) from error
-        with client:
+    if config.scheduler is None:
+        # On loopback: nothing listens beyond this machine unless a scheduler of the user's does.
+        local = LocalCluster(
+            n_workers=config.workers, threads_per_worker=1, processes=True, host="127.0.0.1",
+            dashboard_address=None, resources={remote.STUDENTS: 1}, memory_limit=0,
+            silence_logs="CRITICAL",
+        )  # fmt: skip
+        with local, Client(local) as client:
             yield Cluster(client, config, say)
+        return
+    security = None
+    if config.tls_ca is not None:
+        security = Security(
+            tls_ca_file=str(config.tls_ca), tls_client_cert=str(config.tls_cert),
+            tls_client_key=str(config.tls_key), require_encryption=True,
+        )  # fmt: skip
+    try:
+        client = Client(config.scheduler, security=security, timeout=20)
+    except (OSError, TimeoutError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"no Dask scheduler answers at {config.scheduler} ({error}); start one with: "
+            "dask scheduler"
+        ) from error
+    with client:
+        yield Cluster(client, config, say)
 
 
 class Cluster:
@@ -270,10 +267,8 @@ class RemoteMeter:
         report: Callable[[int], None] | None = None,
     ) -> dict[str, Latency]:
         """As `LatencyMeter.confirm`."""
-        names = [str(n) for n in np.random.default_rng(0).permutation(sorted(models))]
         found: dict[str, Latency] = {}
-        for start in range(0, len(names), CONFIRMED_TOGETHER):
-            files = {n: models[n]() for n in names[start : start + CONFIRMED_TOGETHER]}
+        for files in timed_together(models, seed=0):
             future = self.cluster._submit(
                 remote.confirm_models, self.resource, self.setup, self.reference, files, rounds
             )

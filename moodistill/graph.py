@@ -46,6 +46,11 @@ class TeacherGraph:
         """Conv and linear layers in topological order, each once."""
         return [step for step in self.steps if step.kind == "layer" and not step.again]
 
+    def uncut(self) -> dict[str, str]:
+        """Channel groups that cannot be cut, and why; without the network's input and output."""
+        ends = {*self.steps[0].groups, *self.steps[-1].groups}
+        return {name: why for name, why in self.grouping.frozen.items() if name not in ends}
+
     def layer_module(self, name: str) -> nn.Conv2d | nn.Linear:
         """The teacher's conv or linear layer at a module path."""
         module = self.module.get_submodule(name)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,15 @@ class _WorkerProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def timed_together(
+    models: Mapping[str, Callable[[], bytes]], seed: int
+) -> Iterator[dict[str, bytes]]:
+    """The ONNX files of a confirmation, window by window; who shares one is drawn at random."""
+    names = [str(n) for n in np.random.default_rng(seed).permutation(sorted(models))]
+    for start in range(0, len(names), CONFIRMED_TOGETHER):
+        yield {name: models[name]() for name in names[start : start + CONFIRMED_TOGETHER]}
 
 
 class LatencyMeter:
@@ -235,12 +244,10 @@ class LatencyMeter:
             raise UserError(f"rounds is {rounds}; give at least 2")
         if not models:
             return {}
-        names = [str(n) for n in np.random.default_rng(self._seed).permutation(sorted(models))]
         found: dict[str, Latency] = {}
         worker = self._start()
         try:
-            for start in range(0, len(names), CONFIRMED_TOGETHER):
-                files = {n: models[n]() for n in names[start : start + CONFIRMED_TOGETHER]}
+            for files in timed_together(models, self._seed):
                 request = {
                     "op": "confirm", "models": [[n, len(file)] for n, file in files.items()],
                     "min_rounds": rounds, "max_rounds": rounds, "target": 0.0, "max_seconds": 0.0,

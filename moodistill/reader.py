@@ -23,7 +23,7 @@ from moodistill.rearrange import (
     map_form,
 )
 from moodistill.steps import Step
-from moodistill.tracing import PICTURES, is_tensor
+from moodistill.tracing import PICTURES, holds_tensor, is_tensor
 
 
 class Reader:
@@ -57,16 +57,10 @@ class Reader:
         elif node.op == "get_attr":
             self.constants[node] = operator.attrgetter(str(node.target))(self.module)
         elif any(s in self.of or s in self.raw for s in node.all_input_nodes):
-            if not self._plain(node):
+            if holds_tensor(node.meta.get("value")):  # sizes and the like are no steps
                 self._operation(node)
         elif is_tensor(node):
             raise UserError(f"{self._called(node)} (at {node.name}) reads no input: not supported")
-
-    def _plain(self, node: fx.Node) -> bool:
-        """Whether the node computes sizes or other plain values."""
-        value = node.meta.get("value")
-        parts = value if isinstance(value, tuple | list) else [value]
-        return not any(isinstance(part, torch.Tensor) for part in parts)
 
     def _called(self, node: fx.Node) -> str:
         return ops.called(self.module, node.target, node.op == "call_module")

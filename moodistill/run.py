@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moodistill import __version__, report
+from moodistill import report
 from moodistill.context import (
     TeacherContext,
     default_cache_dir,
-    default_threads,
     load_context,
     use_threads,
 )
 from moodistill.data import fraction_right, metric_name
-from moodistill.device import device_fingerprint
 from moodistill.errors import UserError
 from moodistill.estimate import estimate_seconds
 from moodistill.evaluation import Latency
 from moodistill.evolution import Search
-from moodistill.executor import Executor, SerialExecutor
+from moodistill.executor import Executor
 from moodistill.files import TEMPORARY, remove_orphans
 from moodistill.finishing import changed_places, finish_run, package_finalists
-from moodistill.latency import LatencyError, LatencyMeter
+from moodistill.latency import LatencyError
 from moodistill.layout_file import LAYOUT_FILE, write_layout
 from moodistill.progress import Reporter
-from moodistill.recipe import Evaluator, teacher_onnx
 from moodistill.report_html import structure_data, write_report
 from moodistill.results import Accuracies, Searched, make_rows, write_results
 from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import RUN_FILE, new_run_folder, read_run, versions, write_run
+from moodistill.scoring import Places, make_executor, make_meter, timing_device
 from moodistill.store import LOCK_FILE, Store
 from moodistill.task import Task, load_task
 
 if TYPE_CHECKING:
-    from moodistill.cluster import Cluster, RemoteMeter
-
-    Meter = LatencyMeter | RemoteMeter
+    from moodistill.cluster import Cluster
+    from moodistill.scoring import Meter
 
 CACHE_ORPHANS_S = 600.0  # nothing that is written to the cache takes so long
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where data and caches are on this machine (not part of a run's identity)."""
-
-    data_dir: Path | None = None
-    weights: Path | None = None
-    threads: int | None = None
 
 
 def start_run(
@@ -80,7 +67,7 @@ def start_run(
     limits = replace(limits, min_accuracy=max(floor, limits.min_accuracy))
     config = replace(config, search=replace(config.search, limits=limits))
     folder = new_run_folder(out)
-    with _meter(context, config, None, cluster) as meter:
+    with make_meter(context, config, None, cluster) as meter:
         write_run(
             folder,
             {
@@ -90,7 +77,7 @@ def start_run(
                 "metric": metric_name(context.data),
                 "genome_bits": context.layout.length,
                 "teacher_latency_ms": meter.teacher_latency_ms,
-                "device": _device(meter, config),
+                "device": timing_device(meter, config),
                 "latency_on": cluster.config.latency_on if cluster is not None else None,
                 "versions": versions(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -99,7 +86,7 @@ def start_run(
         )
         write_layout(folder, context.layout)
         with Store.create(folder) as store:
-            executor = _executor(context, config, places, meter, cluster)
+            executor = make_executor(context, config, places, meter, cluster)
             _execute(folder, store, config, context, meter, reporter or Reporter(), executor)
     return folder
 
@@ -155,8 +142,8 @@ def resume_run(
             )
         write_run(folder, {**stored, "config": asdict(config), "status": "running"})
         write_layout(folder, context.layout)
-        with _meter(context, config, scale, cluster) as meter:
-            executor = _executor(context, config, places, meter, cluster)
+        with make_meter(context, config, scale, cluster) as meter:
+            executor = make_executor(context, config, places, meter, cluster)
             _execute(folder, store, config, context, meter, reporter or Reporter(), executor)
     return folder
 
@@ -212,62 +199,6 @@ def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
     )
 
 
-def _meter(
-    context: TeacherContext, config: RunConfig, calibrated: float | None, cluster: Cluster | None
-) -> Meter:
-    teacher, shape = teacher_onnx(context), context.data.input_shape
-    if cluster is not None and cluster.device is not None:
-        from moodistill.cluster import RemoteMeter
-
-        return RemoteMeter(cluster, teacher, shape, config.latency, calibrated)
-    try:
-        return LatencyMeter(
-            teacher,
-            shape,
-            config.latency,
-            teacher_latency_ms=calibrated,
-        )
-    except LatencyError as error:
-        raise UserError(
-            f"the teacher cannot be timed in ONNX Runtime ({error}); expected a network that runs "
-            "there on this machine"
-        ) from error
-
-
-def _device(meter: Meter, config: RunConfig) -> dict[str, Any]:
-    """Fingerprint of the device that latencies are of."""
-    return device_fingerprint(config.latency) if isinstance(meter, LatencyMeter) else meter.device
-
-
-def _executor(
-    context: TeacherContext,
-    config: RunConfig,
-    places: Places,
-    meter: Meter,
-    cluster: Cluster | None,
-) -> Executor:
-    """What scores the students: this process, or the cluster's workers."""
-    local = meter.measure if isinstance(meter, LatencyMeter) else None
-    if cluster is None:
-        return SerialExecutor(Evaluator(context, config.recipe, local).evaluate)
-    from moodistill.cluster import DaskExecutor
-    from moodistill.remote import ScoreSetup
-
-    workers = cluster.config.workers
-    threads = max(1, default_threads() // workers) if workers is not None else 1
-    setup = ScoreSetup(
-        version=__version__,
-        config=json.dumps(asdict(config)),
-        teacher_digest=context.teacher_digest,
-        data_digest=context.data.digest,
-        data_dir=None if places.data_dir is None else str(places.data_dir.resolve()),
-        weights=None if places.weights is None else str(places.weights.resolve()),
-        threads=places.threads or threads,
-    )
-    remote = None if isinstance(meter, LatencyMeter) else meter
-    return DaskExecutor(cluster, context.layout, setup, remote, local)
-
-
 def _execute(
     folder: Path,
     store: Store,
@@ -285,8 +216,11 @@ def _execute(
         f"{config.finalists} finalists and {minutes['front']} for the front on this machine",
         estimated_seconds={name: round(value) for name, value in seconds.items()},
     )
+    whole = context.graph.uncut()
+    if whole:
+        reporter.say(f"left whole: {'; '.join(f'{name} ({why})' for name, why in whole.items())}")
     search = Search(context.layout, config.search, store, executor)
-    device = _device(meter, config)
+    device = timing_device(meter, config)
     known = Accuracies(folder / "accuracies.json")
     confirmed: dict[str, Latency] = {}
     status, problem = "stopped", ""

@@ -51,7 +51,7 @@ def slice_layer(layer: nn.Conv2d | nn.Linear, unit: Unit) -> nn.Module:
             blocks.append(torch.zeros(shape))
         else:
             blocks.append(rows[:, feature_index(ins, unit.repeat)])
-    weight = torch.cat(blocks)
+    weight = blocks[0] if len(blocks) == 1 else torch.cat(blocks)  # either way a copy of its own
     made: nn.Conv2d | nn.Linear
     if isinstance(layer, nn.Conv2d):
         made = nn.utils.skip_init(
@@ -62,9 +62,9 @@ def slice_layer(layer: nn.Conv2d | nn.Linear, unit: Unit) -> nn.Module:
         made = nn.utils.skip_init(
             nn.Linear, width * unit.repeat, len(outputs), layer.bias is not None
         )
-    made.weight = nn.Parameter(weight.clone())
+    made.weight = nn.Parameter(weight)
     if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach()[outputs].clone())
+        made.bias = nn.Parameter(layer.bias.detach()[outputs])
     return made
 
 
@@ -83,9 +83,9 @@ def slice_grouped(
         layer.dilation, len(groups), layer.bias is not None,
     )  # fmt: skip
     index = torch.from_numpy(outputs)
-    made.weight = nn.Parameter(layer.weight.detach()[index].clone())
+    made.weight = nn.Parameter(layer.weight.detach()[index])
     if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach()[index].clone())
+        made.bias = nn.Parameter(layer.bias.detach()[index])
     return made
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,6 +78,7 @@ class _Builder:
         self.units: list[Unit] = []
         self.norms: list[NormSlice] = []
         self.tensors = Tensors(graph, self.parts, self.graph, self.modules)
+        self.norm_calls = Counter(s.target for s in graph.steps if s.kind == "norm")
         self.first_cut: dict[str, tuple[tuple[Key, ...], ...]] = {}
         self.readers: dict[str, list[Step]] = {}
         for step in graph.steps:
@@ -188,11 +190,8 @@ class _Builder:
             if path not in self.modules:
                 channels = self.tensors.channels(step, tensor.keys)
                 self.modules[path] = slice_norm(self._module(step), channels)
-                calls = sum(
-                    s.kind == "norm" and s.target == step.target for s in self.teacher.steps
-                )
                 # A norm with several inputs keeps the teacher's statistics of them all.
-                if calls == 1:
+                if self.norm_calls[step.target] == 1:
                     self.norms.append(NormSlice(path, step.target, channels))
             return self.graph.call_module(path, (tensor.node,))
 

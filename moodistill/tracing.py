@@ -119,9 +119,10 @@ def _replace_arguments(node: fx.Node, new: dict[fx.Node, Any]) -> None:
     node.kwargs = fx.node.map_arg(node.kwargs, lambda n: new.get(n, n))
 
 
-def _holds_tensor(value: Any) -> bool:
+def holds_tensor(value: Any) -> bool:
+    """Whether a node's value is a tensor or has one in it."""
     if isinstance(value, tuple | list):
-        return any(_holds_tensor(part) for part in value)
+        return any(holds_tensor(part) for part in value)
     return isinstance(value, torch.Tensor)
 
 
@@ -131,7 +132,7 @@ def _fold_sizes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         _replace_arguments(node, constants)
         value = node.meta.get("value")
-        plain = node.op in ("call_function", "call_method") and not _holds_tensor(value)
+        plain = node.op in ("call_function", "call_method") and not holds_tensor(value)
         if plain and value == node.meta["more"]:
             constants[node] = tuple(value) if isinstance(value, torch.Size) else value
 

@@ -137,7 +137,7 @@ def check(name, from_timm, size, measure):
         with LatencyMeter(teacher, shape) as meter:
             ratio = meter.measure(file).latency_ms / meter.teacher_latency_ms
         row["latency"] = f"{ratio:.2f}"
-    row["why frozen"] = sorted(set(graph.grouping.frozen.values()))
+    row["left whole"] = graph.uncut()
     return row
 
 
@@ -156,17 +156,21 @@ def main() -> int:
         names = torchvision.models.list_models(module=torchvision.models)
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     rows = []
+    left_whole = {}
     for name in names:
         size = max(arguments.size, LEAST_SIZE.get(name, 0))
         try:
             row = check(name, arguments.timm, size, not arguments.no_latency)
             print(f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |", flush=True)
+            left_whole |= {name: row["left whole"]} if row["left whole"] else {}
         except (UserError, RuntimeError, AssertionError) as error:
             row = {"network": name, "refused": str(error).splitlines()[0]}
             print(f"| {name} | refused: {row['refused']} |", flush=True)
         rows.append(row)
         if arguments.json:
             write_json_atomic(arguments.json, rows)
+    for name, groups in left_whole.items():
+        print(f"\n{name} leaves whole: {'; '.join(f'{g} ({why})' for g, why in groups.items())}")
     return 0
 
 

@@ -209,13 +209,13 @@ def _child(request):
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], hard))
         _planned.update(request["plan"])
-        from moodistill import cli, recipe, run, statistics
+        from moodistill import cli, recipe, scoring, statistics
 
         # An evaluation of a tenth of a second; `run.json` says so, and a resume reads it there.
         statistics.CalibrationConfig.__init__.__defaults__ = (96, 1500, 0)
         recipe.Recipe.__init__.__defaults__ = (8, 100, *recipe.Recipe.__init__.__defaults__[2:])
         if request["recorded"]:
-            run.LatencyMeter = RecordedMeter
+            scoring.LatencyMeter = RecordedMeter
         install_points()
         command, *arguments = request["arguments"]
         code = cli.run_tool(command, arguments)
@@ -254,7 +254,7 @@ def main():
     for name in (
         "torch._dynamo", "sklearn.datasets", "matplotlib.figure", "matplotlib.ticker",
         "matplotlib.backends.backend_agg", "moodistill.clean", "moodistill.quantise",
-        "moodistill.run", "moodistill.shipping", "moodistill.verify", "problems.digits",
+        "moodistill.run", "moodistill.scoring", "moodistill.shipping", "moodistill.verify", "problems.digits",
     ):  # fmt: skip
         importlib.import_module(name)
     torch.set_num_threads(1)

@@ -404,6 +404,7 @@ def test_what_cannot_be_cut_is_frozen_and_said():
         last, norms = Prepared(ChannelsLast()), Prepared(Norms())
     assert last.graph.grouping.frozen["stem.0"] == "LayerNorm norm mixes its channels"
     assert norms.graph.grouping.frozen["stem.0"] == "GroupNorm norm mixes its channels"
+    assert last.graph.uncut() == {"stem.0": "LayerNorm norm mixes its channels"}
     # What lies between may be cut.
     assert "mask/up" in last.layout.slices and "mask/inner.0" in norms.layout.slices
 
@@ -450,7 +451,7 @@ ODD = {
     ),
     "itself": lambda: Odd(lambda n, x: n.a(x + x) + torch.cat([n.b(x), n.b(x)], 1),
                           a=conv(32, 32), b=conv(32, 16)),
-    "scalars": lambda: Odd(lambda n, x: n.a(x) * n.scale.weight.mean(), a=conv(32, 32),
+    "scalars": lambda: Odd(lambda n, x: n.a(x) * n.scale.weight, a=conv(32, 32),
                            scale=nn.PReLU(1)),
     "prefix": lambda: Odd(lambda n, x: n.d(F.relu(n.a(x))[:, :10]), a=conv(32, 16), d=conv(10, 32)),
     "every other": lambda: Odd(lambda n, x: n.a(x[:, ::2]), a=conv(16, 32)),

@@ -1,0 +1,92 @@
+"""What scores and times a run's students: this process and machine, or a cluster's workers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from moodistill import __version__
+from moodistill.context import TeacherContext, default_threads
+from moodistill.device import device_fingerprint
+from moodistill.errors import UserError
+from moodistill.executor import Executor, SerialExecutor
+from moodistill.latency import LatencyError, LatencyMeter
+from moodistill.recipe import Evaluator, teacher_onnx
+from moodistill.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from moodistill.cluster import Cluster, RemoteMeter
+
+    Meter: TypeAlias = LatencyMeter | RemoteMeter
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where data and caches are on this machine (not part of a run's identity)."""
+
+    data_dir: Path | None = None
+    weights: Path | None = None
+    threads: int | None = None
+
+
+def make_meter(
+    context: TeacherContext, config: RunConfig, calibrated: float | None, cluster: Cluster | None
+) -> Meter:
+    """What times students: a process of this machine, or the cluster's named device.
+
+    Raises:
+        UserError: if the teacher cannot be timed there.
+    """
+    teacher, shape = teacher_onnx(context), context.data.input_shape
+    if cluster is not None and cluster.device is not None:
+        from moodistill.cluster import RemoteMeter
+
+        return RemoteMeter(cluster, teacher, shape, config.latency, calibrated)
+    try:
+        return LatencyMeter(
+            teacher,
+            shape,
+            config.latency,
+            teacher_latency_ms=calibrated,
+        )
+    except LatencyError as error:
+        raise UserError(
+            f"the teacher cannot be timed in ONNX Runtime ({error}); expected a network that runs "
+            "there on this machine"
+        ) from error
+
+
+def timing_device(meter: Meter, config: RunConfig) -> dict[str, Any]:
+    """Fingerprint of the device that latencies are of."""
+    return device_fingerprint(config.latency) if isinstance(meter, LatencyMeter) else meter.device
+
+
+def make_executor(
+    context: TeacherContext,
+    config: RunConfig,
+    places: Places,
+    meter: Meter,
+    cluster: Cluster | None,
+) -> Executor:
+    """What scores the students: this process, or the cluster's workers."""
+    local = meter.measure if isinstance(meter, LatencyMeter) else None
+    if cluster is None:
+        return SerialExecutor(Evaluator(context, config.recipe, local).evaluate)
+    from moodistill.cluster import DaskExecutor
+    from moodistill.remote import ScoreSetup
+
+    workers = cluster.config.workers
+    threads = max(1, default_threads() // workers) if workers is not None else 1
+    setup = ScoreSetup(
+        version=__version__,
+        config=json.dumps(asdict(config)),
+        teacher_digest=context.teacher_digest,
+        data_digest=context.data.digest,
+        data_dir=None if places.data_dir is None else str(places.data_dir.resolve()),
+        weights=None if places.weights is None else str(places.weights.resolve()),
+        threads=places.threads or threads,
+    )
+    remote = None if isinstance(meter, LatencyMeter) else meter
+    return DaskExecutor(cluster, context.layout, setup, remote, local)
