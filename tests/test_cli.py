@@ -260,9 +260,9 @@ def test_a_latency_that_cannot_be_confirmed_loses_nothing(call, tmp_path, monkey
 
 
 def test_a_teacher_that_cannot_be_timed_is_one_line(call, tmp_path, monkeypatch):
-    from moodistill import run
+    from moodistill import scoring
 
-    monkeypatch.setattr(run, "teacher_onnx", lambda context: b"no model")
+    monkeypatch.setattr(scoring, "teacher_onnx", lambda context: b"no model")
     done = call("run", "--model", "digits", "--out", tmp_path / "run", *TINY, code=2)
     assert "the teacher cannot be timed" in done.stderr
 
