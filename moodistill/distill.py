@@ -105,12 +105,15 @@ def distill(
     """A distilled copy of `student` in eval mode.
 
     SGD with Nesterov momentum, 10% warm-up, then a cosine; soft targets at `temperature` with the
-    weight `1 - hard`, scaled by its square. `report(step, loss)` is called after each step.
+    weight `1 - hard`, scaled by its square. Forward and backward passes run in bfloat16 where the
+    processor has matrix units for it. `report(step, loss)` is called after each step.
 
     Raises:
         FloatingPointError: if the loss is not finite.
     """
-    model = copy.deepcopy(student).train()
+    # Convolutions train up to a third faster on pictures whose channels lie together.
+    model = copy.deepcopy(student).train().to(memory_format=torch.channels_last)
+    mixed = mixed_precision()
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     parameters: list[dict[str, Any]] = [
@@ -130,7 +133,8 @@ def distill(
         index = int(np.random.default_rng([seed, epoch]).permutation(views)[place])
         images, labels = targets.batch(index)
         soft = targets.soft(index, images)
-        logits = model(images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            logits = model(images.contiguous(memory_format=torch.channels_last)).float()
         scale = config.temperature
         divergence = F.kl_div(
             F.log_softmax(logits / scale, 1), F.log_softmax(soft / scale, 1),
@@ -145,4 +149,10 @@ def distill(
         optimizer.step()
         if report is not None:
             report(step + 1, loss.item())
-    return model.eval()
+    return model.eval().to(memory_format=torch.contiguous_format)
+
+
+def mixed_precision() -> bool:
+    """Whether bfloat16 is faster here: with AMX 2 to 2.5 times, without it is emulated and slower."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 and later
+    return bool(capabilities.get("amx_bf16", False))

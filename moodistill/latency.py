@@ -189,7 +189,7 @@ class LatencyMeter:
         min_rounds: int = 8,
         max_rounds: int = 200,
         target: float = 0.02,
-        max_seconds: float = 0.5,
+        max_seconds: float = 0.4,
     ) -> Latency:
         """Latency of one model.
 
