@@ -121,7 +121,13 @@ def _cluster_arguments(parser: argparse.ArgumentParser) -> None:
     many = parser.add_argument_group("more processes and machines (extra: distributed)")
     many.add_argument("--workers", type=int, metavar="N", help="processes on this machine")
     many.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, tcp://host:port")
-    many.add_argument("--latency-on", metavar="NAME", help="the worker's device that is timed")
+    many.add_argument(
+        "--latency-on", metavar="NAME,...",
+        help="devices that are timed; the first one's latency is the objective",
+    )  # fmt: skip
+    many.add_argument(
+        "--worst-latency", action="store_true", help="the objective is the largest over all devices"
+    )
     for name in ("ca", "cert", "key"):
         many.add_argument(f"--tls-{name}", type=Path, metavar="PEM")
     many.add_argument(
@@ -137,7 +143,8 @@ def _cluster(arguments: argparse.Namespace, say: Callable[[str], None]) -> Itera
     given = {
         "workers": arguments.workers,
         "scheduler": arguments.scheduler,
-        "latency_on": arguments.latency_on,
+        "latency_on": tuple(arguments.latency_on.split(",")) if arguments.latency_on else None,
+        "worst_latency": arguments.worst_latency or None,
         "tls_ca": arguments.tls_ca,
         "tls_cert": arguments.tls_cert,
         "tls_key": arguments.tls_key,
@@ -207,7 +214,7 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
         latency = LatencyConfig(
             arguments.threads or 1, arguments.batch or 1, arguments.provider or CPU
         )
-        remote = cluster if cluster is not None and cluster.device is not None else None
+        remote = cluster if cluster is not None and cluster.config.latency_on else None
         if remote is None:
             check_provider(latency.provider)
         if arguments.simd_step:

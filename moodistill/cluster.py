@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,9 @@ class ClusterConfig:
     Attributes:
         workers: processes to start on this machine; None if `scheduler` is given.
         scheduler: address of a running Dask scheduler, `tcp://...` or `tls://...`.
-        latency_on: name of the device that times models; None times them on this machine.
+        latency_on: names of devices that time models; none times them on this machine. The first
+            one's latency is the objective, the others' are measured for the exported front.
+        worst_latency: the objective is the largest latency over all devices instead.
         tls_ca, tls_cert, tls_key: PEM files of a TLS connection.
         patience_s: how long nobody may be there to do a task before the run says so.
         wait: whether the run then waits on; else it stops and can be resumed.
@@ -40,7 +43,8 @@ class ClusterConfig:
 
     workers: int | None = None
     scheduler: str | None = None
-    latency_on: str | None = None
+    latency_on: tuple[str, ...] = ()
+    worst_latency: bool = False
     tls_ca: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -53,18 +57,37 @@ class ClusterConfig:
             raise UserError("give either --workers N (processes here) or --scheduler ADDRESS")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers is {self.workers}; expected a whole number of at least 1")
-        if self.latency_on is not None and self.scheduler is None:
+        if self.latency_on and self.scheduler is None:
             raise UserError(
                 "--latency-on names a worker of a running scheduler: give its --scheduler ADDRESS"
             )
+        names = self.latency_on
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"[\w.-]+", n) for n in names):
+            raise UserError(
+                f"--latency-on is {','.join(names)!r}; expected different names of letters, "
+                "digits, dots, dashes and underscores, with commas between them"
+            )
+        if self.worst_latency and len(names) < 2:
+            raise UserError("--worst-latency is over several devices: give --latency-on NAME,NAME")
         given = [p for p in (self.tls_ca, self.tls_cert, self.tls_key) if p is not None]
         if given and len(given) != 3:
             raise UserError("TLS needs all three of --tls-ca, --tls-cert and --tls-key")
         for path in given:
             if not path.is_file():
                 raise UserError(f"{path} does not exist; expected a PEM file")
-        if given and not (self.scheduler or "").startswith("tls://"):
+        encrypted = (self.scheduler or "").startswith("tls://")
+        if given and not encrypted:
             raise UserError(f"with TLS the scheduler is tls://..., not {self.scheduler}")
+        if encrypted and not given:
+            raise UserError(
+                f"{self.scheduler} asks for certificates; give --tls-ca, --tls-cert and --tls-key"
+            )
+
+    @property
+    def place(self) -> str | None:
+        """Where latencies are of, in words; a resumed run must have the same."""
+        names = ",".join(self.latency_on)
+        return f"the worst of {names}" if self.worst_latency else names or None
 
 
 @contextmanager
@@ -114,18 +137,9 @@ class Cluster:
         self.client = client
         self.config = config
         self.say = say
-        needed = [remote.STUDENTS]
-        if config.latency_on is not None:
-            needed.append(remote.DEVICE + config.latency_on)
-        for resource in needed:
+        for resource in (remote.STUDENTS, *(remote.DEVICE + name for name in config.latency_on)):
             self._wait_for(resource)
         self._check_versions()
-
-    @property
-    def device(self) -> str | None:
-        """The resource of the device that times models."""
-        name = self.config.latency_on
-        return None if name is None else remote.DEVICE + name
 
     def resources(self) -> dict[str, int]:
         """How many workers there are with each resource."""
@@ -163,10 +177,17 @@ class Cluster:
                 )
 
     def probe_step(self, config: LatencyConfig) -> int:
-        """Channels per SIMD block of the named device."""
-        assert self.device is not None
-        future = self._submit(remote.probe_step, self.device, __version__, config)
-        return int(self.result(future, self.device))
+        """Channels per SIMD block of the device that counts; the widest of all if the worst does.
+
+        A width that is a multiple of the widest is one of the others' too: all are powers of two.
+        """
+        names = self.config.latency_on
+        steps = []
+        for name in names if self.config.worst_latency else names[:1]:
+            resource = remote.DEVICE + name
+            future = self._submit(remote.probe_step, resource, __version__, config)
+            steps.append(int(self.result(future, resource)))
+        return max(steps)
 
     def _submit(self, function: Callable[..., Any], resource: str, *arguments: Any) -> Future:
         # pure=False: two students may be alike to Dask, and a latency is never the same twice.
@@ -223,7 +244,7 @@ class Cluster:
 
 
 class RemoteMeter:
-    """`LatencyMeter` on a named device: models go there as ONNX bytes, raw timings come back.
+    """One named device: models go there as ONNX bytes, raw timings come back.
 
     Attributes:
         teacher_latency_ms: the calibrated time of the teacher on the device.
@@ -234,14 +255,14 @@ class RemoteMeter:
     def __init__(
         self,
         cluster: Cluster,
+        name: str,
         reference: bytes,
         input_shape: tuple[int, int, int],
         config: LatencyConfig,
         teacher_latency_ms: float | None,
     ) -> None:
-        assert cluster.device is not None
         self.cluster = cluster
-        self.resource = cluster.device
+        self.resource = remote.DEVICE + name
         self.rejected_windows = 0
         # One copy on the device, not one a task; as a task's result it is made again where a
         # device that was gone comes back (scattered data would be lost).
@@ -260,29 +281,92 @@ class RemoteMeter:
             remote.time_model, self.resource, self.setup, self.reference, scored
         )
 
+    def confirm(self, files: Mapping[str, bytes], rounds: int) -> Future:
+        """A task that times several models side by side."""
+        return self.cluster._submit(
+            remote.confirm_models, self.resource, self.setup, self.reference, dict(files), rounds
+        )
+
+
+class DeviceMeters:
+    """`LatencyMeter` on the named devices of a cluster.
+
+    Attributes:
+        device: fingerprint of the first device.
+        elsewhere: latencies that `confirm` found, by device and model; empty if there is one
+            device alone.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        reference: bytes,
+        input_shape: tuple[int, int, int],
+        config: LatencyConfig,
+        calibrated: Mapping[str, float] | None,
+    ) -> None:
+        self.cluster = cluster
+        self.meters = {
+            name: RemoteMeter(
+                cluster, name, reference, input_shape, config, (calibrated or {}).get(name)
+            )
+            for name in cluster.config.latency_on
+        }
+        self.first = next(iter(self.meters.values()))
+        self.device = self.first.device
+        self.elsewhere: dict[str, dict[str, Latency]] = {}
+
+    @property
+    def timing(self) -> list[RemoteMeter]:
+        """The devices that the search waits for."""
+        return list(self.meters.values()) if self.cluster.config.worst_latency else [self.first]
+
+    @property
+    def teacher_latency_ms(self) -> float:
+        """The calibrated time of the teacher, as the objective has it."""
+        return max(meter.teacher_latency_ms for meter in self.timing)
+
+    @property
+    def rejected_windows(self) -> int:
+        """Windows timed again because the teacher's time drifted."""
+        return sum(meter.rejected_windows for meter in self.meters.values())
+
+    def submit(self, scored: Future) -> Future:
+        """A task that adds the objective's latency to a scored student, from worker to worker."""
+        timed = [meter.submit(scored) for meter in self.timing]
+        if len(timed) == 1:
+            return timed[0]
+        return self.cluster._submit(remote.slowest, self.first.resource, timed)
+
     def confirm(
         self,
         models: Mapping[str, Callable[[], bytes]],
         rounds: int = CONFIRMED_ROUNDS,
         report: Callable[[int], None] | None = None,
     ) -> dict[str, Latency]:
-        """As `LatencyMeter.confirm`."""
-        found: dict[str, Latency] = {}
+        """As `LatencyMeter.confirm`, on all devices at once."""
+        found: dict[str, dict[str, Latency]] = {name: {} for name in self.meters}
         for files in timed_together(models, seed=0):
-            future = self.cluster._submit(
-                remote.confirm_models, self.resource, self.setup, self.reference, files, rounds
-            )
-            latencies, rejected = self.cluster.result(future, self.resource)
-            self.rejected_windows += rejected
-            found |= latencies
+            futures = {name: meter.confirm(files, rounds) for name, meter in self.meters.items()}
+            for name, future in futures.items():
+                meter = self.meters[name]
+                latencies, rejected = self.cluster.result(future, meter.resource)
+                meter.rejected_windows += rejected
+                found[name] |= latencies
             if report is not None:
-                report(len(found))
-        return {name: found[name] for name in models}
+                report(len(found[name]))
+        if len(self.meters) > 1:
+            self.elsewhere = found
+        objective = [found[name] for name, meter in self.meters.items() if meter in self.timing]
+        return {
+            model: max((one[model] for one in objective), key=lambda latency: latency.latency_ms)
+            for model in models
+        }
 
     def close(self) -> None:
-        """Nothing to end here: the device's process stays for the next run."""
+        """Nothing to end here: the devices' processes stay for the next run."""
 
-    def __enter__(self) -> RemoteMeter:  # noqa: D105
+    def __enter__(self) -> DeviceMeters:  # noqa: D105
         return self
 
     def __exit__(self, *exception: object) -> None:  # noqa: D105
@@ -292,7 +376,7 @@ class RemoteMeter:
 class DaskExecutor:
     """Scores students on a cluster's workers.
 
-    With a `RemoteMeter` each student goes on to the device as soon as it is scored. Without one
+    With `DeviceMeters` each student goes on to the device as soon as it is scored. Without one
     latencies are measured here: at once if the workers are elsewhere; if they were started on this
     machine, in batches while they rest, since nothing else may run beside a measurement.
     """
@@ -302,7 +386,7 @@ class DaskExecutor:
         cluster: Cluster,
         layout: GenomeLayout,
         setup: remote.ScoreSetup,
-        meter: RemoteMeter | None,
+        meter: DeviceMeters | None,
         measure: Callable[[bytes, str], Latency] | None,
         score: Callable[[remote.ScoreSetup, bytes], remote.Scored] = remote.score,
     ) -> None:
@@ -324,7 +408,8 @@ class DaskExecutor:
 
     def _part(self, genomes: Sequence[np.ndarray], rest: bool) -> Iterator[tuple[int, Evaluation]]:
         futures: dict[Future, int] = {}
-        resources = [remote.STUDENTS, *([self.meter.resource] if self.meter else [])]
+        devices = [meter.resource for meter in self.meter.timing] if self.meter else []
+        resources = [remote.STUDENTS, *devices]
         for index, genome in enumerate(genomes):
             packed = self.layout.pack(genome)
             future = self.cluster._submit(self.score, remote.STUDENTS, self.setup, packed)

@@ -15,20 +15,25 @@ from moodistill.export import Origin, ship
 from moodistill.files import write_json_atomic
 from moodistill.onnx_writer import to_onnx
 from moodistill.progress import Reporter
-from moodistill.results import Searched
+from moodistill.results import CONFIRMED_FILE, Searched
 from moodistill.ship import ShipOptions
 from moodistill.student import build_student
 from moodistill.typed import parse_json, typed
 
-CONFIRMED_FILE = "confirmed.json"
 # A student this much slower than one that dominates it may have been unlucky.
 SLACK = 0.05
 
 
 class Timer(Protocol):
-    """What times several models side by side: `LatencyMeter`, or one on another device."""
+    """What times several models side by side: `LatencyMeter`, or one on other devices."""
 
-    rejected_windows: int
+    @property
+    def rejected_windows(self) -> int:
+        """Windows timed again because the reference was unsteady in them."""
+
+    @property
+    def elsewhere(self) -> Mapping[str, Mapping[str, Latency]]:
+        """Where there are several devices, what `confirm` found by device and model."""
 
     def confirm(
         self,
@@ -89,6 +94,10 @@ def confirm(
         "rejected_windows": meter.rejected_windows - rejected,
         "measured": measured,
         "students": {name: asdict(latency) for name, latency in found.items()},
+        "devices": {
+            device: {name: asdict(latency) for name, latency in ones.items()}
+            for device, ones in meter.elsewhere.items()
+        },
     }
     write_json_atomic(folder / CONFIRMED_FILE, record)
     return found

@@ -9,8 +9,8 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +19,7 @@ from moodistill.files import write_atomic, write_json_atomic
 
 STAGES = ("teacher", "searched", "distilled")
 PRECISIONS = ("fp32", "int8")
+ON_DEVICE = "latency_ms_on_"  # and the device's name: the column of one of several devices
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class FrontRow:
         latency_ms_p90: 90th percentile, None where there were fewer than 64 timings.
         latency_samples: timings behind `latency_ms`.
         memory_bytes: weights and largest activations at batch 1, computed (of the float student).
+        on_devices: where a run timed its front on several devices, ms on each; a column
+            `latency_ms_on_<device>` each.
     """
 
     student: str
@@ -62,6 +65,7 @@ class FrontRow:
     latency_ms_p90: float | None = None
     latency_samples: int = 0
     memory_bytes: int = 0
+    on_devices: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def validation_accuracy(self) -> float:
@@ -76,10 +80,13 @@ def write_front(path: Path, rows: Sequence[FrontRow]) -> None:
     """Write `pareto.csv` (a path, or the folder it goes into) and its `.json` twin, atomically."""
     path = _csv_path(path)
     table = io.StringIO(newline="")
-    csv.writer(table, lineterminator="\n").writerow(_COLUMNS)
+    devices = list(dict.fromkeys(device for row in rows for device in row.on_devices))
+    header = [*_COLUMNS, *(ON_DEVICE + device for device in devices)]
+    csv.writer(table, lineterminator="\n").writerow(header)
     for row in rows:
         # float() first: the repr of a NumPy scalar is not a number.
-        values = (getattr(row, name) for name in _COLUMNS)
+        values = [getattr(row, name) for name in _COLUMNS]
+        values += [row.on_devices.get(device) for device in devices]
         cells = [repr(float(v)) if isinstance(v, float) else v for v in values]
         # csv leaves a lone carriage return unquoted and then reads it as the end of a line.
         if any("\r" in str(cell) for cell in cells):
@@ -127,7 +134,7 @@ def read_front(folder: Path) -> list[FrontRow]:
     return list(rows.values())
 
 
-_TYPES = {field.name: str(field.type) for field in fields(FrontRow)}
+_TYPES = {one.name: str(one.type) for one in fields(FrontRow) if one.name != "on_devices"}
 _COLUMNS = tuple(_TYPES)
 
 
@@ -155,6 +162,11 @@ def _row(cells: dict[str, str], where: str) -> FrontRow:
         values["stage"] == "distilled" or values["search_accuracy"] is None
     ):
         raise UserError(f"{where} accuracy: empty; expected a fraction between 0 and 1")
+    values["on_devices"] = {
+        name.removeprefix(ON_DEVICE): _cell("float", name, text, f"{where} {name}")
+        for name, text in cells.items()
+        if name.startswith(ON_DEVICE) and text
+    }
     return FrontRow(**values)
 
 

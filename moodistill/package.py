@@ -91,6 +91,7 @@ def write_package(
             "timings": row.latency_samples,
             "teacher_ms": row.teacher_latency_ms,
             "device": dict(device),
+            "on_devices_ms": dict(row.on_devices),
         },
         "sample": {
             "file": "sample.npy",

@@ -173,6 +173,14 @@ def time_model(setup: TimeSetup, reference: bytes, scored: Scored) -> Evaluation
     return replace(scored.evaluation, latency=latency, seconds=seconds)
 
 
+def slowest(timed: list[Evaluation]) -> Evaluation:
+    """One student timed on several devices, with the largest latency; it fails if one failed."""
+    for one in timed:
+        if one.latency is None:
+            return one
+    return max(timed, key=lambda one: one.latency.latency_ms if one.latency else 0.0)
+
+
 def confirm_models(
     setup: TimeSetup, reference: bytes, models: dict[str, bytes], rounds: int
 ) -> tuple[dict[str, Latency], int]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.patches import Rectangle
 
 # Okabe and Ito's palette, told apart with any colour vision.
-GREY, BLUE, VERMILION, BLACK = "#999999", "#0072B2", "#D55E00", "#000000"
+GREY, BLUE, GREEN, VERMILION, BLACK = "#999999", "#0072B2", "#009E73", "#D55E00", "#000000"
 
 
 def plot_front(rows: Sequence[FrontRow], path: Path, title: str) -> None:
@@ -46,22 +46,30 @@ def _panel(axes: Axes, rows: Sequence[FrontRow], field: str, label: str) -> None
     _, x, y = points("searched")
     if x:
         axes.plot(x, y, "o", color=GREY, alpha=0.5, markersize=4, mew=0, label="searched")
-    finalists, x, y = points("distilled")
-    before = [
-        100 * (r.validation_accuracy if r.search_accuracy is None else r.search_accuracy)
-        for r in finalists
-    ]
-    for place, low, high in zip(x, before, y, strict=True):
-        axes.plot([place, place], [low, high], "-", color=BLUE, linewidth=0.8, zorder=1)
-    if finalists:
-        axes.plot(x, before, "o", color=BLUE, markerfacecolor="white", markersize=5,
+    finalists, _, _ = points("distilled")
+    before = [row for row in finalists if row.search_accuracy is not None]
+    for row in before:
+        place = getattr(row, field)
+        ends = [100 * (row.search_accuracy or 0.0), 100 * row.validation_accuracy]
+        axes.plot([place, place], ends, "-", color=BLUE, linewidth=0.8, zorder=1)
+    if before:
+        axes.plot([getattr(row, field) for row in before],
+                  [100 * (row.search_accuracy or 0.0) for row in before],
+                  "o", color=BLUE, markerfacecolor="white", markersize=5,
                   label="finalist before distillation")  # fmt: skip
-        axes.plot(x, y, "o", color=BLUE, markersize=6, label="finalist distilled")
-    if field == "latency_ms":
-        # The low and high end of a bootstrap need not enclose the median to the last digit.
-        below = [max(r.latency_ms - r.latency_ms_low, 0.0) for r in finalists]
-        above = [max(r.latency_ms_high - r.latency_ms, 0.0) for r in finalists]
-        axes.errorbar(x, y, xerr=[below, above], fmt="none", ecolor=BLUE, elinewidth=0.8)
+    kinds = (("fp32", "o", BLUE, "finalist distilled"), ("int8", "D", GREEN, "its INT8 twin"))
+    for precision, marker, colour, name in kinds:
+        ones = [row for row in finalists if row.precision == precision]
+        if not ones:
+            continue
+        x = [getattr(row, field) for row in ones]
+        y = [100 * row.validation_accuracy for row in ones]
+        axes.plot(x, y, marker, color=colour, markersize=6, label=name)
+        if field == "latency_ms":
+            # The low and high end of a bootstrap need not enclose the median to the last digit.
+            below = [max(r.latency_ms - r.latency_ms_low, 0.0) for r in ones]
+            above = [max(r.latency_ms_high - r.latency_ms, 0.0) for r in ones]
+            axes.errorbar(x, y, xerr=[below, above], fmt="none", ecolor=colour, elinewidth=0.8)
     _, x, y = points("teacher")
     if x:
         axes.axhline(y[0], color=VERMILION, linewidth=0.8, linestyle=":")

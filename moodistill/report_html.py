@@ -110,6 +110,7 @@ def _row(row: FrontRow) -> dict[str, Any]:
         "low_ms": row.latency_ms_low,
         "high_ms": row.latency_ms_high,
         "teacher_ms": row.teacher_latency_ms,
+        "on_devices": dict(row.on_devices),
         "size_bytes": row.size_bytes,
         "onnx": row.onnx,
     }

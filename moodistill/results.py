@@ -24,6 +24,8 @@ from moodistill.run_folder import read_run
 from moodistill.store import Store
 from moodistill.typed import parse_json
 
+CONFIRMED_FILE = "confirmed.json"  # the latencies that were measured again
+
 
 def student_id(number: int) -> str:
     """The name of the student that was evaluated as number `number`."""
@@ -163,6 +165,7 @@ def make_rows(
     The front is that of the confirmed latencies, or of the search's where nothing was confirmed.
     """
     finalists = searched.finalists(folder)
+    elsewhere = device_latencies(folder) if confirmed else {}
 
     def row(name: str, one: Evaluation, finalist: Finalist | None = None) -> front.FrontRow:
         latency = confirmed.get(name, one.latency)
@@ -187,6 +190,7 @@ def make_rows(
             latency_ms_p90=latency.p90_ms,
             latency_samples=len(latency.samples_ms),
             memory_bytes=one.memory_bytes,
+            on_devices=elsewhere.get(name, {}),
         )
 
     rows = [
@@ -195,6 +199,7 @@ def make_rows(
             stage="teacher",
             accuracy=known.get("teacher"),
             test_accuracy=known.get("teacher_test"),
+            on_devices=teacher_on_devices(folder) if elsewhere else {},
         )
     ]
     # A finalist of an earlier, smaller preset may have left the front: it stays exported.
@@ -208,8 +213,32 @@ def make_rows(
             and not twin.refused
             and twin.student in confirmed
         ):
-            rows.append(int8_row(rows[-1], twin, confirmed[twin.student]))
+            rows.append(
+                replace(
+                    int8_row(rows[-1], twin, confirmed[twin.student]),
+                    on_devices=elsewhere.get(twin.student, {}),
+                )
+            )
     return rows
+
+
+def device_latencies(folder: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds by student and device, where a run timed its front on several devices."""
+    try:
+        devices = parse_json((folder / CONFIRMED_FILE).read_bytes())["devices"]
+        found: dict[str, dict[str, float]] = {}
+        for device, ones in devices.items():
+            for name, one in ones.items():
+                found.setdefault(name, {})[device] = float(one["latency_ms"])
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def teacher_on_devices(folder: Path) -> dict[str, float]:
+    """The teacher's calibrated milliseconds by device."""
+    found = read_run(folder).get("teacher_latencies_ms", {})
+    return {device: float(ms) for device, ms in found.items()}
 
 
 def current_rows(folder: Path, store: Store) -> list[front.FrontRow]:

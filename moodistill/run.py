@@ -30,7 +30,14 @@ from moodistill.report_html import structure_data, write_report
 from moodistill.results import Accuracies, Searched, make_rows, write_results
 from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import RUN_FILE, new_run_folder, read_run, versions, write_run
-from moodistill.scoring import Places, make_executor, make_meter, timing_device
+from moodistill.scoring import (
+    Places,
+    calibration,
+    make_executor,
+    make_meter,
+    timing_device,
+    timing_devices,
+)
 from moodistill.store import LOCK_FILE, Store
 from moodistill.task import Task, load_task
 
@@ -77,8 +84,10 @@ def start_run(
                 "metric": metric_name(context.data),
                 "genome_bits": context.layout.length,
                 "teacher_latency_ms": meter.teacher_latency_ms,
+                "teacher_latencies_ms": calibration(meter),
                 "device": timing_device(meter, config),
-                "latency_on": cluster.config.latency_on if cluster is not None else None,
+                "devices": timing_devices(meter, config),
+                "latency_on": cluster.config.place if cluster is not None else None,
                 "versions": versions(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "status": "running",
@@ -128,21 +137,23 @@ def resume_run(
                     f"{folder} was started with {key} {stored.get(key)}, found {found}; "
                     "resume it with the same teacher, data and metric"
                 )
-        place = cluster.config.latency_on if cluster is not None else None
+        place = cluster.config.place if cluster is not None else None
         if stored.get("latency_on") != place:
             raise UserError(
                 f"{folder} has latencies of {stored.get('latency_on') or 'this machine'}, not of "
                 f"{place or 'this machine'}; resume it with the same --latency-on"
             )
-        scale = stored.get("teacher_latency_ms")
-        if not isinstance(scale, int | float) or not 0 < scale < 1e15:
+        scales = stored.get("teacher_latencies_ms")
+        if not isinstance(scales, dict) or not all(
+            isinstance(ms, int | float) and 0 < ms < 1e15 for ms in scales.values()
+        ):
             raise UserError(
-                f"{folder} has teacher_latency_ms {str(scale)[:40]!r} in run.json, expected a "
-                "positive number: restore run.json from a copy"
+                f"{folder} has teacher_latencies_ms {str(scales)[:40]!r} in run.json, expected "
+                "positive numbers by device: restore run.json from a copy"
             )
         write_run(folder, {**stored, "config": asdict(config), "status": "running"})
         write_layout(folder, context.layout)
-        with make_meter(context, config, scale, cluster) as meter:
+        with make_meter(context, config, scales, cluster) as meter:
             executor = make_executor(context, config, places, meter, cluster)
             _execute(folder, store, config, context, meter, reporter or Reporter(), executor)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,9 +18,12 @@ from moodistill.recipe import Evaluator, teacher_onnx
 from moodistill.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from moodistill.cluster import Cluster, RemoteMeter
+    from moodistill.cluster import Cluster, DeviceMeters
 
-    Meter: TypeAlias = LatencyMeter | RemoteMeter
+    Meter: TypeAlias = LatencyMeter | DeviceMeters
+
+
+HERE = "this machine"  # the device's name where no other is given
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,34 @@ class Places:
 
 
 def make_meter(
-    context: TeacherContext, config: RunConfig, calibrated: float | None, cluster: Cluster | None
+    context: TeacherContext,
+    config: RunConfig,
+    calibrated: Mapping[str, float] | None,
+    cluster: Cluster | None,
 ) -> Meter:
-    """What times students: a process of this machine, or the cluster's named device.
+    """What times students: a process of this machine, or the cluster's named devices.
+
+    Args:
+        context: of the teacher, which is the reference.
+        config: the run's.
+        calibrated: the teacher's ms by device, as `calibration` gave it to an earlier part of the
+            run.
+        cluster: None for this process alone.
 
     Raises:
         UserError: if the teacher cannot be timed there.
     """
     teacher, shape = teacher_onnx(context), context.data.input_shape
-    if cluster is not None and cluster.device is not None:
-        from moodistill.cluster import RemoteMeter
+    if cluster is not None and cluster.config.latency_on:
+        from moodistill.cluster import DeviceMeters
 
-        return RemoteMeter(cluster, teacher, shape, config.latency, calibrated)
+        return DeviceMeters(cluster, teacher, shape, config.latency, calibrated)
     try:
         return LatencyMeter(
             teacher,
             shape,
             config.latency,
-            teacher_latency_ms=calibrated,
+            teacher_latency_ms=(calibrated or {}).get(HERE),
         )
     except LatencyError as error:
         raise UserError(
@@ -58,8 +72,22 @@ def make_meter(
         ) from error
 
 
+def calibration(meter: Meter) -> dict[str, float]:
+    """The teacher's calibrated ms by device, which a resumed run keeps as its scale."""
+    if isinstance(meter, LatencyMeter):
+        return {HERE: meter.teacher_latency_ms}
+    return {name: one.teacher_latency_ms for name, one in meter.meters.items()}
+
+
+def timing_devices(meter: Meter, config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Fingerprints of all devices by name."""
+    if isinstance(meter, LatencyMeter):
+        return {HERE: timing_device(meter, config)}
+    return {name: one.device for name, one in meter.meters.items()}
+
+
 def timing_device(meter: Meter, config: RunConfig) -> dict[str, Any]:
-    """Fingerprint of the device that latencies are of."""
+    """Fingerprint of the device that latencies are of, the first of several."""
     return device_fingerprint(config.latency) if isinstance(meter, LatencyMeter) else meter.device
 
 

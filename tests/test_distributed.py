@@ -15,10 +15,11 @@ pytest.importorskip("distributed")
 
 from moodistill import cluster as clusters
 from moodistill import remote
-from moodistill.cluster import ClusterConfig, DaskExecutor, RemoteMeter, connect
+from moodistill.cluster import ClusterConfig, DaskExecutor, DeviceMeters, connect
 from moodistill.errors import UserError
 from moodistill.evolution import Search, SearchConfig
 from moodistill.executor import SerialExecutor
+from moodistill.front import read_front
 from moodistill.latency import LatencyConfig
 from moodistill.recipe import Evaluator, Recipe, teacher_onnx
 from moodistill.run_config import new_config
@@ -165,12 +166,12 @@ def test_latency_on_a_named_device(digits, scheduler, tmp_path):
     """Students are scored on one worker and timed on another; the device then vanishes."""
     student, device = worker(scheduler, "student"), worker(scheduler, "latency:edge")
     said = []
-    config = ClusterConfig(scheduler=scheduler, latency_on="edge", patience_s=30)
+    config = ClusterConfig(scheduler=scheduler, latency_on=("edge",), patience_s=30)
     try:
         with connect(config, said.append) as cluster:
             assert cluster.probe_step(LatencyConfig()) in (4, 8, 16, 32)
             shape = digits.data.input_shape
-            meter = RemoteMeter(cluster, teacher_onnx(digits), shape, LatencyConfig(), None)
+            meter = DeviceMeters(cluster, teacher_onnx(digits), shape, LatencyConfig(), None)
             assert meter.teacher_latency_ms > 0 and meter.device["onnxruntime"]
             executor = DaskExecutor(cluster, digits.layout, score_setup(digits), meter, None)
             rng = np.random.default_rng(0)
@@ -187,14 +188,16 @@ def test_latency_on_a_named_device(digits, scheduler, tmp_path):
             confirmed = meter.confirm({"t": lambda: teacher_onnx(digits)}, rounds=16)
             assert len(confirmed["t"].samples_ms) == 16
             end(device)
-            cluster.config = ClusterConfig(scheduler=scheduler, latency_on="edge", patience_s=1.0)
+            cluster.config = ClusterConfig(
+                scheduler=scheduler, latency_on=("edge",), patience_s=1.0
+            )
             with pytest.raises(
                 UserError, match=r"no worker with the resource 'latency:edge' for 1"
             ):
                 list(executor.map(genomes))
             # Or the run waits, says so, and goes on when the device is back.
             cluster.config = ClusterConfig(
-                scheduler=scheduler, latency_on="edge", patience_s=1.0, wait=True
+                scheduler=scheduler, latency_on=("edge",), patience_s=1.0, wait=True
             )
             answers = executor.map(genomes)
             made = []
@@ -216,13 +219,66 @@ def test_latency_on_a_named_device(digits, scheduler, tmp_path):
         ({}, "give either --workers"),
         ({"workers": 2, "scheduler": "tcp://a:1"}, "give either --workers"),
         ({"workers": 0}, "--workers is 0"),
-        ({"workers": 2, "latency_on": "edge"}, "--latency-on names a worker"),
+        ({"workers": 2, "latency_on": ("edge",)}, "--latency-on names a worker"),
+        ({"scheduler": "tcp://a:1", "latency_on": ("a", "a")}, "--latency-on is 'a,a'"),
+        ({"scheduler": "tcp://a:1", "latency_on": ("a b",)}, "--latency-on is 'a b'"),
+        ({"scheduler": "tcp://a:1", "latency_on": ("a",), "worst_latency": True}, "several"),
         ({"scheduler": "tls://a:1", "tls_ca": "x"}, "TLS needs all three"),
+        ({"scheduler": "tls://a:1"}, "tls://a:1 asks for certificates"),
     ],
 )
 def test_options_that_do_not_fit(options, match):
     with pytest.raises(UserError, match=match):
         ClusterConfig(**options)
+
+
+# What a worker with this preload measures is ten times as long: a slower device.
+SLOWER = """
+from dataclasses import replace
+from moodistill.latency import LatencyMeter
+real = LatencyMeter._latency
+def slower(self, samples, reference):
+    one = real(self, samples, reference)
+    return replace(one, latency_ms=10 * one.latency_ms, high_ms=10 * one.high_ms)
+LatencyMeter._latency = slower
+"""
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_several_devices_are_columns(worst, scheduler, call, tmp_path):
+    """The first one's latency is the objective, or the largest over all of them."""
+    (tmp_path / "slower.py").write_text(SLOWER)
+    workers = [
+        worker(scheduler, "student"), worker(scheduler, "latency:board"),
+        worker(scheduler, "latency:phone", "--preload", str(tmp_path / "slower.py")),
+    ]  # fmt: skip
+    out = tmp_path / "run"
+    places = ["--scheduler", scheduler, "--latency-on", "board,phone"]
+    options = [
+        "--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2",
+        "--no-int8", *(["--worst-latency"] if worst else []),
+    ]  # fmt: skip
+    try:
+        call("run", "--model", "digits", "--out", out, *places, *options)
+        run = json.loads((out / "run.json").read_text())
+        assert run["latency_on"] == ("the worst of board,phone" if worst else "board,phone")
+        assert set(run["devices"]) == set(run["teacher_latencies_ms"]) == {"board", "phone"}
+        students = [row for row in read_front(out) if row.stage != "teacher"]
+        assert students and all(set(row.on_devices) == {"board", "phone"} for row in students)
+        for row in students:
+            assert row.on_devices["phone"] > 2 * row.on_devices["board"]
+            assert row.latency_ms == row.on_devices["phone" if worst else "board"]
+            # In the search, too: it saw the device that counts, and one of them is far slower.
+            searched = row.search_latency_ms / row.on_devices["phone"]
+            assert searched > 0.4 if worst else searched < 0.4
+        manifest = json.loads(
+            (out / "students" / students[0].student / "manifest.json").read_text()
+        )
+        assert manifest["latency"]["on_devices_ms"] == students[0].on_devices
+        error = call("run", "--resume", out, *places[:2], "--latency-on", "phone", code=2).stderr
+        assert "not of phone; resume it with the same --latency-on" in error
+    finally:
+        end(*workers)
 
 
 def test_nobody_there(scheduler):

@@ -1,0 +1,171 @@
+"""How well scores without long training foretell accuracy after it: Kendall's tau by recipe.
+
+python scripts/bench_proxy.py --model vgg16 --students 24
+python scripts/bench_proxy.py --model vgg16 --table-only
+
+Every student is kept in a file of its own as it is done: run the command again to carry on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import kendalltau
+from tqdm import tqdm
+
+from moodistill.context import TeacherContext, default_cache_dir, load_context, use_threads
+from moodistill.device import probe_simd
+from moodistill.distill import DistillConfig, SoftTargets, distill
+from moodistill.errors import UserError
+from moodistill.files import write_atomic, write_json_atomic
+from moodistill.inherit import InheritConfig, Mode
+from moodistill.operators import DensitySampling
+from moodistill.recipe import Recipe, count_macs, make_student, student_accuracy
+from moodistill.resolve import canonical, summary
+from moodistill.statistics import collect_samples
+from moodistill.task import load_task
+
+MODES: dict[str, Mode] = {
+    "plain slicing": "slice",
+    "closed form, teacher's channels": "teacher",
+    "closed form, student's channels": "student",
+}
+SHORT = (20, 100)  # steps at a small rate behind the closed form
+SMALL_RATE = 0.003
+BANDS = 3  # of equally many students, by multiplications
+
+
+def other_seed(context: TeacherContext, seed: int) -> TeacherContext:
+    """The same teacher with other pixels sampled for the solve."""
+    config = replace(context.samples.config, seed=seed)
+    samples = collect_samples(
+        context.graph, context.data, config, default_cache_dir(), context.teacher_digest
+    )
+    return replace(context, samples=samples)
+
+
+def study(
+    context: TeacherContext, genome: np.ndarray, recipe: Recipe, targets: SoftTargets, steps: int
+) -> dict:
+    """All scores of one student (the search's images), and its accuracy after `steps` (all)."""
+    data, small = context.data, context.data.validation.head(recipe.validation_images)
+    scores, seconds = {}, {}
+
+    def scored(name: str, began: float, module) -> None:
+        scores[name] = student_accuracy(module, data, small)
+        seconds[name] = time.perf_counter() - began
+
+    for name, mode in MODES.items():
+        began = time.perf_counter()
+        student = make_student(context, genome, replace(recipe, inherit=InheritConfig(mode=mode)))
+        scored(name, began, student.module)
+    again = make_student(other_seed(context, 1), genome, recipe)
+    scores["other seed"] = student_accuracy(again.module, data, small)
+    for count in SHORT:
+        began = time.perf_counter()
+        start = make_student(context, genome, recipe)
+        config = DistillConfig(steps=count, lr=SMALL_RATE)
+        scored(f"closed form + {count} steps", began, distill(start.module, targets, config))
+    began = time.perf_counter()
+    final = distill(student.module, targets, targets.config)
+    targets.save()
+    return {
+        "summary": summary(context.layout, genome),
+        "parameters": student.parameters,
+        "macs": count_macs(student, context.graph),
+        "scores": scores,
+        "seconds": seconds,
+        "steps": steps,
+        "reached": student_accuracy(final, data, data.validation),
+        "seconds_long": time.perf_counter() - began,
+    }
+
+
+def table(records: list[dict], teacher_macs: int) -> str:
+    """Kendall's tau by way of scoring, over all students and within bands of their cost."""
+    records = sorted(records, key=lambda record: record["macs"])
+    reached = np.array([record["reached"] for record in records])
+    parts = np.array_split(np.arange(len(records)), BANDS)
+    share = [[records[i]["macs"] / teacher_macs for i in (part[0], part[-1])] for part in parts]
+    head = ["scored by", "tau", *(f"{low:.1%} to {high:.1%}" for low, high in share), "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name in records[0]["seconds"]:
+        scores = np.array([record["scores"][name] for record in records])
+        taus = [kendalltau(scores, reached).statistic]
+        taus += [kendalltau(scores[part], reached[part]).statistic for part in parts]
+        cost = np.median([record["seconds"][name] for record in records])
+        cells = [name, *(f"{tau:.2f}" for tau in taus), f"{cost:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    usual = list(MODES)[-1]
+    apart = [abs(r["scores"][usual] - r["scores"]["other seed"]) for r in records]
+    lines += [
+        "",
+        f"{len(records)} students, {records[0]['steps']} steps: {reached.min():.1%} to "
+        f"{reached.max():.1%} of the validation images. Bands by multiplications, as shares of the "
+        f"teacher's. Two seeds of the closed form differ by {100 * np.median(apart):.1f} points in "
+        f"the median, {100 * max(apart):.1f} at most.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--students", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=2000, help="of the long distillation")
+    parser.add_argument("--folder", type=Path, help="of records (default results/proxy-<model>)")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    parser.add_argument("--table-only", action="store_true", help="from the records there are")
+    arguments = parser.parse_args()
+    use_threads(None)
+    try:
+        if arguments.students < BANDS or arguments.steps < 1:
+            raise UserError(f"give at least {BANDS} --students and 1 of --steps")
+        context = load_context(load_task(arguments.model), arguments.data_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    layout = context.layout
+    step = probe_simd(None, default_cache_dir()).step
+    # The first one is the teacher itself.
+    sampling = DensitySampling(layout, step)
+    rng = np.random.default_rng(0)
+    genomes = sampling._do(None, arguments.students + 1, random_state=rng)[1:]
+    folder = arguments.folder or Path("results") / f"proxy-{arguments.model}"
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = SoftTargets(
+        context.graph.module, context.data, DistillConfig(steps=arguments.steps),
+        default_cache_dir(), context.teacher_digest,
+    )  # fmt: skip
+    records = []
+    # Smallest first: what takes longest comes last.
+    for genome in tqdm(genomes[::-1], desc="students", disable=None):
+        genome = canonical(layout, genome, step)
+        path = folder / f"{layout.digest(genome)[:16]}-{arguments.steps}.json"
+        if not path.exists() and not arguments.table_only:
+            recipe = Recipe(simd_step=step)
+            write_json_atomic(path, study(context, genome, recipe, targets, arguments.steps))
+        if path.exists():
+            records.append(json.loads(path.read_text()))
+    if len(records) < BANDS:
+        print(f"error: {folder} has {len(records)} records; run without --table-only",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    teacher = make_student(context, layout.teacher(), Recipe(simd_step=step))
+    text = table(records, count_macs(teacher, context.graph))
+    print(text)
+    write_atomic(arguments.out / f"proxy-{arguments.model}.md", f"{text}\n".encode())
+    write_json_atomic(arguments.out / f"proxy-{arguments.model}.json",
+                      {"distillation": asdict(targets.config), "students": records})  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
