@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moodistill import __version__, remote
+from moodistill.distill import DistillConfig
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
+from moodistill.files import write_atomic
+from moodistill.finalists import RESULT_FILE, Distiller, Finalist, finished_before, read_finalist
 from moodistill.genome import GenomeLayout
 from moodistill.latency import CONFIRMED_ROUNDS, LatencyConfig, LatencyError, timed_together
 
@@ -458,3 +461,45 @@ class DaskExecutor:
             return replace(one.evaluation, accuracy=0.0, failure=failure)
         seconds = one.evaluation.seconds | {"latency": time.perf_counter() - began}
         return replace(one.evaluation, latency=latency, seconds=seconds)
+
+
+def distil_there(cluster: Cluster, setup: remote.ScoreSetup, config: DistillConfig) -> Distiller:
+    """Distils finalists side by side on a cluster's workers; their files come back."""
+
+    def distil(
+        students: Mapping[str, Evaluation], folder: Path, report: Callable[[str, int, float], None]
+    ) -> Iterator[tuple[str, Finalist | Exception]]:
+        futures: dict[Future, str] = {}
+        for name, evaluation in students.items():
+            before = finished_before(folder / name, evaluation, config)
+            if before is not None:
+                yield name, before
+            else:
+                future = cluster._submit(remote.distil, remote.STUDENTS, setup, evaluation, name)
+                futures[future] = name
+        try:
+            for future in cluster.finished(futures, [remote.STUDENTS]):
+                name = futures[future]
+                try:
+                    files = future.result()
+                except remote.WorkerMismatch:
+                    raise
+                except Exception as error:
+                    # Also one that takes its worker with it again and again.
+                    yield name, error
+                    continue
+                result = _keep(folder / name, files)
+                yield name, result or UserError("its worker sent no complete result")
+        finally:
+            cluster.client.cancel(list(futures))
+
+    return distil
+
+
+def _keep(folder: Path, files: Mapping[str, bytes]) -> Finalist | None:
+    """Write a finalist's files, the result last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT_FILE).unlink(missing_ok=True)
+    for name in sorted(files, key=lambda name: name == RESULT_FILE):
+        write_atomic(folder / Path(name).name, files[name])
+    return read_finalist(folder)

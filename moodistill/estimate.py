@@ -7,6 +7,7 @@ import time
 import torch
 
 from moodistill.context import TeacherContext
+from moodistill.distill import mixed_precision
 from moodistill.run_config import RunConfig
 
 STUDENT = 0.25  # of the teacher's time, an average student of a search
@@ -33,8 +34,11 @@ def estimate_seconds(context: TeacherContext, config: RunConfig, stored: int) ->
     passes = config.recipe.validation_images + inherited
     searching = count * (STUDENT * per_image * passes + MEASURING_SECONDS)
     step = config.distill.batch_size * per_image
+    training = (
+        0.35 if mixed_precision() else 0.8
+    )  # a student's step, in forward passes of the teacher
     checks = 0.2 * per_image * (2 * len(data.validation) + len(data.test))
-    finalists = config.finalists * (config.distill.steps * step * 0.8 + checks)
+    finalists = config.finalists * (config.distill.steps * step * training + checks)
     finalists += min(config.distill.steps, config.distill.views) * step
     # The front, about one and a half populations, is checked on all validation images.
     passes = len(data.validation) + inherited

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from moodistill.context import TeacherContext
+from moodistill.context import TeacherContext, default_cache_dir
 from moodistill.distill import DistillConfig, SoftTargets, distill
+from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.export import Origin, export_onnx
 from moodistill.files import write_json_atomic
@@ -20,6 +22,8 @@ from moodistill.runtime import onnx_accuracy
 from moodistill.student import Student
 from moodistill.student_file import load_student, save_student
 from moodistill.typed import parse_json, typed
+
+RESULT_FILE = "result.json"  # written last: a folder with a result is complete
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,39 @@ class Finalist:
     seconds: float
 
 
+# Distils students by name into their folders under one; each result or error as it comes.
+# The last argument hears of a name, its steps done and its loss.
+Distiller = Callable[
+    [Mapping[str, Evaluation], Path, Callable[[str, int, float], None]],
+    Iterator[tuple[str, Finalist | Exception]],
+]
+
+
+def distil_here(context: TeacherContext, recipe: Recipe, config: DistillConfig) -> Distiller:
+    """Distils one student after another in this process."""
+
+    def distil(
+        students: Mapping[str, Evaluation], folder: Path, report: Callable[[str, int, float], None]
+    ) -> Iterator[tuple[str, Finalist | Exception]]:
+        targets = SoftTargets(
+            context.graph.module, context.data, config, default_cache_dir(), context.teacher_digest
+        )
+        for name, evaluation in students.items():
+            heard = partial(report, name)
+            try:
+                yield (
+                    name,
+                    finish(
+                        context, evaluation, name, folder / name, recipe, config, targets, heard
+                    ),
+                )
+            except (FloatingPointError, UserError) as error:
+                yield name, error
+            targets.save()
+
+    return distil
+
+
 def finish(
     context: TeacherContext,
     evaluation: Evaluation,
@@ -54,10 +91,10 @@ def finish(
 
     A result that is already in `folder` for the same budget is read back instead.
     """
-    budget = asdict(config)
-    found = read_finalist(folder)
-    if found is not None and found.genome_hash == evaluation.genome_hash and found.budget == budget:
+    found = finished_before(folder, evaluation, config)
+    if found is not None:
         return found
+    budget = asdict(config)
     began = time.perf_counter()
     genome = context.layout.unpack(evaluation.genome)
     student = make_student(context, genome, recipe)
@@ -71,7 +108,7 @@ def finish(
         module, reached = student.module, before
     kept = Student(module, student.units, student.norms)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)
+    (folder / RESULT_FILE).unlink(missing_ok=True)
     save_student(kept, context.layout, genome, folder / "student.safetensors", context.task.name)
     origin = Origin(context.task.name, context.teacher_digest, evaluation.genome)
     path = folder / "model.onnx"
@@ -89,14 +126,21 @@ def finish(
         parity_max_difference=parity.max_difference,
         seconds=time.perf_counter() - began,
     )
-    # Written last: a folder with a result is complete.
-    write_json_atomic(folder / "result.json", asdict(result))
+    write_json_atomic(folder / RESULT_FILE, asdict(result))
     return result
+
+
+def finished_before(folder: Path, evaluation: Evaluation, config: DistillConfig) -> Finalist | None:
+    """The result in `folder` if it is of this student and this budget."""
+    found = read_finalist(folder)
+    if found is None or found.genome_hash != evaluation.genome_hash:
+        return None
+    return found if found.budget == asdict(config) else None
 
 
 def read_finalist(folder: Path) -> Finalist | None:
     """The complete result in a student's folder, or None."""
-    path = folder / "result.json"
+    path = folder / RESULT_FILE
     if not path.is_file():
         return None
     try:

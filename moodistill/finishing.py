@@ -12,11 +12,10 @@ import torch
 from moodistill import pareto
 from moodistill.confirmation import Timer, confirm
 from moodistill.context import TeacherContext, default_cache_dir
-from moodistill.distill import SoftTargets
 from moodistill.errors import UserError
 from moodistill.evaluation import Latency
 from moodistill.export import Origin
-from moodistill.finalists import finish, float_model
+from moodistill.finalists import Distiller, float_model
 from moodistill.front import FrontRow
 from moodistill.int8 import SUFFIX, Int8Result, judge_speed, quantise_student, save_int8
 from moodistill.package import write_package
@@ -44,6 +43,7 @@ def finish_run(
     device: Mapping[str, Any],
     known: Accuracies,
     reporter: Reporter,
+    distil: Distiller,
 ) -> dict[str, Latency]:
     """Distil, quantise, export and test the finalists, and measure the front's latency again.
 
@@ -59,7 +59,7 @@ def finish_run(
             f"{folder} holds no student that works; see the failures in evaluations.sqlite, "
             "or search on with more --generations"
         )
-    _distil(folder, searched, config, context, reporter)
+    _distil(folder, searched, config, reporter, distil)
     finalists = searched.finalists(folder)
     twins: dict[str, Int8Result] = {}
     if config.int8.wanted:
@@ -85,11 +85,7 @@ def finish_run(
 
 
 def _distil(
-    folder: Path,
-    searched: Searched,
-    config: RunConfig,
-    context: TeacherContext,
-    reporter: Reporter,
+    folder: Path, searched: Searched, config: RunConfig, reporter: Reporter, distil: Distiller
 ) -> None:
     names = list(searched.students)
     picked = pareto.pick_finalists(
@@ -99,35 +95,28 @@ def _distil(
         # candidate for a device.
         FLOOR * searched.teacher.accuracy,
     )
-    targets = SoftTargets(
-        context.graph.module, context.data, config.distill,
-        default_cache_dir(), context.teacher_digest,
-    )  # fmt: skip
+    chosen = {names[index]: searched.students[names[index]] for index in picked}
     steps = config.distill.steps
-    with reporter.stage("distilling", steps * len(picked), "step") as stage:
-        for place, index in enumerate(picked):
-            name = names[index]
+    with reporter.stage("distilling", steps * len(chosen), "step") as stage:
+        finished = 0
 
-            def step(done: int, loss: float, name: str = name, base: int = place * steps) -> None:
-                if done % 10 == 0 or done == steps:
-                    stage.update(base + done, student=name, loss=f"{loss:.3f}")
+        def step(name: str, done: int, loss: float) -> None:
+            if done % 10 == 0 or done == steps:
+                stage.update(finished * steps + done, student=name, loss=f"{loss:.3f}")
 
-            try:
-                finalist = finish(
-                    context, searched.students[name], name, folder / "students" / name,
-                    config.recipe, config.distill, targets, step,
-                )  # fmt: skip
-            except (FloatingPointError, UserError) as error:
+        for name, result in distil(chosen, folder / "students", step):
+            finished += 1
+            stage.update(finished * steps, student=name)
+            if isinstance(result, Exception):
                 # A diverged distillation or a refused export costs this finalist, not the run.
-                reporter.say(f"{name} is no finalist: {error}")
+                reporter.say(f"{name} is no finalist: {result}")
                 continue
-            targets.save()
             reporter.say(
-                f"{name}: validation accuracy {finalist.accuracy_before:.4f} -> "
-                f"{finalist.accuracy:.4f} after {steps} steps",
+                f"{name}: validation accuracy {result.accuracy_before:.4f} -> "
+                f"{result.accuracy:.4f} after {steps} steps",
                 student=name,
-                accuracy_before=finalist.accuracy_before,
-                accuracy=finalist.accuracy,
+                accuracy_before=result.accuracy_before,
+                accuracy=result.accuracy,
             )
 
 

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moodistill import __version__
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.latency import LatencyConfig, LatencyError, LatencyMeter
 from moodistill.recipe import Evaluator, Scored
+
+if TYPE_CHECKING:
+    from moodistill.context import TeacherContext
+    from moodistill.run_config import RunConfig
 
 STUDENTS = "student"  # the resource of a worker that scores students; of each it has one
 DEVICE = "latency:"  # and of one that times models, followed by the device's name
@@ -77,7 +82,7 @@ def _check_version(version: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def _evaluator(setup: ScoreSetup) -> Evaluator:
+def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
     from moodistill.context import load_context, use_threads
     from moodistill.run_config import RunConfig
     from moodistill.task import load_task
@@ -102,13 +107,30 @@ def _evaluator(setup: ScoreSetup) -> Evaluator:
                 f"{_name()} has another {what} ({found[:12]}, the run has {wanted[:12]}); "
                 "copy it there"
             )
-    return Evaluator(context, config.recipe, None)
+    return context, config
 
 
 def score(setup: ScoreSetup, genome: bytes) -> Scored:
     """Score a packed genome, latency aside."""
-    evaluator = _evaluator(setup)
-    return evaluator.score(evaluator.context.layout.unpack(genome))
+    context, config = _prepared(setup)
+    return Evaluator(context, config.recipe, None).score(context.layout.unpack(genome))
+
+
+def distil(setup: ScoreSetup, evaluation: Evaluation, name: str) -> dict[str, bytes]:
+    """Distil one finalist; the files of its folder.
+
+    Raises:
+        FloatingPointError, UserError: as `finalists.finish`.
+    """
+    from moodistill.finalists import distil_here
+
+    context, config = _prepared(setup)
+    with tempfile.TemporaryDirectory() as folder:
+        distiller = distil_here(context, config.recipe, config.distill)
+        for _, result in distiller({name: evaluation}, Path(folder), lambda *_: None):
+            if isinstance(result, Exception):
+                raise result
+        return {path.name: path.read_bytes() for path in (Path(folder) / name).iterdir()}
 
 
 _meters: dict[str, LatencyMeter] = {}

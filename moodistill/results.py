@@ -224,21 +224,28 @@ def make_rows(
 
 def device_latencies(folder: Path) -> dict[str, dict[str, float]]:
     """Milliseconds by student and device, where a run timed its front on several devices."""
+    found: dict[str, dict[str, float]] = {}
     try:
         devices = parse_json((folder / CONFIRMED_FILE).read_bytes())["devices"]
-        found: dict[str, dict[str, float]] = {}
         for device, ones in devices.items():
             for name, one in ones.items():
-                found.setdefault(name, {})[device] = float(one["latency_ms"])
-        return found
+                if _is_time(one["latency_ms"]):
+                    found.setdefault(name, {})[device] = float(one["latency_ms"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+    return found
 
 
 def teacher_on_devices(folder: Path) -> dict[str, float]:
     """The teacher's calibrated milliseconds by device."""
-    found = read_run(folder).get("teacher_latencies_ms", {})
-    return {device: float(ms) for device, ms in found.items()}
+    found = read_run(folder).get("teacher_latencies_ms")
+    if not isinstance(found, dict):
+        return {}
+    return {device: float(ms) for device, ms in found.items() if _is_time(ms)}
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e15
 
 
 def current_rows(folder: Path, store: Store) -> list[front.FrontRow]:

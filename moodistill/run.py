@@ -22,6 +22,7 @@ from moodistill.evaluation import Latency
 from moodistill.evolution import Search
 from moodistill.executor import Executor
 from moodistill.files import TEMPORARY, remove_orphans
+from moodistill.finalists import Distiller
 from moodistill.finishing import changed_places, finish_run, package_finalists
 from moodistill.latency import LatencyError
 from moodistill.layout_file import LAYOUT_FILE, write_layout
@@ -31,8 +32,10 @@ from moodistill.results import Accuracies, Searched, make_rows, write_results
 from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import RUN_FILE, new_run_folder, read_run, versions, write_run
 from moodistill.scoring import (
+    HERE,
     Places,
     calibration,
+    make_distiller,
     make_executor,
     make_meter,
     timing_device,
@@ -96,7 +99,10 @@ def start_run(
         write_layout(folder, context.layout)
         with Store.create(folder) as store:
             executor = make_executor(context, config, places, meter, cluster)
-            _execute(folder, store, config, context, meter, reporter or Reporter(), executor)
+            distil = make_distiller(context, config, places, cluster)
+            _execute(
+                folder, store, config, context, meter, reporter or Reporter(), executor, distil
+            )
     return folder
 
 
@@ -144,18 +150,22 @@ def resume_run(
                 f"{place or 'this machine'}; resume it with the same --latency-on"
             )
         scales = stored.get("teacher_latencies_ms")
+        devices = (cluster.config.latency_on if cluster is not None else ()) or (HERE,)
         if not isinstance(scales, dict) or not all(
-            isinstance(ms, int | float) and 0 < ms < 1e15 for ms in scales.values()
+            type(scales.get(name)) in (int, float) and 0 < scales[name] < 1e15 for name in devices
         ):
             raise UserError(
                 f"{folder} has teacher_latencies_ms {str(scales)[:40]!r} in run.json, expected "
-                "positive numbers by device: restore run.json from a copy"
+                f"positive numbers for {', '.join(devices)}: restore run.json from a copy"
             )
         write_run(folder, {**stored, "config": asdict(config), "status": "running"})
         write_layout(folder, context.layout)
         with make_meter(context, config, scales, cluster) as meter:
             executor = make_executor(context, config, places, meter, cluster)
-            _execute(folder, store, config, context, meter, reporter or Reporter(), executor)
+            distil = make_distiller(context, config, places, cluster)
+            _execute(
+                folder, store, config, context, meter, reporter or Reporter(), executor, distil
+            )
     return folder
 
 
@@ -218,6 +228,7 @@ def _execute(
     meter: Meter,
     reporter: Reporter,
     executor: Executor,
+    distil: Distiller,
 ) -> None:
     seconds = estimate_seconds(context, config, len(store))
     minutes = {name: f"{value / 60:.0f} min" for name, value in seconds.items()}
@@ -237,7 +248,9 @@ def _execute(
     status, problem = "stopped", ""
     try:
         _search(search, config, reporter)
-        confirmed = finish_run(folder, store, config, context, meter, device, known, reporter)
+        confirmed = finish_run(
+            folder, store, config, context, meter, device, known, reporter, distil
+        )
         status = "finished"
     except LatencyError as error:
         # Everything else of the finalists is on disk: their rows are written before it is said.

@@ -13,12 +13,14 @@ from moodistill.context import TeacherContext, default_threads
 from moodistill.device import device_fingerprint
 from moodistill.errors import UserError
 from moodistill.executor import Executor, SerialExecutor
+from moodistill.finalists import Distiller, distil_here
 from moodistill.latency import LatencyError, LatencyMeter
 from moodistill.recipe import Evaluator, teacher_onnx
 from moodistill.run_config import RunConfig
 
 if TYPE_CHECKING:
     from moodistill.cluster import Cluster, DeviceMeters
+    from moodistill.remote import ScoreSetup
 
     Meter: TypeAlias = LatencyMeter | DeviceMeters
 
@@ -103,11 +105,32 @@ def make_executor(
     if cluster is None:
         return SerialExecutor(Evaluator(context, config.recipe, local).evaluate)
     from moodistill.cluster import DaskExecutor
+
+    remote = None if isinstance(meter, LatencyMeter) else meter
+    setup = _setup(context, config, places, cluster)
+    return DaskExecutor(cluster, context.layout, setup, remote, local)
+
+
+def make_distiller(
+    context: TeacherContext, config: RunConfig, places: Places, cluster: Cluster | None
+) -> Distiller:
+    """What distils the finalists: this process, or the cluster's workers side by side."""
+    if cluster is None:
+        return distil_here(context, config.recipe, config.distill)
+    from moodistill.cluster import distil_there
+
+    return distil_there(cluster, _setup(context, config, places, cluster), config.distill)
+
+
+def _setup(
+    context: TeacherContext, config: RunConfig, places: Places, cluster: Cluster
+) -> ScoreSetup:
+    """What the cluster's workers must have."""
     from moodistill.remote import ScoreSetup
 
     workers = cluster.config.workers
     threads = max(1, default_threads() // workers) if workers is not None else 1
-    setup = ScoreSetup(
+    return ScoreSetup(
         version=__version__,
         config=json.dumps(asdict(config)),
         teacher_digest=context.teacher_digest,
@@ -116,5 +139,3 @@ def make_executor(
         weights=None if places.weights is None else str(places.weights.resolve()),
         threads=places.threads or threads,
     )
-    remote = None if isinstance(meter, LatencyMeter) else meter
-    return DaskExecutor(cluster, context.layout, setup, remote, local)

@@ -28,6 +28,7 @@ class RecordedMeter:
     """A table of latencies in place of a `LatencyMeter`: the answer follows from the model alone."""
 
     rejected_windows = 0
+    elsewhere = {}
 
     def __init__(self, reference, input_shape, config=None, *, teacher_latency_ms=None, **_):
         self.teacher_latency_ms = teacher_latency_ms or 1.25

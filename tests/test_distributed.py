@@ -7,22 +7,26 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("distributed")
 
 from moodistill import cluster as clusters
 from moodistill import remote
-from moodistill.cluster import ClusterConfig, DaskExecutor, DeviceMeters, connect
+from moodistill.cluster import ClusterConfig, DaskExecutor, DeviceMeters, connect, distil_there
 from moodistill.errors import UserError
 from moodistill.evolution import Search, SearchConfig
 from moodistill.executor import SerialExecutor
+from moodistill.finalists import distil_here
 from moodistill.front import read_front
 from moodistill.latency import LatencyConfig
+from moodistill.operators import DensitySampling
 from moodistill.recipe import Evaluator, Recipe, teacher_onnx
-from moodistill.run_config import new_config
+from moodistill.run_config import RunConfig, new_config
 from moodistill.store import Store
 
 pytestmark = pytest.mark.distributed
@@ -39,8 +43,6 @@ def table(model, key):
 
 
 def score_setup(context, **changes):
-    from dataclasses import asdict
-
     config = new_config("digits", 8, generations=2, population=6)
     values = {
         "version": remote.__version__, "config": json.dumps(asdict(config)),
@@ -118,6 +120,38 @@ def test_one_process_and_four_workers_find_the_same(digits, four, tmp_path):
     executor = DaskExecutor(four, digits.layout, score_setup(digits), None, table)
     found = searched(tmp_path / "four", digits.layout, executor)
     assert len(found) == 12 and found == expected
+
+
+def test_finalists_are_distilled_on_the_workers(digits, four, tmp_path):
+    """Their files are those that this process makes; a finished one is not made again."""
+    setup = score_setup(digits)
+    config = RunConfig.from_dict(json.loads(setup.config))
+    config = replace(config, distill=replace(config.distill, steps=3))
+    setup = replace(setup, config=json.dumps(asdict(config)))
+    evaluator = Evaluator(digits, config.recipe, table)
+    sampling = DensitySampling(digits.layout, 8)
+    genomes = sampling._do(None, 4, random_state=np.random.default_rng(0))[1:]
+    students = {f"s{n}": evaluator.evaluate(genome) for n, genome in enumerate(genomes)}
+    torch.set_num_threads(1)
+    here = distil_here(digits, config.recipe, config.distill)
+    expected = dict(here(students, tmp_path / "here", lambda *_: None))
+    there = distil_there(four, setup, config.distill)
+    found = dict(there(students, tmp_path / "there", lambda *_: None))
+    assert set(found) == set(expected) == set(students)
+    for name, one in found.items():
+        assert replace(one, seconds=0) == replace(expected[name], seconds=0)
+        names = {path.name for path in (tmp_path / "here" / name).iterdir()}
+        assert {path.name for path in (tmp_path / "there" / name).iterdir()} == names
+        for file in names - {"result.json"}:
+            places = [tmp_path / side / name / file for side in ("here", "there")]
+            assert places[0].read_bytes() == places[1].read_bytes()
+    again = dict(there(students, tmp_path / "there", lambda *_: None))
+    assert {name: one.seconds for name, one in again.items()} == {
+        name: one.seconds for name, one in found.items()
+    }
+    broken = replace(students["s0"], genome=b"")
+    error = dict(there({"s0": broken}, tmp_path / "broken", lambda *_: None))["s0"]
+    assert isinstance(error, Exception) and not (tmp_path / "broken").exists()
 
 
 def test_the_order_of_finishing_changes_nothing(digits, tmp_path):
