@@ -68,7 +68,8 @@ def inherit(
 
     for node in student.module.graph.nodes:
         if node.op == "placeholder":
-            values[node] = samples.images
+            # Convolutions run up to twice as fast on maps whose channels lie together.
+            values[node] = samples.images.contiguous(memory_format=torch.channels_last)
         elif node.op == "output":
             break
         elif node.op == "get_attr":

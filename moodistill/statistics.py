@@ -50,10 +50,15 @@ def sample_positions(count: int, area: int, config: CalibrationConfig) -> torch.
 
 def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) -> torch.Tensor:
     """Sampled rows `(pixels, channels)` of a map `(n, C, H, W)` or features `(n, C * repeat)`."""
-    values = values.unflatten(1, (-1, repeat)) if values.ndim == 2 else values.flatten(2)
-    count, channels, area = values.shape
-    index = sample_positions(count, area, config)
-    return values[index // area, :, index % area].reshape(-1, channels)
+    if values.ndim == 2:
+        values = values.unflatten(1, (-1, repeat))
+    if values.ndim == 3:
+        values = values.unsqueeze(2)
+    count, _, height, width = values.shape
+    index = sample_positions(count, height * width, config)
+    image, place = index // (height * width), index % (height * width)
+    # Not flattened first: a map whose channels lie together would be copied as a whole.
+    return values[image, :, place // width, place % width]
 
 
 def as_map(values: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
