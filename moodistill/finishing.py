@@ -54,6 +54,12 @@ def finish_run(
         LatencyError: if the latencies could not be measured again.
     """
     searched = Searched.read(store, config.search.limits, config.search.objectives)
+    if len(store) == 1:
+        raise UserError(
+            f"every student came out as the teacher: with whole SIMD blocks of "
+            f"{config.search.simd_step} channels nothing of this network can be left out; start a "
+            "new run with a smaller --simd-step"
+        )
     if searched is None or not searched.students:
         raise UserError(
             f"{folder} holds no student that works; see the failures in evaluations.sqlite, "

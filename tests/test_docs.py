@@ -106,6 +106,18 @@ def test_command(command, call, finished, student, tmp_path, monkeypatch):
             assert option in done.stdout, option
 
 
+def test_a_network_that_is_too_narrow_for_whole_simd_blocks(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    own_network(tmp_path)
+    arguments = [
+        "--teacher", "mine:build", "--weights", "best.pt", "--data", "pictures", "--out", "run",
+        "--simd-step", "64", *TINY_RUN,
+    ]  # fmt: skip
+    error = call("run", *arguments, code=2).stderr
+    assert "every student came out as the teacher" in error and "smaller --simd-step" in error
+
+
 def own_network(folder):
     """A network, its weights, a problem file and pictures, as docs/own_network.md names them."""
     import torch
@@ -115,8 +127,8 @@ def own_network(folder):
     source = (
         "from torch import nn\n"
         "def build():\n"
-        "    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),\n"
-        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))\n"
+        "    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(),\n"
+        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))\n"
         "from pathlib import Path\n"
         "from moodistill.own_data import load_image_folder\n"
         "from moodistill.task import Task\n"
@@ -124,8 +136,8 @@ def own_network(folder):
     )
     (folder / "mine.py").write_text(source)
     network = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(16, 2),
+        nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(64, 2),
     )  # fmt: skip
     rng = np.random.default_rng(0)
     for label, name in enumerate(("dark", "light")):
