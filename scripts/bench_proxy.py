@@ -51,9 +51,13 @@ def other_seed(context: TeacherContext, seed: int) -> TeacherContext:
 
 
 def study(
-    context: TeacherContext, genome: np.ndarray, recipe: Recipe, targets: SoftTargets, steps: int
+    context: TeacherContext,
+    other: TeacherContext,
+    genome: np.ndarray,
+    recipe: Recipe,
+    targets: SoftTargets,
 ) -> dict:
-    """All scores of one student (the search's images), and its accuracy after `steps` (all)."""
+    """Scores of one student (the search's images), and what a long distillation reaches (all)."""
     data, small = context.data, context.data.validation.head(recipe.validation_images)
     scores, seconds = {}, {}
 
@@ -65,7 +69,7 @@ def study(
         began = time.perf_counter()
         student = make_student(context, genome, replace(recipe, inherit=InheritConfig(mode=mode)))
         scored(name, began, student.module)
-    again = make_student(other_seed(context, 1), genome, recipe)
+    again = make_student(other, genome, recipe)
     scores["other seed"] = student_accuracy(again.module, data, small)
     for count in SHORT:
         began = time.perf_counter()
@@ -81,7 +85,7 @@ def study(
         "macs": count_macs(student, context.graph),
         "scores": scores,
         "seconds": seconds,
-        "steps": steps,
+        "steps": targets.config.steps,
         "reached": student_accuracy(final, data, data.validation),
         "seconds_long": time.perf_counter() - began,
     }
@@ -126,8 +130,8 @@ def main() -> int:
     arguments = parser.parse_args()
     use_threads(None)
     try:
-        if arguments.students < BANDS or arguments.steps < 1:
-            raise UserError(f"give at least {BANDS} --students and 1 of --steps")
+        if arguments.students < 2 * BANDS or arguments.steps < 1:
+            raise UserError(f"give at least {2 * BANDS} --students and 1 of --steps")
         context = load_context(load_task(arguments.model), arguments.data_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -144,21 +148,21 @@ def main() -> int:
         context.graph.module, context.data, DistillConfig(steps=arguments.steps),
         default_cache_dir(), context.teacher_digest,
     )  # fmt: skip
+    recipe, other = Recipe(simd_step=step), other_seed(context, 1)
     records = []
     # Smallest first: what takes longest comes last.
     for genome in tqdm(genomes[::-1], desc="students", disable=None):
         genome = canonical(layout, genome, step)
         path = folder / f"{layout.digest(genome)[:16]}-{arguments.steps}.json"
         if not path.exists() and not arguments.table_only:
-            recipe = Recipe(simd_step=step)
-            write_json_atomic(path, study(context, genome, recipe, targets, arguments.steps))
+            write_json_atomic(path, study(context, other, genome, recipe, targets))
         if path.exists():
             records.append(json.loads(path.read_text()))
-    if len(records) < BANDS:
+    if len(records) < 2 * BANDS:
         print(f"error: {folder} has {len(records)} records; run without --table-only",
               file=sys.stderr)  # fmt: skip
         return 2
-    teacher = make_student(context, layout.teacher(), Recipe(simd_step=step))
+    teacher = make_student(context, layout.teacher(), recipe)
     text = table(records, count_macs(teacher, context.graph))
     print(text)
     write_atomic(arguments.out / f"proxy-{arguments.model}.md", f"{text}\n".encode())
