@@ -1,31 +1,22 @@
-"""Dask's workers as an executor and as a latency meter; the driver's side of `remote`."""
+"""A run's Dask workers: found or started, checked, waited for; the driver's side of `remote`."""
 
 from __future__ import annotations
 
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from moodistill import __version__, remote
-from moodistill.distill import DistillConfig
 from moodistill.errors import UserError
-from moodistill.evaluation import Evaluation, Latency
-from moodistill.files import write_atomic
-from moodistill.finalists import RESULT_FILE, Distiller, Finalist, finished_before, read_finalist
-from moodistill.genome import GenomeLayout
-from moodistill.latency import CONFIRMED_ROUNDS, LatencyConfig, LatencyError, timed_together
+from moodistill.latency import LatencyConfig
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-BATCHES = 4  # students a worker of this machine scores before latencies are measured
 LOOK_SECONDS = 1.0  # between two looks at which workers are there
 
 
@@ -188,11 +179,12 @@ class Cluster:
         steps = []
         for name in names if self.config.worst_latency else names[:1]:
             resource = remote.DEVICE + name
-            future = self._submit(remote.probe_step, resource, __version__, config)
+            future = self.submit(remote.probe_step, resource, __version__, config)
             steps.append(int(self.result(future, resource)))
         return max(steps)
 
-    def _submit(self, function: Callable[..., Any], resource: str, *arguments: Any) -> Future:
+    def submit(self, function: Callable[..., Any], resource: str, *arguments: Any) -> Future:
+        """A task for a worker with a resource."""
         # pure=False: two students may be alike to Dask, and a latency is never the same twice.
         return self.client.submit(function, *arguments, resources={resource: 1}, pure=False)
 
@@ -244,262 +236,3 @@ class Cluster:
                 )
             said.add(resource)
             self.say(f"{message}; waiting for one")
-
-
-class RemoteMeter:
-    """One named device: models go there as ONNX bytes, raw timings come back.
-
-    Attributes:
-        teacher_latency_ms: the calibrated time of the teacher on the device.
-        device: its fingerprint.
-        rejected_windows: windows timed again because the teacher's time drifted.
-    """
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        name: str,
-        reference: bytes,
-        input_shape: tuple[int, int, int],
-        config: LatencyConfig,
-        teacher_latency_ms: float | None,
-    ) -> None:
-        self.cluster = cluster
-        self.resource = remote.DEVICE + name
-        self.rejected_windows = 0
-        # One copy on the device, not one a task; as a task's result it is made again where a
-        # device that was gone comes back (scattered data would be lost).
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it is large
-            self.reference = cluster._submit(remote.hold, self.resource, reference)
-        setup = remote.TimeSetup(__version__, input_shape, config, teacher_latency_ms)
-        future = cluster._submit(remote.calibrate, self.resource, setup, self.reference)
-        scale, self.device = cluster.result(future, self.resource)
-        self.teacher_latency_ms = float(scale)
-        self.setup = replace(setup, teacher_latency_ms=self.teacher_latency_ms)
-
-    def submit(self, scored: Future) -> Future:
-        """A task that adds the latency to a scored student, from worker to worker."""
-        return self.cluster._submit(
-            remote.time_model, self.resource, self.setup, self.reference, scored
-        )
-
-    def confirm(self, files: Mapping[str, bytes], rounds: int) -> Future:
-        """A task that times several models side by side."""
-        return self.cluster._submit(
-            remote.confirm_models, self.resource, self.setup, self.reference, dict(files), rounds
-        )
-
-
-class DeviceMeters:
-    """`LatencyMeter` on the named devices of a cluster.
-
-    Attributes:
-        device: fingerprint of the first device.
-        elsewhere: latencies that `confirm` found, by device and model; empty if there is one
-            device alone.
-    """
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        reference: bytes,
-        input_shape: tuple[int, int, int],
-        config: LatencyConfig,
-        calibrated: Mapping[str, float] | None,
-    ) -> None:
-        self.cluster = cluster
-        self.meters = {
-            name: RemoteMeter(
-                cluster, name, reference, input_shape, config, (calibrated or {}).get(name)
-            )
-            for name in cluster.config.latency_on
-        }
-        self.first = next(iter(self.meters.values()))
-        self.device = self.first.device
-        self.elsewhere: dict[str, dict[str, Latency]] = {}
-
-    @property
-    def timing(self) -> list[RemoteMeter]:
-        """The devices that the search waits for."""
-        return list(self.meters.values()) if self.cluster.config.worst_latency else [self.first]
-
-    @property
-    def teacher_latency_ms(self) -> float:
-        """The calibrated time of the teacher, as the objective has it."""
-        return max(meter.teacher_latency_ms for meter in self.timing)
-
-    @property
-    def rejected_windows(self) -> int:
-        """Windows timed again because the teacher's time drifted."""
-        return sum(meter.rejected_windows for meter in self.meters.values())
-
-    def submit(self, scored: Future) -> Future:
-        """A task that adds the objective's latency to a scored student, from worker to worker."""
-        timed = [meter.submit(scored) for meter in self.timing]
-        if len(timed) == 1:
-            return timed[0]
-        return self.cluster._submit(remote.slowest, self.first.resource, timed)
-
-    def confirm(
-        self,
-        models: Mapping[str, Callable[[], bytes]],
-        rounds: int = CONFIRMED_ROUNDS,
-        report: Callable[[int], None] | None = None,
-    ) -> dict[str, Latency]:
-        """As `LatencyMeter.confirm`, on all devices at once."""
-        found: dict[str, dict[str, Latency]] = {name: {} for name in self.meters}
-        for files in timed_together(models, seed=0):
-            futures = {name: meter.confirm(files, rounds) for name, meter in self.meters.items()}
-            for name, future in futures.items():
-                meter = self.meters[name]
-                latencies, rejected = self.cluster.result(future, meter.resource)
-                meter.rejected_windows += rejected
-                found[name] |= latencies
-            if report is not None:
-                report(len(found[name]))
-        if len(self.meters) > 1:
-            self.elsewhere = found
-        objective = [found[name] for name, meter in self.meters.items() if meter in self.timing]
-        return {
-            model: max((one[model] for one in objective), key=lambda latency: latency.latency_ms)
-            for model in models
-        }
-
-    def close(self) -> None:
-        """Nothing to end here: the devices' processes stay for the next run."""
-
-    def __enter__(self) -> DeviceMeters:  # noqa: D105
-        return self
-
-    def __exit__(self, *exception: object) -> None:  # noqa: D105
-        self.close()
-
-
-class DaskExecutor:
-    """Scores students on a cluster's workers.
-
-    With `DeviceMeters` each student goes on to the device as soon as it is scored. Without one
-    latencies are measured here: at once if the workers are elsewhere; if they were started on this
-    machine, in batches while they rest, since nothing else may run beside a measurement.
-    """
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        layout: GenomeLayout,
-        setup: remote.ScoreSetup,
-        meter: DeviceMeters | None,
-        measure: Callable[[bytes, str], Latency] | None,
-        score: Callable[[remote.ScoreSetup, bytes], remote.Scored] = remote.score,
-    ) -> None:
-        self.score = score  # what a worker calls; benchmarks put in one that sleeps
-        self.cluster = cluster
-        self.layout = layout
-        self.setup = setup
-        self.meter = meter
-        self.measure = measure
-
-    def map(self, genomes: Sequence[np.ndarray]) -> Iterator[tuple[int, Evaluation]]:
-        """As `Executor.map`, in the order of finishing."""
-        workers = self.cluster.config.workers
-        batch = len(genomes) if workers is None else BATCHES * workers
-        for start in range(0, len(genomes), max(1, batch)):
-            part = genomes[start : start + batch]
-            for index, evaluation in self._part(part, rest=workers is not None):
-                yield start + index, evaluation
-
-    def _part(self, genomes: Sequence[np.ndarray], rest: bool) -> Iterator[tuple[int, Evaluation]]:
-        futures: dict[Future, int] = {}
-        devices = [meter.resource for meter in self.meter.timing] if self.meter else []
-        resources = [remote.STUDENTS, *devices]
-        for index, genome in enumerate(genomes):
-            packed = self.layout.pack(genome)
-            future = self.cluster._submit(self.score, remote.STUDENTS, self.setup, packed)
-            futures[self.meter.submit(future) if self.meter else future] = index
-        scored: list[tuple[int, remote.Scored]] = []
-        try:
-            for future in self.cluster.finished(futures, resources):
-                index = futures[future]
-                found = self._found(future, genomes[index])
-                if isinstance(found, Evaluation):
-                    yield index, found
-                elif rest:
-                    scored.append((index, found))
-                else:
-                    yield index, self._timed(found)
-        finally:
-            self.cluster.client.cancel(list(futures))
-        for index, one in sorted(scored, key=lambda pair: pair[0]):
-            yield index, self._timed(one)
-
-    def _found(self, future: Future, genome: np.ndarray) -> Evaluation | remote.Scored:
-        try:
-            found = future.result()
-        except remote.WorkerMismatch:
-            raise
-        except Exception as error:
-            # A student that takes its worker with it again and again is a row with a reason.
-            lines = str(error).strip().splitlines() or [""]
-            failure = f"{type(error).__name__}: {lines[0][:200]}"
-            return Evaluation(
-                self.layout.digest(genome), self.layout.pack(genome), 0.0, 0, 0, 0, None,
-                failure=failure,
-            )  # fmt: skip
-        assert isinstance(found, Evaluation | remote.Scored)
-        if isinstance(found, remote.Scored) and found.evaluation.failure is not None:
-            return found.evaluation
-        return found
-
-    def _timed(self, one: remote.Scored) -> Evaluation:
-        assert self.measure is not None
-        began = time.perf_counter()
-        try:
-            latency = self.measure(one.model, one.key)
-        except LatencyError as error:
-            failure = f"LatencyError: {error}"
-            return replace(one.evaluation, accuracy=0.0, failure=failure)
-        seconds = one.evaluation.seconds | {"latency": time.perf_counter() - began}
-        return replace(one.evaluation, latency=latency, seconds=seconds)
-
-
-def distil_there(cluster: Cluster, setup: remote.ScoreSetup, config: DistillConfig) -> Distiller:
-    """Distils finalists side by side on a cluster's workers; their files come back."""
-
-    def distil(
-        students: Mapping[str, Evaluation], folder: Path, report: Callable[[str, int, float], None]
-    ) -> Iterator[tuple[str, Finalist | Exception]]:
-        futures: dict[Future, str] = {}
-        for name, evaluation in students.items():
-            before = finished_before(folder / name, evaluation, config)
-            if before is not None:
-                yield name, before
-            else:
-                future = cluster._submit(remote.distil, remote.STUDENTS, setup, evaluation, name)
-                futures[future] = name
-        try:
-            for future in cluster.finished(futures, [remote.STUDENTS]):
-                name = futures[future]
-                try:
-                    files = future.result()
-                except remote.WorkerMismatch:
-                    raise
-                except Exception as error:
-                    # Also one that takes its worker with it again and again.
-                    yield name, error
-                    continue
-                result = _keep(folder / name, files)
-                yield name, result or UserError("its worker sent no complete result")
-        finally:
-            cluster.client.cancel(list(futures))
-
-    return distil
-
-
-def _keep(folder: Path, files: Mapping[str, bytes]) -> Finalist | None:
-    """Write a finalist's files, the result last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT_FILE).unlink(missing_ok=True)
-    for name in sorted(files, key=lambda name: name == RESULT_FILE):
-        write_atomic(folder / Path(name).name, files[name])
-    return read_finalist(folder)

@@ -85,9 +85,23 @@ def finish_run(
     confirmed = confirm(folder, searched, shipped, context, meter, reporter)
     for name, twin in twins.items():
         _judge(folder, twin, confirmed, name, context, reporter)
-    front = exported_front(searched, confirmed)
-    measure_front(known, front, context, config.recipe, set(finalists), reporter)
     return confirmed
+
+
+def score_front(
+    folder: Path,
+    store: Store,
+    config: RunConfig,
+    context: TeacherContext,
+    confirmed: Mapping[str, Latency],
+    known: Accuracies,
+    reporter: Reporter,
+) -> None:
+    """Accuracy on all validation images of what the confirmed front has besides the finalists."""
+    searched = Searched.read(store, config.search.limits, config.search.objectives)
+    assert searched is not None  # or `finish_run` would have refused
+    front, finalists = exported_front(searched, confirmed), searched.finalists(folder)
+    measure_front(known, front, context, config.recipe, set(finalists), reporter)
 
 
 def _distil(

@@ -138,7 +138,7 @@ class LatencyMeter:
 
     Attributes:
         rejected_windows: windows timed again because the reference was unsteady in them.
-        elsewhere: latencies by other devices (`cluster.DeviceMeters` has some); none here.
+        elsewhere: latencies by other devices (`remote_meter.DeviceMeters` has some); none here.
     """
 
     elsewhere: Mapping[str, Mapping[str, Latency]] = {}

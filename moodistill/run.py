@@ -23,7 +23,7 @@ from moodistill.evolution import Search
 from moodistill.executor import Executor
 from moodistill.files import TEMPORARY, remove_orphans
 from moodistill.finalists import Distiller
-from moodistill.finishing import changed_places, finish_run, package_finalists
+from moodistill.finishing import changed_places, finish_run, package_finalists, score_front
 from moodistill.latency import LatencyError
 from moodistill.layout_file import LAYOUT_FILE, write_layout
 from moodistill.progress import Reporter
@@ -251,6 +251,8 @@ def _execute(
         confirmed = finish_run(
             folder, store, config, context, meter, device, known, reporter, distil
         )
+        # A step of its own: interrupted in it, the rows still have the latencies measured again.
+        score_front(folder, store, config, context, confirmed, known, reporter)
         status = "finished"
     except LatencyError as error:
         # Everything else of the finalists is on disk: their rows are written before it is said.

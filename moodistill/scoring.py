@@ -19,8 +19,9 @@ from moodistill.recipe import Evaluator, teacher_onnx
 from moodistill.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from moodistill.cluster import Cluster, DeviceMeters
+    from moodistill.cluster import Cluster
     from moodistill.remote import ScoreSetup
+    from moodistill.remote_meter import DeviceMeters
 
     Meter: TypeAlias = LatencyMeter | DeviceMeters
 
@@ -57,7 +58,7 @@ def make_meter(
     """
     teacher, shape = teacher_onnx(context), context.data.input_shape
     if cluster is not None and cluster.config.latency_on:
-        from moodistill.cluster import DeviceMeters
+        from moodistill.remote_meter import DeviceMeters
 
         return DeviceMeters(cluster, teacher, shape, config.latency, calibrated)
     try:
@@ -104,7 +105,7 @@ def make_executor(
     local = meter.measure if isinstance(meter, LatencyMeter) else None
     if cluster is None:
         return SerialExecutor(Evaluator(context, config.recipe, local).evaluate)
-    from moodistill.cluster import DaskExecutor
+    from moodistill.dask_executor import DaskExecutor
 
     remote = None if isinstance(meter, LatencyMeter) else meter
     setup = _setup(context, config, places, cluster)
@@ -117,7 +118,7 @@ def make_distiller(
     """What distils the finalists: this process, or the cluster's workers side by side."""
     if cluster is None:
         return distil_here(context, config.recipe, config.distill)
-    from moodistill.cluster import distil_there
+    from moodistill.dask_executor import distil_there
 
     return distil_there(cluster, _setup(context, config, places, cluster), config.distill)
 

@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 from moodistill import remote
-from moodistill.cluster import Cluster, ClusterConfig, DaskExecutor, connect
+from moodistill.cluster import Cluster, ClusterConfig, connect
 from moodistill.context import load_context
+from moodistill.dask_executor import DaskExecutor
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.evolution import Search, SearchConfig

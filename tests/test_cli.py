@@ -376,3 +376,24 @@ def test_clean(finished, call, tmp_path, monkeypatch):
     }
     assert "nothing to clean" in call("clean", code=2).stderr
     assert "not a run" in call("clean", tmp_path, code=2).stderr
+
+
+def test_interrupted_in_its_last_stage_a_run_keeps_the_second_measurement(
+    call, tmp_path, monkeypatch
+):
+    from moodistill import finishing
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finishing, "measure_front", interrupted)
+    folder = tmp_path / "run"
+    arguments = ["--model", "digits", "--out", folder, "--simd-step", "8", "--no-int8", *TINY]
+    call("run", *arguments, code=130)
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    confirmed = json.loads((folder / "confirmed.json").read_text())["students"]
+    students = [row for row in rows(folder) if row["stage"] != "teacher"]
+    assert students
+    for row in students:
+        assert float(row["latency_ms"]) == confirmed[row["student"]]["latency_ms"]
+        assert row["latency_samples"] == "64"
