@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,18 +61,19 @@ class DaskExecutor:
                 yield start + index, evaluation
 
     def _part(self, genomes: Sequence[np.ndarray], rest: bool) -> Iterator[tuple[int, Evaluation]]:
-        futures: dict[Future, int] = {}
         devices = [meter.resource for meter in self.meter.timing] if self.meter else []
         resources = [remote.STUDENTS, *devices]
-        for index, genome in enumerate(genomes):
-            packed = self.layout.pack(genome)
-            future = self.cluster.submit(self.score, remote.STUDENTS, self.setup, packed)
-            futures[self.meter.submit(future) if self.meter else future] = index
+        packed = [self.layout.pack(genome) for genome in genomes]
+        setups = [self.setup] * len(packed)
+        submitted = self.cluster.submit_all(self.score, remote.STUDENTS, setups, packed)
+        if self.meter:
+            submitted = [self.meter.submit(future) for future in submitted]
+        futures = {future: index for index, future in enumerate(submitted)}
         scored: list[tuple[int, remote.Scored]] = []
         try:
-            for future in self.cluster.finished(futures, resources):
+            for future, result in self.cluster.results(futures, resources):
                 index = futures[future]
-                found = self._found(future, genomes[index])
+                found = self._found(result, genomes[index])
                 if isinstance(found, Evaluation):
                     yield index, found
                 elif rest:
@@ -84,15 +85,13 @@ class DaskExecutor:
         for index, one in sorted(scored, key=lambda pair: pair[0]):
             yield index, self._timed(one)
 
-    def _found(self, future: Future, genome: np.ndarray) -> Evaluation | remote.Scored:
-        try:
-            found = future.result()
-        except remote.WorkerMismatch:
-            raise
-        except Exception as error:
+    def _found(self, found: Any, genome: np.ndarray) -> Evaluation | remote.Scored:
+        if isinstance(found, remote.WorkerMismatch):
+            raise found
+        if isinstance(found, Exception):
             # A student that takes its worker with it again and again is a row with a reason.
-            lines = str(error).strip().splitlines() or [""]
-            failure = f"{type(error).__name__}: {lines[0][:200]}"
+            lines = str(found).strip().splitlines() or [""]
+            failure = f"{type(found).__name__}: {lines[0][:200]}"
             return Evaluation(
                 self.layout.digest(genome), self.layout.pack(genome), 0.0, 0, 0, 0, None,
                 failure=failure,
@@ -129,17 +128,15 @@ def distil_there(cluster: Cluster, setup: remote.ScoreSetup, config: DistillConf
                 future = cluster.submit(remote.distil, remote.STUDENTS, setup, evaluation, name)
                 futures[future] = name
         try:
-            for future in cluster.finished(futures, [remote.STUDENTS]):
+            for future, found in cluster.results(futures, [remote.STUDENTS]):
                 name = futures[future]
-                try:
-                    files = future.result()
-                except remote.WorkerMismatch:
-                    raise
-                except Exception as error:
+                if isinstance(found, remote.WorkerMismatch):
+                    raise found
+                if isinstance(found, Exception):
                     # Also one that takes its worker with it again and again.
-                    yield name, error
+                    yield name, found
                     continue
-                result = _keep(folder / name, files)
+                result = _keep(folder / name, found)
                 yield name, result or UserError("its worker sent no complete result")
         finally:
             cluster.client.cancel(list(futures))

@@ -59,6 +59,10 @@ class Split:
         """The first `count` images (all of them if there are fewer)."""
         return Split(self.images[:count], self.labels[:count])
 
+    def behind(self, count: int) -> Split:
+        """All images but the first `count`."""
+        return Split(self.images[count:], self.labels[count:])
+
 
 @dataclass(frozen=True)
 class ImageData:

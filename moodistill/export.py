@@ -16,10 +16,11 @@ from moodistill.data import ImageData, Split
 from moodistill.errors import UserError
 from moodistill.files import write_atomic
 from moodistill.onnx_writer import IR_VERSION, to_onnx
-from moodistill.runtime import BATCH, outputs
+from moodistill.runtime import outputs
 from moodistill.ship import ShipOptions, shipped_model
 
 MAX_LOGIT_DIFFERENCE = 1e-3
+COMPARED = 100  # images at once
 OPSET = 17  # with IR version 8: read by every ONNX Runtime since 1.12
 
 
@@ -86,9 +87,9 @@ def compare(
 ) -> Parity:
     """Run both on the images of `split`; outputs are compared absolutely."""
     worst, same = 0.0, 0
-    answers = outputs(model, data, split, torch.get_num_threads())
+    answers = outputs(model, data, split, torch.get_num_threads(), batch=COMPARED)
     for place, found in enumerate(answers):
-        images = data.normalise(split.images[place * BATCH : (place + 1) * BATCH])
+        images = data.normalise(split.images[place * COMPARED : (place + 1) * COMPARED])
         answer = student(images)
         expected = (answer.softmax(1) if softmax else answer).numpy()
         difference = np.abs(expected - found).max()

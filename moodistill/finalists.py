@@ -17,7 +17,7 @@ from moodistill.evaluation import Evaluation
 from moodistill.export import Origin, export_onnx
 from moodistill.files import write_json_atomic
 from moodistill.onnx_writer import to_onnx
-from moodistill.recipe import Recipe, make_student, student_accuracy
+from moodistill.recipe import Recipe, inherited_accuracy, make_student, student_accuracy
 from moodistill.runtime import onnx_accuracy
 from moodistill.student import Student
 from moodistill.student_file import load_student, save_student
@@ -99,7 +99,7 @@ def finish(
     genome = context.layout.unpack(evaluation.genome)
     student = make_student(context, genome, recipe)
     data = context.data
-    before = student_accuracy(student.module, data, data.validation)
+    before = inherited_accuracy(student.module, data, recipe, evaluation.accuracy)
     seed = int(evaluation.genome_hash[:8], 16)
     module = distill(student.module, targets, config, seed, report)
     reached = student_accuracy(module, data, data.validation)

@@ -133,9 +133,9 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
             layout.view(genome, f"block/{layer.name}").copy() if own else np.ones(shape, bool)
         )
     repair = _Repair(layout, active, source, kept, connected, step)
-    while repair.reconnect() or repair.drop() or repair.round():
-        pass
     alive = repair.alive()
+    while repair.reconnect(alive) or repair.drop(alive) or repair.round(alive):
+        alive = repair.alive()
     active = [n for n in active if repair.lines(alive, n.groups).any()]
     for layer in active:
         rows, columns = (repair.lines(alive, g) for g in (layer.groups, source[layer.name]))
@@ -193,11 +193,13 @@ class _Repair:
 
     def lines(self, alive: Alive, groups: tuple[str, ...]) -> np.ndarray:
         """`(blocks,)` live blocks of several groups, one after another."""
-        return np.concatenate([alive[name] for name in groups])
+        return alive[groups[0]] if len(groups) == 1 else np.concatenate([alive[g] for g in groups])
 
-    def reconnect(self) -> bool:
-        """Give every live output block without a live input block the one of highest energy."""
-        alive = self.alive()
+    def reconnect(self, alive: Alive) -> bool:
+        """Give every live output block without a live input block the one of highest energy.
+
+        Says that something changed only where that makes a block live.
+        """
         for layer in self.active:
             rows, columns = (self.lines(alive, g) for g in (layer.groups, self.source[layer.name]))
             if not rows.any():
@@ -220,9 +222,8 @@ class _Repair:
         order = members[np.argsort(-group.importance[members], kind="stable")]
         self.kept[group.name][order[: group.step(self.step)]] = True
 
-    def drop(self) -> bool:
+    def drop(self, alive: Alive) -> bool:
         """Drop blocks that nobody reads."""
-        alive = self.alive()
         read = {name: np.zeros(len(blocks), dtype=bool) for name, blocks in alive.items()}
         for layer in self.active:
             rows = self.lines(alive, layer.groups)
@@ -257,43 +258,45 @@ class _Repair:
                 return True
         return False
 
-    def round(self) -> bool:
+    def round(self, alive: Alive) -> bool:
         """Round widths to whole SIMD steps."""
-        alive = self.alive()
+        split = self._split(alive)
         changed = False
         for name, blocks in alive.items():
             group = self.layout.groups[name]
             if not group.frozen and blocks.any():
-                split = self._is_split(alive, name)
-                changed |= _round_widths(group, self.kept[name], group.step(self.step), split)
+                step = group.step(self.step)
+                changed |= _round_widths(group, self.kept[name], step, name in split)
         return changed
 
-    def _is_split(self, alive: Alive, group: str) -> bool:
-        """Whether a layer that writes or reads the group misses a connection of live blocks."""
+    def _split(self, alive: Alive) -> set[str]:
+        """Groups of which a layer that writes or reads them misses a connection of live blocks."""
+        found: set[str] = set()
         for layer in self.active:
             source = self.source[layer.name]
-            for side, groups in (("rows", layer.groups), ("columns", source)):
-                if group not in groups:
-                    continue
-                live = self.connected[layer.name][
-                    np.ix_(self.lines(alive, layer.groups), self.lines(alive, source))
-                ]
-                # Where a layer writes or reads other groups beside, only this one's part counts.
-                here = [np.full(int(alive[g].sum()), g == group) for g in groups]
-                place = np.concatenate(here)
-                if not (live[place] if side == "rows" else live[:, place]).all():
-                    return True
-        return False
+            rows, columns = self.lines(alive, layer.groups), self.lines(alive, source)
+            missing = ~self.connected[layer.name] & rows[:, None] & columns[None, :]
+            if not missing.any():
+                continue
+            # Where a layer writes or reads several groups, each one's part counts for itself.
+            for groups, lacking in ((layer.groups, missing.any(1)), (source, missing.any(0))):
+                start = 0
+                for name in groups:
+                    end = start + len(alive[name])
+                    if lacking[start:end].any():
+                        found.add(name)
+                    start = end
+        return found
 
 
 def _round_widths(group: Group, kept: np.ndarray, step: int, split: bool) -> bool:
     """Round kept widths in place to whole steps; returns whether anything changed."""
     if group.least is None and group.most is None and _is_round(group, kept, step, split):
         return False
-    alive = np.unique(group.block[kept])
-    parts = [alive == b for b in alive] if split else [np.ones(len(alive), bool)]
-    members = [np.flatnonzero(np.isin(group.block, alive[part])) for part in parts]
-    counts = [int(kept[m].sum()) for m in members]
+    alive = alive_blocks(group, kept)
+    parts = [group.block == b for b in np.flatnonzero(alive)] if split else [alive[group.block]]
+    members = [np.flatnonzero(part) for part in parts]
+    counts = [int(np.count_nonzero(kept[m])) for m in members]
     targets = []
     for member, count in zip(members, counts, strict=True):
         full = count == len(member)

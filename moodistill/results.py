@@ -18,7 +18,7 @@ from moodistill.finalists import Finalist, read_finalist
 from moodistill.int8 import SUFFIX, Int8Result, read_int8
 from moodistill.objectives import DEFAULT, Limits, objective_values
 from moodistill.progress import Reporter
-from moodistill.recipe import Recipe, make_student, student_accuracy
+from moodistill.recipe import Recipe, inherited_accuracy, make_student, student_accuracy
 from moodistill.run_config import RunConfig
 from moodistill.run_folder import read_run
 from moodistill.store import Store
@@ -148,8 +148,8 @@ def measure_front(
     with reporter.stage("accuracy of the front", len(todo), "student") as stage:
         for place, one in enumerate(todo.values()):
             student = make_student(context, context.layout.unpack(one.genome), recipe)
-            data = context.data
-            known.add(one.genome_hash, student_accuracy(student.module, data, data.validation))
+            reached = inherited_accuracy(student.module, context.data, recipe, one.accuracy)
+            known.add(one.genome_hash, reached)
             stage.update(place + 1)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime
 
 from moodistill.data import ImageData, Split
 
-BATCH = 100  # large enough to keep two cores busy, small enough for a few hundred MB
+BATCH = 10  # a thread each: small batches stay in its cache
 
 
 def session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
@@ -28,14 +29,17 @@ def pixels(images: np.ndarray) -> np.ndarray:
 def outputs(
     model: bytes, data: ImageData, split: Split, threads: int, batch: int = BATCH
 ) -> Iterator[np.ndarray]:
-    """The model's first output `(n, classes)` batch by batch.
+    """The model's first output `(n, classes)` batch by batch, in order.
 
     Models that take uint8 pixels get them; of those that take floats, the ones whose input is
-    called `pixels` get 0 to 255 and all others normalised images.
+    called `pixels` get 0 to 255 and all others normalised images. Each of `threads` threads runs
+    whole batches: a third faster than all of them on one batch, and the sums within a batch do
+    not depend on their number.
     """
-    run = session(model, threads)
+    run = session(model, 1)
     first = run.get_inputs()[0]
-    for start in range(0, len(split), batch):
+
+    def answer(start: int) -> np.ndarray:
         images = split.images[start : start + batch]
         if first.type == "tensor(uint8)":
             feed = pixels(images)
@@ -43,7 +47,10 @@ def outputs(
             feed = pixels(images).astype(np.float32)
         else:
             feed = data.normalise(images).numpy()
-        yield np.asarray(run.run(None, {first.name: feed})[0])
+        return np.asarray(run.run(None, {first.name: feed})[0])
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(answer, range(0, len(split), batch))
 
 
 def onnx_accuracy(model: bytes, data: ImageData, split: Split, threads: int) -> float:

@@ -9,7 +9,13 @@ from conftest import random_genome
 
 from moodistill.evaluation import Latency
 from moodistill.latency import LatencyError
-from moodistill.recipe import Evaluator, Recipe, student_accuracy
+from moodistill.recipe import (
+    Evaluator,
+    Recipe,
+    inherited_accuracy,
+    make_student,
+    student_accuracy,
+)
 
 TIME = Latency(1.0, 0.9, 1.1, 0.5)
 
@@ -24,6 +30,18 @@ def test_a_teacher_scores_as_torch_says(digits):
     assert one.accuracy == student_accuracy(digits.graph.module, digits.data, split)
     assert one.parameters == sum(p.numel() for p in digits.graph.module.parameters())
     assert list(one.seconds) == ["build", "inherit", "export", "latency", "accuracy"]
+
+
+def test_images_that_the_search_has_counted_are_not_counted_again(digits):
+    recipe = Recipe(validation_images=70)
+    genome = random_genome(digits.layout, np.random.default_rng(1))
+    one = Evaluator(digits, recipe, lambda model, key: TIME).evaluate(genome)
+    module = make_student(digits, genome, recipe).module
+    whole = student_accuracy(module, digits.data, digits.data.validation)
+    assert inherited_accuracy(module, digits.data, recipe, one.accuracy) == whole
+    # It is the search's word that counts for the first ones.
+    other = inherited_accuracy(module, digits.data, recipe, one.accuracy - 7 / 70)
+    assert other == pytest.approx(whole - 7 / len(digits.data.validation))
 
 
 @pytest.mark.parametrize(
