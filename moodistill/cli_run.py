@@ -41,8 +41,8 @@ def _places_arguments(parser: argparse.ArgumentParser) -> None:
 
 # What decides a run's result besides its budget: a resume cannot change it.
 FIXED = (
-    "model", "seed", "population", "objectives", "algorithm", "simd_step", "threads", "batch",
-    "provider", "int8_max_loss", "keep", "min_width", "max_width", "min_accuracy",
+    "model", "seed", "population", "objectives", "algorithm", "screen", "simd_step", "threads",
+    "batch", "provider", "int8_max_loss", "keep", "min_width", "max_width", "min_accuracy",
     "max_latency_ms", "max_parameters", "max_macs",
     "max_size_bytes", "max_memory_bytes",
 )  # fmt: skip
@@ -89,6 +89,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         "(default accuracy,parameters,latency)",
     )  # fmt: skip
     parser.add_argument("--algorithm", help="nsga2 (default), nsga3 or sms, all pymoo's")
+    parser.add_argument(
+        "--screen", type=int,
+        help="offspring bred for each one scored, a model chooses (default 8; 1: no screening)",
+    )  # fmt: skip
     parser.add_argument(
         "--min-accuracy", type=number, help="hard limit, a fraction, before distillation"
     )
@@ -235,6 +239,7 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
             seed=arguments.seed,
             objectives=arguments.objectives.split(",") if arguments.objectives else DEFAULT,
             algorithm=arguments.algorithm,
+            screen=arguments.screen,
             limits=Limits(
                 arguments.min_accuracy or 0.0, **{name: getattr(arguments, name) for name in LIMITS}
             ),

@@ -42,8 +42,9 @@ from moodistill.operators import (
     SeenElimination,
 )
 from moodistill.pareto import non_dominated
-from moodistill.problem import Score, StructuralDistillationProblem
+from moodistill.problem import WORST_COST, Score, StructuralDistillationProblem
 from moodistill.store import Store
+from moodistill.surrogate import Surrogate
 
 MAX_ALIKE_FAILURES = 8
 
@@ -60,6 +61,8 @@ class SearchConfig:
             spending itself on tiny networks that guess.
         objectives: names of `moodistill.objectives.MEASURES`, `accuracy` first.
         algorithm: a key of `ALGORITHMS`.
+        screen: offspring bred for each one that is scored; a model of the scores chooses. 1 is no
+            screening.
     """
 
     population: int = 32
@@ -69,6 +72,7 @@ class SearchConfig:
     limits: Limits = Limits()
     objectives: tuple[str, ...] = DEFAULT
     algorithm: str = "nsga2"
+    screen: int = 8
 
     def __post_init__(self) -> None:
         if check_objectives(self.objectives) != tuple(self.objectives):
@@ -81,13 +85,18 @@ class SearchConfig:
             raise UserError(f"seed is {self.seed}; expected a whole number of at least 0")
         if self.population < 4:
             raise UserError(f"population {self.population} is too small; expected at least 4")
+        if self.screen < 1:
+            raise UserError(f"screen is {self.screen}; expected at least 1, which is no screening")
         if self.generations < 1:
             raise UserError(f"generations {self.generations} is too small; expected at least 1")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What the driver reports after each evaluation and, with `done`, each generation."""
+    """What the driver reports after each evaluation and, with `generation_done`, each generation.
+
+    `correlation` is the surrogate's, of predicted and measured accuracy in the last generation.
+    """
 
     generation: int
     evaluated: int
@@ -96,6 +105,7 @@ class Progress:
     hypervolume: float
     generation_done: bool
     last: Evaluation
+    correlation: float | None = None
 
 
 def log_crowding(F: np.ndarray, **kwargs: object) -> np.ndarray:
@@ -193,10 +203,12 @@ class Search:
         operators = operators or default_operators(layout, config.simd_step)
         settings = {
             "pop_size": config.population,
+            "n_offsprings": config.screen * config.population,
             "eliminate_duplicates": self.seen,
             **vars(operators),
         }
         self.algorithm = ALGORITHMS[config.algorithm](settings, self.problem)
+        self.surrogate = Surrogate(layout, config.seed)
         self.algorithm.setup(
             self.problem, termination=("n_gen", config.generations), seed=config.seed, verbose=False
         )
@@ -236,6 +248,7 @@ class Search:
             if offspring is None or len(offspring) == 0:
                 break
             number = self.algorithm.n_gen
+            offspring = self._screened(offspring, number)
             genomes = offspring.get("X").astype(bool)
             digests = [self.layout.digest(genome) for genome in genomes]
             evaluations: dict[int, Evaluation] = {}
@@ -256,11 +269,26 @@ class Search:
                 if last:
                     ordered = [evaluations[i] for i in range(len(genomes))]
                     if reference is None:
-                        # The first genome is the teacher: its objectives are the reference.
+                        # The first genome is the teacher: its objectives are the reference, and
+                        # its accuracy is enough.
+                        self.problem.enough = ordered[0].accuracy
                         reference = self.problem.score(ordered[:1]).F[0]
+                        front = _extended(front[:0], self.problem.score(ordered))
                     volume = hypervolume(front, reference)
                     self._tell(offspring, ordered, number, digests, began, len(front), volume)
-                yield Progress(number, evaluated, replayed, len(front), volume, last, answer)
+                found = self.surrogate.correlation
+                yield Progress(number, evaluated, replayed, len(front), volume, last, answer, found)
+
+    def _screened(self, offspring: Population, generation: int) -> Population:
+        """As many of the offspring as are scored in a generation."""
+        count = self.config.population
+        if self.config.screen == 1 or generation == 1:
+            return offspring
+        chosen = self.surrogate.choose(
+            offspring.get("X").astype(bool), count, self.algorithm.pop.get("F"),
+            np.array(self.config.limits.most(self.config.objectives)), generation,
+        )  # fmt: skip
+        return offspring[chosen]
 
     def _tell(
         self,
@@ -279,6 +307,8 @@ class Search:
         genomes = offspring.get("X").astype(bool)
         self.seen.seen.update(np.packbits(g).tobytes() for g in genomes)
         score = self.problem.score(evaluations)
+        if self.config.screen > 1:
+            self.surrogate.learn(genomes, score.F, score.F[:, 1] < WORST_COST)
         static = StaticProblem(self.problem, F=score.F, G=score.G)
         PymooEvaluator().eval(static, offspring)
         self.algorithm.tell(infills=offspring)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
@@ -38,11 +39,18 @@ def check_objectives(names: Sequence[str]) -> tuple[str, ...]:
     return ("accuracy", *(name for name in names if name != "accuracy"))
 
 
-def objective_values(one: Evaluation, names: Sequence[str]) -> tuple[float, ...] | None:
-    """The values to be minimised, by name; None of a student that failed."""
+def objective_values(
+    one: Evaluation, names: Sequence[str], enough: float = 1.0
+) -> tuple[float, ...] | None:
+    """The values to be minimised, by name; None of a student that failed.
+
+    An accuracy above `enough` counts as `enough`. A search gives the teacher's: what an untrained
+    student has beyond it is luck with these images, and no reason to keep a larger one.
+    """
     if one.failure is not None or one.latency is None:
         return None
-    return tuple(MEASURES[name](one) for name in names)
+    capped = replace(one, accuracy=min(one.accuracy, enough))
+    return tuple(MEASURES[name](capped) for name in names)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,19 @@ class Limits:
             self.min_accuracy - one.accuracy,
             *(found[name] / limits[name] - 1.0 for name in found if name in limits),
         )
+
+    def most(self, names: Sequence[str]) -> tuple[float, ...]:
+        """The largest value that is allowed of each objective; infinity where there is no limit."""
+        limits = {
+            "accuracy": 1.0 - self.min_accuracy,
+            "parameters": self.max_parameters,
+            "latency": self.max_latency_ms,
+            "macs": self.max_macs,
+            "size": self.max_size_bytes,
+            "memory": self.max_memory_bytes,
+        }
+        found = [limits[name] for name in names]
+        return tuple(math.inf if limit is None else limit for limit in found)
 
     def keeps(self, one: Evaluation) -> bool:
         """Whether a student worked and is within all limits."""

@@ -32,6 +32,9 @@ class StructuralDistillationProblem(Problem):
         evaluate: canonical genomes `(n, length)` to their evaluations.
         limits: students beyond one, and failed ones, violate a constraint.
         objectives: names of `moodistill.objectives.MEASURES`, `accuracy` first.
+
+    Attributes:
+        enough: accuracy beyond which more counts for nothing; the search sets the teacher's.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class StructuralDistillationProblem(Problem):
     ) -> None:
         self.limits = limits or Limits()
         self.objectives = tuple(objectives)
+        self.enough = 1.0
         self.evaluate_genomes = evaluate
         count = sum(limit is not None for limit in vars(self.limits).values())
         super().__init__(
@@ -53,7 +57,7 @@ class StructuralDistillationProblem(Problem):
     def score(self, evaluations: list[Evaluation]) -> Score:
         """Objectives and constraints of evaluations."""
         worst = (WORST_ERROR, *[WORST_COST] * (self.n_obj - 1))
-        rows = [objective_values(one, self.objectives) or worst for one in evaluations]
+        rows = [objective_values(one, self.objectives, self.enough) or worst for one in evaluations]
         violations = [self.limits.violations(one) for one in evaluations]
         return Score(
             np.array(rows).reshape(-1, self.n_obj),

@@ -58,7 +58,8 @@ class Searched:
 
     def values(self) -> np.ndarray:
         """`(n, m)` objectives of the students, in order, all minimised."""
-        rows = [objective_values(one, self.objectives) for one in self.students.values()]
+        enough = self.teacher.accuracy
+        rows = [objective_values(one, self.objectives, enough) for one in self.students.values()]
         return np.array(rows, dtype=float).reshape(-1, len(self.objectives))
 
     def front(self) -> dict[str, Evaluation]:

@@ -19,7 +19,7 @@ from moodistill.data import fraction_right, metric_name
 from moodistill.errors import UserError
 from moodistill.estimate import estimate_seconds
 from moodistill.evaluation import Latency
-from moodistill.evolution import Search
+from moodistill.evolution import Progress, Search
 from moodistill.executor import Executor
 from moodistill.files import TEMPORARY, remove_orphans
 from moodistill.finalists import Distiller
@@ -42,7 +42,9 @@ from moodistill.scoring import (
     timing_devices,
 )
 from moodistill.store import LOCK_FILE, Store
+from moodistill.surrogate import TRUSTED
 from moodistill.task import Task, load_task
+from moodistill.training import accuracy
 
 if TYPE_CHECKING:
     from moodistill.cluster import Cluster
@@ -67,12 +69,7 @@ def start_run(
     use_threads(places.threads)
     task = task or load_task(config.model, config.own)
     context = _context(task, config, places)
-    # A fifth of the way from chance to perfect: below, a student has learnt next to nothing. Where
-    # chance lies for another metric is not known.
-    chance = 1.0 / len(context.data.labels)
-    floor = round(chance + 0.2 * (1.0 - chance), 4)
-    if context.data.metric is not fraction_right:
-        floor = 0.0
+    floor = _least_accuracy(context, config)
     limits = config.search.limits
     limits = replace(limits, min_accuracy=max(floor, limits.min_accuracy))
     config = replace(config, search=replace(config.search, limits=limits))
@@ -190,6 +187,7 @@ def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
         "population": config.search.population,
         "objectives": ",".join(config.search.objectives),
         "algorithm": config.search.algorithm,
+        "screen": config.search.screen,
         "simd_step": config.search.simd_step,
         "threads": config.latency.threads,
         "batch": config.latency.batch,
@@ -211,6 +209,31 @@ def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
             f"{folder} was started with other settings ({', '.join(changed)}); leave them out, or "
             "start a new run with another --out"
         )
+
+
+def _least_accuracy(context: TeacherContext, config: RunConfig) -> float:
+    """Two fifths of the way from chance to the teacher, a fraction.
+
+    From below, distillation brings no student to where it is of use. Where chance lies for another
+    metric than accuracy is not known: 0.
+
+    Raises:
+        UserError: if the teacher itself has learnt next to nothing.
+    """
+    data = context.data
+    if data.metric is not fraction_right:
+        return 0.0
+    chance = 1.0 / len(data.labels)
+    images = data.validation.head(config.recipe.validation_images)
+    reached = accuracy(context.graph.module, data, images)
+    expected = chance + 0.2 * (1.0 - chance)
+    if reached < expected:
+        raise UserError(
+            f"the teacher itself reaches {reached:.4f} on the validation images, expected at least "
+            f"{expected:.4f}: are weights, size, mean, std and the order of the classes those that "
+            "it was trained with?"
+        )
+    return round(chance + 0.4 * (reached - chance), 4)
 
 
 def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
@@ -326,19 +349,27 @@ def _search(search: Search, config: RunConfig, reporter: Reporter) -> None:
             if progress.evaluated == 1 and progress.last.accuracy < floor:
                 raise UserError(
                     f"the teacher itself reaches {progress.last.accuracy:.4f} on the validation "
-                    f"images, expected at least {floor}: are weights, size, mean, std and the "
-                    "order of the classes those that it was trained with?"
+                    f"images, less than the {floor} asked for by --min-accuracy; give a smaller one"
                 )
             if progress.generation_done:
                 reporter.say(
                     f"generation {progress.generation}: {progress.evaluated} evaluated "
                     f"({progress.replayed} from the store), front {progress.front_size}, "
-                    f"hypervolume {progress.hypervolume:.4f}",
+                    f"hypervolume {progress.hypervolume:.4f}{_surrogate(progress)}",
                     **facts,
                 )
                 values = {"hypervolume": volume, "front_size": float(progress.front_size)}
                 reporter.measured(progress.evaluated, values)
                 reporter.table(lambda: _best_so_far(search.store, config))
+
+
+def _surrogate(progress: Progress) -> str:
+    """How well the surrogate's ranks of the last generation were those that were measured."""
+    found = progress.correlation
+    if found is None:
+        return ""
+    off = "" if found >= TRUSTED else ", not listened to in the next generation"
+    return f", surrogate's rank correlation {found:.2f}{off}"
 
 
 def _best_so_far(store: Store, config: RunConfig) -> tuple[list[str], list[list[str]]]:

@@ -53,6 +53,7 @@ ARMS = {
     "no-bypasses": "ours without bypass edges",
     "no-inheritance": "ours with plain slicing",
     "no-mutation": "ours with bit flips for our mutations",
+    "no-screening": "ours without the model that screens offspring",
 }
 
 
@@ -117,6 +118,8 @@ class Bench:
             seed=seed,
             simd_step=self.step,
         )
+        if arm in ("plain", "no-screening"):
+            config = replace(config, screen=1)
         kept = np.zeros(layout.length, dtype=bool)
         kind = {"no-blocks": "block/", "no-merges": "merge/", "no-bypasses": "bypass/"}.get(arm)
         for name, place in layout.slices.items():

@@ -1,0 +1,140 @@
+"""The model that screens offspring: what it learns, when it is not listened to, what it saves."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import random_genome
+from scipy.stats import spearmanr
+from test_evolution import CONFIG, LAYOUT, make, recorded
+
+from moodistill.errors import UserError
+from moodistill.evolution import SearchConfig
+from moodistill.objectives import DEFAULT, Limits, objective_values
+from moodistill.operators import DensitySampling
+from moodistill.resolve import canonical
+from moodistill.surrogate import TRUSTED, Surrogate, features
+
+
+def students(count, seed):
+    """Canonical genomes `(count, n)` and what they score `(count, 3)`."""
+    rng = np.random.default_rng(seed)
+    drawn = DensitySampling(LAYOUT, 8)._do(None, count, random_state=rng)
+    genomes = np.array([canonical(LAYOUT, genome, 8) for genome in drawn])
+    return genomes, np.array([objective_values(recorded(g), DEFAULT) for g in genomes])
+
+
+@pytest.fixture
+def taught():
+    surrogate = Surrogate(LAYOUT, seed=0)
+    genomes, values = students(40, seed=1)
+    surrogate.learn(genomes, values, np.ones(40, bool))
+    return surrogate
+
+
+def test_it_ranks_students_that_it_has_not_seen(taught):
+    genomes, values = students(40, seed=2)
+    predicted = taught.predict(np.array([features(LAYOUT, genome) for genome in genomes]))
+    for column in range(3):
+        assert spearmanr(predicted[:, column], values[:, column]).statistic > 0.9
+    taught.learn(genomes, values, np.ones(40, bool))
+    assert taught.correlation == pytest.approx(spearmanr(predicted[:, 0], values[:, 0]).statistic)
+    assert taught.trusted
+
+
+def test_features_do_not_depend_on_bits_without_effect():
+    genome = random_genome(LAYOUT, np.random.default_rng(3))
+    assert np.array_equal(
+        features(LAYOUT, canonical(LAYOUT, genome)), features(LAYOUT, genome)
+    )  # fmt: skip
+
+
+def test_it_says_nothing_before_it_knows_enough():
+    surrogate = Surrogate(LAYOUT, seed=0)
+    genomes, values = students(8, seed=1)
+    surrogate.learn(genomes, values, np.ones(8, bool))
+    assert surrogate.predict(np.array([features(LAYOUT, g) for g in genomes])) is None
+    chosen = surrogate.choose(genomes, 5, values, np.full(3, np.inf), 2)
+    assert list(chosen) == [0, 1, 2, 3, 4]
+
+
+def test_it_is_not_listened_to_once_it_was_wrong(taught):
+    genomes, values = students(40, seed=2)
+    wrong = np.random.default_rng(0).permutation(values)
+    taught.learn(genomes, wrong, np.ones(40, bool))
+    assert taught.correlation < TRUSTED and not taught.trusted
+    chosen = taught.choose(genomes, 5, values, np.full(3, np.inf), 2)
+    assert list(chosen) == [0, 1, 2, 3, 4]
+    for seed in range(3, 9):  # it learns on, and may come back
+        taught.learn(*students(40, seed), np.ones(40, bool))
+    assert taught.trusted
+
+
+def test_failed_students_teach_it_nothing(taught):
+    genomes, values = students(20, seed=2)
+    worst = np.array([1.0, 1e12, 1e12])
+    broken = np.vstack([values[:10], np.tile(worst, (10, 1))])
+    other = Surrogate(LAYOUT, seed=0)
+    for one in (taught, other):
+        if one is other:
+            one.learn(*students(40, seed=1), np.ones(40, bool))
+            one.learn(genomes[:10], values[:10], np.ones(10, bool))
+        else:
+            one.learn(genomes, broken, np.arange(20) < 10)
+    rows = np.array([features(LAYOUT, genome) for genome in genomes])
+    assert np.array_equal(taught.predict(rows), other.predict(rows))
+
+
+def test_what_it_chooses_is_better_than_what_it_leaves(taught):
+    genomes, values = students(120, seed=5)
+    known = students(20, seed=6)[1]
+    chosen = taught.choose(genomes, 20, known, np.full(3, np.inf), 2)
+    assert list(chosen) == sorted(set(chosen)) and len(chosen) == 20
+    assert list(chosen) == list(taught.choose(genomes, 20, known, np.full(3, np.inf), 2))
+
+    def beaten(rows):
+        return np.mean([(known <= row).all(axis=1).any() for row in rows])
+
+    left = np.setdiff1d(np.arange(120), chosen)
+    assert beaten(values[chosen]) < beaten(values[left])
+
+
+def test_what_is_predicted_beyond_a_limit_comes_last(taught):
+    genomes, values = students(120, seed=5)
+    limit = float(np.quantile(values[:, 2], 0.4))
+    most = np.array(Limits(max_latency_ms=limit).most(DEFAULT))
+    chosen = taught.choose(genomes, 24, values[:1], most, 2)
+    # An eighth is drawn blindly.
+    assert np.mean(values[chosen, 2] <= limit * 1.1) > 0.8
+    assert Limits(min_accuracy=0.7, max_parameters=5).most(("accuracy", "parameters", "macs")) == (
+        pytest.approx(0.3), 5, np.inf,
+    )  # fmt: skip
+
+
+def volume(folder, **changes):
+    store, search = make(folder, replace(CONFIG, population=16, **changes))
+    with store:
+        list(search.run())
+        return store.generations()[-1].hypervolume
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_half_the_evaluations_are_enough(tmp_path, seed):
+    screened = volume(tmp_path / "screened", generations=8, seed=seed)
+    assert screened >= volume(tmp_path / "blind", generations=16, seed=seed, screen=1)
+
+
+def test_the_driver_reports_the_correlation(tmp_path):
+    store, search = make(tmp_path / "on", CONFIG)
+    with store:
+        found = {p.generation: p.correlation for p in search.run() if p.generation_done}
+    assert found[1] is None and found[2] is None  # 12 students are too few to learn from
+    assert all(-1 <= found[number] <= 1 for number in range(3, 7))
+    store, search = make(tmp_path / "off", replace(CONFIG, screen=1))
+    with store:
+        assert all(progress.correlation is None for progress in search.run())
+
+
+def test_no_screening_below_one():
+    with pytest.raises(UserError, match="screen is 0; expected at least 1"):
+        SearchConfig(screen=0)
