@@ -19,7 +19,7 @@ from pymoo.core.evaluator import Evaluator as PymooEvaluator
 from pymoo.core.mutation import Mutation
 from pymoo.core.population import Population
 from pymoo.core.problem import Problem
-from pymoo.core.repair import Repair
+from pymoo.core.repair import NoRepair, Repair
 from pymoo.core.sampling import Sampling
 from pymoo.indicators.hv import HV
 from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
@@ -201,12 +201,16 @@ class Search:
         )
         self.seen = SeenElimination()
         operators = operators or default_operators(layout, config.simd_step)
+        self.repair = operators.repair
         settings = {
             "pop_size": config.population,
             "n_offsprings": config.screen * config.population,
             "eliminate_duplicates": self.seen,
             **vars(operators),
         }
+        if config.screen > 1:
+            # Only what is scored is repaired, in `_screened`.
+            settings["repair"] = NoRepair()
         self.algorithm = ALGORITHMS[config.algorithm](settings, self.problem)
         self.surrogate = Surrogate(layout, config.seed)
         self.algorithm.setup(
@@ -280,15 +284,30 @@ class Search:
                 yield Progress(number, evaluated, replayed, len(front), volume, last, answer, found)
 
     def _screened(self, offspring: Population, generation: int) -> Population:
-        """As many of the offspring as are scored in a generation."""
+        """As many of the offspring as are scored in a generation, repaired."""
         count = self.config.population
-        if self.config.screen == 1 or generation == 1:
+        if self.config.screen == 1:
             return offspring
-        chosen = self.surrogate.choose(
-            offspring.get("X").astype(bool), count, self.algorithm.pop.get("F"),
-            np.array(self.config.limits.most(self.config.objectives)), generation,
-        )  # fmt: skip
-        return offspring[chosen]
+        genomes = offspring.get("X").astype(bool)
+        order = np.arange(len(genomes))
+        if generation > 1:
+            order = self.surrogate.order(
+                genomes, count, self.algorithm.pop.get("F"),
+                np.array(self.config.limits.most(self.config.objectives)), generation,
+            )  # fmt: skip
+        chosen: list[int] = []
+        known = set(self.seen.seen)
+        for index in order:
+            (genomes[index],) = self.repair._do(self.problem, genomes[index : index + 1])
+            key = np.packbits(genomes[index]).tobytes()
+            if key not in known:
+                known.add(key)
+                chosen.append(int(index))
+            if len(chosen) == count:
+                break
+        found = offspring[chosen]
+        found.set("X", genomes[chosen])
+        return found
 
     def _tell(
         self,

@@ -142,6 +142,10 @@ class GenomeLayout:
         """A writable view of one slice in its own shape."""
         return genome[self.slices[name]].reshape(self.shapes[name])
 
+    def view_all(self, genomes: np.ndarray, name: str) -> np.ndarray:
+        """One slice of many genomes `(n, length)`: `(n, *shape)`."""
+        return genomes[:, self.slices[name]].reshape(len(genomes), *self.shapes[name])
+
     def pack(self, genome: np.ndarray) -> bytes:
         """The genome as bytes, eight bits a byte."""
         return np.packbits(genome).tobytes()

@@ -364,10 +364,11 @@ def _canonical(layout: GenomeLayout, genome: np.ndarray, step: int) -> np.ndarra
             layout.view(result, f"mask/{name}")[:] = kept
     for name in structure.dropped:
         layout.view(result, f"mask/{name}")[:] = False
+    alive = {name: alive_in(layout, structure, [name]) for name in layout.groups}
     for name, matrix in structure.connected.items():
         if f"block/{name}" in layout.slices and name not in structure.through:
-            rows = alive_in(layout, structure, layout.by_name[name].groups)
-            columns = alive_in(layout, structure, structure.source[name])
+            rows = np.concatenate([alive[g] for g in layout.by_name[name].groups])
+            columns = np.concatenate([alive[g] for g in structure.source[name]])
             matters = rows[:, None] & columns[None, :]
             layout.view(result, f"block/{name}")[:] = matrix | ~matters
     for name, inputs in structure.merges.items():

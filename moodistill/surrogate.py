@@ -11,11 +11,10 @@ import numpy as np
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from scipy.stats import spearmanr
 from sklearn.linear_model import RidgeCV
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from moodistill.genome import GenomeLayout
-from moodistill.resolve import Structure, resolve
+from moodistill.genome import GenomeLayout, Node
 
 LEAST = 16  # students before the model says anything
 TRUSTED = 0.5  # rank correlation below which it is not listened to
@@ -23,46 +22,103 @@ EXPLORED = 1 / 8  # of a generation is drawn blindly, or the model would only se
 STRENGTHS = np.logspace(-2, 3, 12)  # of the ridge, the best by leave-one-out
 
 
-def features(layout: GenomeLayout, genome: np.ndarray) -> np.ndarray:
-    """`(k,)`: widths, importance kept, connected pairs of channels, bypasses and merge edges."""
-    structure = resolve(layout, genome)
-    kept = {}
-    found: list[float] = []
-    for name, group in layout.groups.items():
-        mask = structure.kept.get(name, np.zeros(group.size, dtype=bool))
-        kept[name] = np.bincount(group.block[mask], minlength=group.blocks)
-        if not group.frozen:
-            total = float(group.importance.sum())
-            found += [np.log2(1 + mask.sum()), float(group.importance[mask].sum()) / (total or 1.0)]
-    pairs = []
+def features(layout: GenomeLayout, genomes: np.ndarray) -> np.ndarray:
+    """`(n, k)` of genomes `(n, length)`: widths, importance, connected pairs, bypasses, merges.
+
+    Computed for all genomes at once and before their repair, which changes little of it and costs
+    a hundred times as much.
+    """
+    live = _live(layout, genomes)
+    counts, widths = _counts(layout, genomes)
+    writer = {
+        layer.groups[0]: layer.name
+        for layer in layout.layers
+        if layer.bypassable and len(layer.groups) == 1
+    }
+    found: list[np.ndarray] = []
+    passed: dict[str, np.ndarray] = {}  # the width that readers of a group find
+    total = np.zeros(len(genomes))
     for layer in layout.layers:
-        count, density = _pairs(structure, kept, layer.name, layer.groups)
-        pairs.append(count)
-        found += [np.log2(1 + count), density]
+        stays = live[layer.name]
+        inputs = sum(passed.get(g, widths[g]) for g in layer.reads)
+        outputs = sum(widths[g] for g in layer.groups)
+        # Past a bypassed layer everything is connected.
+        direct = np.ones(len(genomes), dtype=bool)
+        for group in layer.reads:
+            if group in writer:
+                direct &= layout.view_all(genomes, f"bypass/{writer[group]}")[:, 0]
+        pairs = outputs * inputs
+        connected = np.where(direct, _connected(layout, genomes, layer, counts), pairs)
         if layer.bypassable:
-            found.append(float(layer.name in structure.bypassed))
+            kept = layout.view_all(genomes, f"bypass/{layer.name}")[:, 0]
+            passed[layer.groups[0]] = np.where(kept, outputs, inputs)
+            found.append((stays & ~kept).astype(float))
+            stays = stays & kept
+        total += stays * connected
+        found += [stays * np.log2(1 + connected), stays * connected / np.maximum(pairs, 1)]
+        found += [stays * np.log2(1 + outputs)]
+        found += [stays * _worth(layout, genomes, group) for group in layer.groups]
     for merge in layout.merges:
-        inputs = structure.merges.get(merge.name, (False,) * len(merge.inputs))
-        found += [float(kept_input) for kept_input in inputs]
-    found += [np.log2(1 + sum(pairs)), float(len(structure.bypassed))]
-    return np.array(found)
+        bits = layout.view_all(genomes, f"merge/{merge.name}") & live[merge.name][:, None]
+        found += list(bits.T.astype(float))
+    found += [np.log2(1 + total)]
+    return np.column_stack(found)
 
 
-def _pairs(
-    structure: Structure, kept: dict[str, np.ndarray], layer: str, groups: tuple[str, ...]
-) -> tuple[float, float]:
-    """Connected pairs of channels of a layer, and their share of the pairs that there could be."""
-    connected = structure.connected.get(layer)
-    if connected is None:
-        return 0.0, 0.0
-    outputs = np.concatenate([kept[name] for name in groups])
-    inputs = np.concatenate([kept[name] for name in structure.source[layer]])
-    count = float(outputs @ connected @ inputs)
-    return count, count / max(1.0, float(outputs.sum() * inputs.sum()))
+def _live(layout: GenomeLayout, genomes: np.ndarray) -> dict[str, np.ndarray]:
+    """For every node `(n,)` whether the output depends on it, by the merge edges alone."""
+    live = {node.name: np.zeros(len(genomes), dtype=bool) for node in layout.nodes}
+    for node in reversed(layout.nodes):
+        if node.kind == "output":
+            live[node.name][:] = True
+        for place, source in enumerate(node.inputs):
+            edge = live[node.name]
+            if f"merge/{node.name}" in layout.slices:
+                bits = layout.view_all(genomes, f"merge/{node.name}")
+                edge = edge & (bits[:, place] | ~bits.any(axis=1))
+            live[source] |= edge
+    return live
+
+
+def _counts(
+    layout: GenomeLayout, genomes: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """For every group the kept channels of its blocks `(n, blocks)`, and of it all `(n,)`."""
+    counts = {}
+    for name, group in layout.groups.items():
+        members = np.eye(group.blocks)[group.block]
+        masks = (
+            layout.view_all(genomes, f"mask/{name}")
+            if f"mask/{name}" in layout.slices
+            else np.ones((len(genomes), group.size), dtype=bool)
+        )
+        counts[name] = masks @ members
+    return counts, {name: count.sum(axis=1) for name, count in counts.items()}
+
+
+def _connected(
+    layout: GenomeLayout, genomes: np.ndarray, layer: Node, counts: dict[str, np.ndarray]
+) -> np.ndarray:
+    """`(n,)` connected pairs of kept channels of a layer."""
+    outputs = np.hstack([counts[name] for name in layer.groups])
+    inputs = np.hstack([counts[name] for name in layer.reads])
+    if f"block/{layer.name}" not in layout.slices:
+        return np.asarray(outputs.sum(axis=1) * inputs.sum(axis=1))
+    bits = layout.view_all(genomes, f"block/{layer.name}")
+    return np.einsum("nr,nrc,nc->n", outputs, bits, inputs)
+
+
+def _worth(layout: GenomeLayout, genomes: np.ndarray, name: str) -> np.ndarray:
+    """`(n,)` share of a group's importance that is kept."""
+    group = layout.groups[name]
+    total = float(group.importance.sum())
+    if f"mask/{name}" not in layout.slices or not total:
+        return np.ones(len(genomes))
+    return np.asarray(layout.view_all(genomes, f"mask/{name}") @ group.importance / total)
 
 
 class Surrogate:
-    """Learns from every scored student and chooses among offspring.
+    """Learns from every scored student and puts offspring in order.
 
     Attributes:
         correlation: Spearman's, of the accuracy that was predicted for the last generation and the
@@ -75,14 +131,15 @@ class Surrogate:
         self.correlation: float | None = None
         self._known: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
+        self._model: Pipeline | None = None  # of all that is known; fitted when it is asked
 
     @property
     def trusted(self) -> bool:
         """Whether it is listened to; it goes on learning where it is not."""
         return self.correlation is None or self.correlation >= TRUSTED
 
-    def predict(self, rows: np.ndarray) -> np.ndarray | None:
-        """Objectives `(n, m)` [error, costs...] of features `(n, k)`; None before it knows enough.
+    def predict(self, genomes: np.ndarray) -> np.ndarray | None:
+        """Objectives `(n, m)` [error, costs...] of genomes `(n, length)`; None before it can.
 
         Rounded, so that another machine's last digits do not breed other students.
         """
@@ -90,9 +147,11 @@ class Surrogate:
             return None
         values = np.array(self._values)
         odds = _odds(values[:, 0])
-        targets = np.column_stack([odds, _logarithmic(values)[:, 1:]])
-        model = make_pipeline(StandardScaler(), RidgeCV(STRENGTHS, alpha_per_target=True))
-        found = model.fit(np.array(self._known), targets).predict(rows)
+        if self._model is None:
+            targets = np.column_stack([odds, _logarithmic(values)[:, 1:]])
+            self._model = make_pipeline(StandardScaler(), RidgeCV(STRENGTHS, alpha_per_target=True))
+            self._model.fit(np.array(self._known), targets)
+        found = self._model.predict(features(self.layout, genomes))
         # No better than the best so far, the teacher: beyond is where the model is least to be
         # trusted, and where more counts for nothing.
         errors = 1.0 / (1.0 + np.exp(np.minimum(found[:, 0], odds.max())))
@@ -100,42 +159,41 @@ class Surrogate:
 
     def learn(self, genomes: np.ndarray, values: np.ndarray, usable: np.ndarray) -> None:
         """Take in a generation: genomes `(n, length)`, objectives `(n, m)`, `(n,)` which worked."""
-        rows = np.array([features(self.layout, genome) for genome in genomes])[usable]
-        predicted = self.predict(rows) if len(rows) > 2 else None
+        genomes, values = genomes[usable], values[usable]
+        predicted = self.predict(genomes) if len(genomes) > 2 else None
         if predicted is not None:
-            found = spearmanr(predicted[:, 0], values[usable, 0]).statistic
+            found = spearmanr(predicted[:, 0], values[:, 0]).statistic
             self.correlation = float(found) if np.isfinite(found) else 0.0
-        self._known += list(rows)
-        self._values += list(values[usable])
+        if len(genomes):
+            self._known += list(features(self.layout, genomes))
+            self._values += list(values)
+            self._model = None
 
-    def choose(
+    def order(
         self, genomes: np.ndarray, count: int, known: np.ndarray, most: np.ndarray, generation: int
     ) -> np.ndarray:
-        """`(count,)` indices, ascending, of the offspring worth scoring.
+        """`(n,)` indices of the offspring, those first that are worth scoring.
 
         Args:
             genomes: `(n, length)` offspring.
-            count: how many to choose.
+            count: about how many will be scored; an eighth of it comes first, drawn blindly.
             known: `(p, m)` objectives of the population that they compete with.
             most: `(m,)` limits of the objectives; what is predicted beyond one comes last.
             generation: seeds the blind draw.
         """
-        if len(genomes) <= count:
-            return np.arange(len(genomes))
-        rows = np.array([features(self.layout, genome) for genome in genomes])
-        predicted = self.predict(rows) if self.trusted else None
+        predicted = self.predict(genomes) if self.trusted else None
         if predicted is None:
-            return np.arange(count)
+            return np.arange(len(genomes))
         rng = np.random.default_rng([self.seed, generation])
-        blind = rng.choice(len(genomes), max(1, round(EXPLORED * count)), replace=False)
-        order = _best_first(predicted, known, most)
-        ordered = [index for index in order if index not in set(blind)]
-        return np.sort(np.concatenate([blind, ordered[: count - len(blind)]]))
+        drawn = min(len(genomes), max(1, round(EXPLORED * count)))
+        blind = rng.choice(len(genomes), drawn, replace=False)
+        ordered = _best_first(predicted, known, most)
+        return np.concatenate([blind, ordered[~np.isin(ordered, blind)]])
 
 
 def _odds(errors: np.ndarray) -> np.ndarray:
     accuracy = np.clip(1.0 - errors, 0.01, 0.999)
-    return np.log(accuracy / (1.0 - accuracy))
+    return np.asarray(np.log(accuracy / (1.0 - accuracy)))
 
 
 def _logarithmic(values: np.ndarray) -> np.ndarray:
@@ -155,12 +213,9 @@ def _best_first(predicted: np.ndarray, known: np.ndarray, most: np.ndarray) -> n
     points, taken = _logarithmic(predicted), _logarithmic(known)
     span = np.maximum(np.ptp(points, axis=0), 1e-9)
     gaps = np.linalg.norm((points[:, None] - taken[None]) / span, axis=2).min(axis=1)
-    order: list[int] = []
-    left = np.ones(len(points), dtype=bool)
-    while left.any():
-        best = ranks[left].min()
-        place = int(np.where(left & (ranks == best), gaps, -1.0).argmax())
-        order.append(place)
-        left[place] = False
-        gaps = np.minimum(gaps, np.linalg.norm((points - points[place]) / span, axis=1))
-    return np.array(order)
+    order = np.empty(len(points), dtype=int)
+    for place in range(len(points)):
+        order[place] = np.lexsort((-gaps, ranks))[0]
+        gaps = np.minimum(gaps, np.linalg.norm((points - points[order[place]]) / span, axis=1))
+        ranks[order[place]] = 2 * len(everybody)  # taken
+    return order

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import random_genome
 from scipy.stats import spearmanr
 from test_evolution import CONFIG, LAYOUT, make, recorded
 
@@ -12,7 +11,7 @@ from moodistill.errors import UserError
 from moodistill.evolution import SearchConfig
 from moodistill.objectives import DEFAULT, Limits, objective_values
 from moodistill.operators import DensitySampling
-from moodistill.resolve import canonical
+from moodistill.resolve import canonical, resolve
 from moodistill.surrogate import TRUSTED, Surrogate, features
 
 
@@ -34,7 +33,7 @@ def taught():
 
 def test_it_ranks_students_that_it_has_not_seen(taught):
     genomes, values = students(40, seed=2)
-    predicted = taught.predict(np.array([features(LAYOUT, genome) for genome in genomes]))
+    predicted = taught.predict(genomes)
     for column in range(3):
         assert spearmanr(predicted[:, column], values[:, column]).statistic > 0.9
     taught.learn(genomes, values, np.ones(40, bool))
@@ -42,20 +41,38 @@ def test_it_ranks_students_that_it_has_not_seen(taught):
     assert taught.trusted
 
 
-def test_features_do_not_depend_on_bits_without_effect():
-    genome = random_genome(LAYOUT, np.random.default_rng(3))
-    assert np.array_equal(
-        features(LAYOUT, canonical(LAYOUT, genome)), features(LAYOUT, genome)
-    )  # fmt: skip
+@pytest.mark.parametrize("network", ["chain", "vgg16", "resnet18"])
+def test_features_hold_what_a_genome_means(network, request):
+    layout = LAYOUT if network == "chain" else request.getfixturevalue(network).layout
+    rng = np.random.default_rng(3)
+    drawn = DensitySampling(layout, 8)._do(None, 30, random_state=rng)
+    genomes = np.array([canonical(layout, genome, 8) for genome in drawn])
+    rows = features(layout, genomes)
+    assert np.isfinite(rows).all() and len(rows) == 30
+    # One by one they are the same, and the last is the logarithm of all connected pairs.
+    assert np.allclose(rows[7], features(layout, genomes[7:8])[0])
+    for genome, row in zip(genomes, rows, strict=True):
+        structure = resolve(layout, genome)
+        kept = {
+            name: np.bincount(g.block[structure.kept[name]], minlength=g.blocks)
+            for name, g in layout.groups.items()
+            if name in structure.kept
+        }
+        pairs = 0
+        for name, connected in structure.connected.items():
+            outputs = np.concatenate([kept[g] for g in layout.by_name[name].groups])
+            inputs = np.concatenate([kept[g] for g in structure.source[name]])
+            pairs += int(outputs @ connected @ inputs)
+        assert 2 ** row[-1] == pytest.approx(1 + pairs)
 
 
 def test_it_says_nothing_before_it_knows_enough():
     surrogate = Surrogate(LAYOUT, seed=0)
     genomes, values = students(8, seed=1)
     surrogate.learn(genomes, values, np.ones(8, bool))
-    assert surrogate.predict(np.array([features(LAYOUT, g) for g in genomes])) is None
-    chosen = surrogate.choose(genomes, 5, values, np.full(3, np.inf), 2)
-    assert list(chosen) == [0, 1, 2, 3, 4]
+    assert surrogate.predict(genomes) is None
+    order = surrogate.order(genomes, 5, values, np.full(3, np.inf), 2)
+    assert list(order) == list(range(8))
 
 
 def test_it_is_not_listened_to_once_it_was_wrong(taught):
@@ -63,8 +80,8 @@ def test_it_is_not_listened_to_once_it_was_wrong(taught):
     wrong = np.random.default_rng(0).permutation(values)
     taught.learn(genomes, wrong, np.ones(40, bool))
     assert taught.correlation < TRUSTED and not taught.trusted
-    chosen = taught.choose(genomes, 5, values, np.full(3, np.inf), 2)
-    assert list(chosen) == [0, 1, 2, 3, 4]
+    order = taught.order(genomes, 5, values, np.full(3, np.inf), 2)
+    assert list(order) == list(range(40))
     for seed in range(3, 9):  # it learns on, and may come back
         taught.learn(*students(40, seed), np.ones(40, bool))
     assert taught.trusted
@@ -81,29 +98,27 @@ def test_failed_students_teach_it_nothing(taught):
             one.learn(genomes[:10], values[:10], np.ones(10, bool))
         else:
             one.learn(genomes, broken, np.arange(20) < 10)
-    rows = np.array([features(LAYOUT, genome) for genome in genomes])
-    assert np.array_equal(taught.predict(rows), other.predict(rows))
+    assert np.array_equal(taught.predict(genomes), other.predict(genomes))
 
 
 def test_what_it_chooses_is_better_than_what_it_leaves(taught):
     genomes, values = students(120, seed=5)
     known = students(20, seed=6)[1]
-    chosen = taught.choose(genomes, 20, known, np.full(3, np.inf), 2)
-    assert list(chosen) == sorted(set(chosen)) and len(chosen) == 20
-    assert list(chosen) == list(taught.choose(genomes, 20, known, np.full(3, np.inf), 2))
+    order = taught.order(genomes, 20, known, np.full(3, np.inf), 2)
+    assert sorted(order) == list(range(120))
+    assert list(order) == list(taught.order(genomes, 20, known, np.full(3, np.inf), 2))
 
     def beaten(rows):
         return np.mean([(known <= row).all(axis=1).any() for row in rows])
 
-    left = np.setdiff1d(np.arange(120), chosen)
-    assert beaten(values[chosen]) < beaten(values[left])
+    assert beaten(values[order[:20]]) < beaten(values[order[20:]])
 
 
 def test_what_is_predicted_beyond_a_limit_comes_last(taught):
     genomes, values = students(120, seed=5)
     limit = float(np.quantile(values[:, 2], 0.4))
     most = np.array(Limits(max_latency_ms=limit).most(DEFAULT))
-    chosen = taught.choose(genomes, 24, values[:1], most, 2)
+    chosen = taught.order(genomes, 24, values[:1], most, 2)[:24]
     # An eighth is drawn blindly.
     assert np.mean(values[chosen, 2] <= limit * 1.1) > 0.8
     assert Limits(min_accuracy=0.7, max_parameters=5).most(("accuracy", "parameters", "macs")) == (
