@@ -228,7 +228,12 @@ class Cluster:
     def _gathered(self, done: Collection[Future]) -> Iterator[tuple[Future, Any]]:
         """Results fetched together, since each fetch is a journey of its own; else the errors."""
         good = [future for future in done if future.status == "finished"]
-        yield from zip(good, self.client.gather(good), strict=True)
+        try:
+            found = self.client.gather(good)
+        except Exception:
+            # A result was lost with its worker and could not be made again: one by one, then.
+            good, found = [], []
+        yield from zip(good, found, strict=True)
         for future in set(done) - set(good):
             try:
                 yield future, future.result()

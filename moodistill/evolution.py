@@ -249,10 +249,11 @@ class Search:
         while self.algorithm.has_next():
             began = time.perf_counter()
             offspring = self.algorithm.ask()
+            number = self.algorithm.n_gen
+            if offspring is not None:
+                offspring = self._screened(offspring, number)
             if offspring is None or len(offspring) == 0:
                 break
-            number = self.algorithm.n_gen
-            offspring = self._screened(offspring, number)
             genomes = offspring.get("X").astype(bool)
             digests = [self.layout.digest(genome) for genome in genomes]
             evaluations: dict[int, Evaluation] = {}
@@ -286,7 +287,7 @@ class Search:
     def _screened(self, offspring: Population, generation: int) -> Population:
         """As many of the offspring as are scored in a generation, repaired."""
         count = self.config.population
-        if self.config.screen == 1:
+        if self.config.screen == 1 or len(offspring) == 0:
             return offspring
         genomes = offspring.get("X").astype(bool)
         order = np.arange(len(genomes))
@@ -305,7 +306,7 @@ class Search:
                 chosen.append(int(index))
             if len(chosen) == count:
                 break
-        found = offspring[chosen]
+        found = offspring[np.array(chosen, dtype=int)]
         found.set("X", genomes[chosen])
         return found
 

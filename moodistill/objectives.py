@@ -18,6 +18,11 @@ MEASURES: dict[str, Callable[[Evaluation], float]] = {
     "size": lambda one: float(one.size_bytes),
     "memory": lambda one: float(one.memory_bytes),
 }
+# The fields of `Limits` that bound them.
+LIMITED = {
+    "parameters": "max_parameters", "latency": "max_latency_ms", "macs": "max_macs",
+    "size": "max_size_bytes", "memory": "max_memory_bytes",
+}  # fmt: skip
 DEFAULT = ("accuracy", "parameters", "latency")
 
 
@@ -83,34 +88,21 @@ class Limits:
 
         One that failed is beyond all of them.
         """
-        found = {
-            "max_parameters": one.parameters,
-            "max_latency_ms": one.latency.latency_ms if one.latency else 0.0,
-            "max_macs": one.macs,
-            "max_size_bytes": one.size_bytes,
-            "max_memory_bytes": one.memory_bytes,
-        }
-        failed = one.failure is not None or one.latency is None
-        limits = {name: limit for name, limit in asdict(self).items() if limit is not None}
-        if failed:
-            return (1.0,) * len(limits)
-        return (
-            self.min_accuracy - one.accuracy,
-            *(found[name] / limits[name] - 1.0 for name in found if name in limits),
-        )
+        limits = self._costs()
+        if one.failure is not None or one.latency is None:
+            return (1.0,) * (1 + len(limits))
+        beyond = [MEASURES[name](one) / limit - 1.0 for name, limit in limits.items()]
+        return (self.min_accuracy - one.accuracy, *beyond)
 
     def most(self, names: Sequence[str]) -> tuple[float, ...]:
         """The largest value that is allowed of each objective; infinity where there is no limit."""
-        limits = {
-            "accuracy": 1.0 - self.min_accuracy,
-            "parameters": self.max_parameters,
-            "latency": self.max_latency_ms,
-            "macs": self.max_macs,
-            "size": self.max_size_bytes,
-            "memory": self.max_memory_bytes,
-        }
-        found = [limits[name] for name in names]
-        return tuple(math.inf if limit is None else limit for limit in found)
+        limits = {"accuracy": 1.0 - self.min_accuracy, **self._costs()}
+        return tuple(limits.get(name, math.inf) for name in names)
+
+    def _costs(self) -> dict[str, float]:
+        """The limits of costs that there are, by the objective's name."""
+        found = {name: getattr(self, field) for name, field in LIMITED.items()}
+        return {name: limit for name, limit in found.items() if limit is not None}
 
     def keeps(self, one: Evaluation) -> bool:
         """Whether a student worked and is within all limits."""

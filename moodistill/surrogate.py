@@ -30,13 +30,11 @@ def features(layout: GenomeLayout, genomes: np.ndarray) -> np.ndarray:
     """
     live = _live(layout, genomes)
     counts, widths = _counts(layout, genomes)
-    writer = {
-        layer.groups[0]: layer.name
-        for layer in layout.layers
-        if layer.bypassable and len(layer.groups) == 1
-    }
     found: list[np.ndarray] = []
-    passed: dict[str, np.ndarray] = {}  # the width that readers of a group find
+    # Of groups that a layer writes which may be left out: whether it is there, and the width that
+    # the group's readers find.
+    there: dict[str, np.ndarray] = {}
+    passed: dict[str, np.ndarray] = {}
     total = np.zeros(len(genomes))
     for layer in layout.layers:
         stays = live[layer.name]
@@ -45,13 +43,15 @@ def features(layout: GenomeLayout, genomes: np.ndarray) -> np.ndarray:
         # Past a bypassed layer everything is connected.
         direct = np.ones(len(genomes), dtype=bool)
         for group in layer.reads:
-            if group in writer:
-                direct &= layout.view_all(genomes, f"bypass/{writer[group]}")[:, 0]
+            direct &= there.get(group, True)
         pairs = outputs * inputs
         connected = np.where(direct, _connected(layout, genomes, layer, counts), pairs)
         if layer.bypassable:
             kept = layout.view_all(genomes, f"bypass/{layer.name}")[:, 0]
-            passed[layer.groups[0]] = np.where(kept, outputs, inputs)
+            there.update(dict.fromkeys(layer.groups, kept))
+            passed.update(
+                {g: np.where(kept, widths[g], inputs / len(layer.groups)) for g in layer.groups}
+            )
             found.append((stays & ~kept).astype(float))
             stays = stays & kept
         total += stays * connected
@@ -161,9 +161,9 @@ class Surrogate:
         """Take in a generation: genomes `(n, length)`, objectives `(n, m)`, `(n,)` which worked."""
         genomes, values = genomes[usable], values[usable]
         predicted = self.predict(genomes) if len(genomes) > 2 else None
-        if predicted is not None:
-            found = spearmanr(predicted[:, 0], values[:, 0]).statistic
-            self.correlation = float(found) if np.isfinite(found) else 0.0
+        # Among students that are all alike there are no ranks.
+        if predicted is not None and np.ptp(predicted[:, 0]) and np.ptp(values[:, 0]):
+            self.correlation = float(spearmanr(predicted[:, 0], values[:, 0]).statistic)
         if len(genomes):
             self._known += list(features(self.layout, genomes))
             self._values += list(values)

@@ -30,6 +30,10 @@ def test_a_run_leaves_what_is_documented(finished):
     run = json.loads((finished / "run.json").read_text())
     assert run["status"] == "finished" and run["config"]["model"] == "digits"
     assert run["teacher_digest"] and run["data_digest"] and run["device"]
+    # A student needs two fifths of the way from chance (ten classes) to the teacher.
+    teacher = float(next(r for r in rows(finished) if r["stage"] == "teacher")["accuracy"])
+    floor = run["config"]["search"]["limits"]["min_accuracy"]
+    assert floor == pytest.approx(0.1 + 0.4 * (teacher - 0.1), abs=1e-3)
     for name in (
         "pareto.json", "pareto.png", "history.png", "evaluations.sqlite", "report.html",
         "layout.json", f"structure-{rows(finished)[1]['student']}.png",

@@ -256,3 +256,38 @@ def test_hypervolume_by_hand():
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError, match="expected at least"):
         SearchConfig(**settings)
+
+
+def test_a_student_better_than_the_teacher_is_no_better_than_it(tmp_path):
+    def evaluate(genome):
+        one = recorded(genome)
+        teacher = genome.all()
+        return replace(one, accuracy=0.8 if teacher else 0.85 + 0.1 * one.accuracy)
+
+    store, search = make(tmp_path, CONFIG, evaluate)
+    with store:
+        last = list(search.run())[-1]
+        students = Searched.read(store, Limits(), CONFIG.objectives)
+    # All are as accurate as is enough: the front is what is smallest and fastest.
+    assert search.problem.enough == 0.8
+    assert last.front_size == 1 and len(students.front()) == 1
+    (best,) = students.front().values()
+    assert best.parameters == min(one.parameters for one in students.students.values())
+
+
+@pytest.mark.parametrize("screen", [1, 8])
+def test_a_search_ends_when_every_student_was_scored(tmp_path, screen):
+    layout = chain_layout(layers=2, channels=16)
+
+    def evaluate(genome):
+        size = int(genome.sum())
+        return Evaluation(
+            layout.digest(genome), layout.pack(genome), 0.5, size, size, 1,
+            Latency(float(size), 1.0, 1.0, 1.0),
+        )  # fmt: skip
+
+    (tmp_path / "run.json").write_text("{}")
+    with Store.create(tmp_path) as store:
+        config = SearchConfig(population=8, generations=500, simd_step=16, screen=screen)
+        list(Search(layout, config, store, SerialExecutor(evaluate)).run())
+        assert 1 <= len(store.generations()) < 500

@@ -23,6 +23,11 @@ def test_values_by_name():
     assert objective_values(FAILED, DEFAULT) is None
 
 
+def test_accuracy_beyond_what_is_enough_counts_for_nothing():
+    assert objective_values(ONE, DEFAULT, enough=0.7) == (pytest.approx(0.3), 1000, 2.0)
+    assert objective_values(ONE, DEFAULT, enough=0.9) == objective_values(ONE, DEFAULT)
+
+
 def test_accuracy_comes_first():
     assert check_objectives(["latency", "accuracy"]) == ("accuracy", "latency")
 
