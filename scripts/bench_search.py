@@ -4,20 +4,24 @@ python scripts/bench_search.py --model vgg16 --evaluations 160 --seeds 3
 python scripts/bench_search.py --model vgg16 --table-only
 
 Every arm scores the same number of students by the same measures and keeps them in a store of its
-own: run the command again to carry on. Needs `pip install -e ".[bench]"` for Torch-Pruning.
+own: run the command again to carry on. Table and figure are made from `<out>/search-<model>.json`;
+an arm that is there is not run again. Needs `pip install -e ".[bench]"` for Torch-Pruning.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from peers import l1_widths, score, torch_pruning_points
 from pymoo.operators.crossover.ux import UniformCrossover
 from pymoo.operators.mutation.bitflip import BitflipMutation
@@ -42,6 +46,7 @@ from moodistill.store import Store
 from moodistill.task import load_task
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the teacher's latency
+QUARTER = 1 / 4
 ARMS = {
     "ours": "our search",
     "torch-pruning": "Torch-Pruning: magnitude, BN scale, Taylor; uniform and global",
@@ -63,6 +68,18 @@ class Bench:
     def __init__(self, context: TeacherContext, folder: Path, step: int, count: int) -> None:
         self.context, self.folder, self.step, self.count = context, folder, step, count
         self.recipe = Recipe(simd_step=step)
+
+    def meter(self) -> LatencyMeter:
+        """Measures latency, with the teacher's as it was when this folder was begun."""
+        path = self.folder / "teacher.json"
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        made = LatencyMeter(
+            teacher_onnx(self.context), self.context.data.input_shape,
+            teacher_latency_ms=stored.get("teacher_latency_ms"),
+        )  # fmt: skip
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, {"teacher_latency_ms": made.teacher_latency_ms})
+        return made
 
     def run(self, arm: str, seed: int, meter: LatencyMeter) -> None:
         """Run one arm to its end, from its store where it was begun."""
@@ -141,102 +158,120 @@ class Bench:
             for _ in search.run():
                 bar.update(1)
 
-    def points(self, arm: str, seed: int) -> list[Evaluation]:
-        """What an arm scored, in order, without failures."""
-        folder = self.folder / f"{arm}-{seed}"
-        if not (folder / "run.json").exists():
-            return []
-        with Store.open(folder, readonly=True) as store:
-            return [one for one in store.all()[: self.count] if one.latency is not None]
+    def record(self, arm: str, seed: int, teacher: Evaluation) -> dict[str, Any]:
+        """What is kept of an arm's run: every student's measures, the best at a quarter."""
+        with Store.open(self.folder / f"{arm}-{seed}", readonly=True) as store:
+            students = [one for one in store.all()[: self.count] if one.latency is not None]
+        points = np.array([objective_values(one, DEFAULT) for one in students])
+        reference = objective_values(teacher, DEFAULT)
+        assert reference is not None
+        record: dict[str, Any] = {
+            "device": device_fingerprint(),
+            "evaluations": self.count,
+            "chance": 1.0 / len(self.context.data.labels),
+            "teacher": list(reference),
+            "students": points.round(6).tolist(),
+        }
+        best = best_within(points, reference[-1] * QUARTER)
+        if best is not None:
+            one = students[best]
+            record["quarter"] = {"genome": one.genome.hex(), "name": one.summary, "distilled": {}}
+        return record
 
-
-def hypervolume(points: list[Evaluation], teacher: Evaluation, chance: float) -> float:
-    """The search's own, with accuracy counted from chance."""
-    rows = np.array([objective_values(one, DEFAULT) for one in [teacher, *points]], dtype=float)
-    rows[:, 0] = np.minimum(1.0, rows[:, 0] / (1.0 - chance))
-    return normalised_hypervolume(rows[1:], rows[0])
-
-
-def best_within(points: list[Evaluation], limit_ms: float) -> Evaluation | None:
-    """The most accurate student of at most `limit_ms`."""
-    fitting = [one for one in points if one.latency and one.latency.latency_ms <= limit_ms]
-    return max(fitting, key=lambda one: one.accuracy, default=None)
-
-
-def distilled(bench: Bench, arm: str, one: Evaluation, steps: int) -> float:
-    """Validation accuracy (all held-out images) after distillation; kept beside the stores."""
-    path = bench.folder / "distilled.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    key = f"{arm} {one.genome_hash} {steps}"
-    if key not in known:
-        context = bench.context
+    def distilled(self, arm: str, quarter: dict[str, Any], steps: int) -> float:
+        """Accuracy of all held-out images of a record's student after `steps` of distillation."""
+        context = self.context
         config = replace(DistillConfig(), steps=steps)
-        if one.genome:
+        if quarter["genome"]:
             mode = "slice" if arm in ("no-inheritance", "l1") else "student"
-            recipe = replace(bench.recipe, inherit=InheritConfig(mode=mode))
-            module = make_student(context, context.layout.unpack(one.genome), recipe).module
+            recipe = replace(self.recipe, inherit=InheritConfig(mode=mode))
+            genome = context.layout.unpack(bytes.fromhex(quarter["genome"]))
+            module = make_student(context, genome, recipe).module
         else:
-            points = torch_pruning_points(context, bench.count, bench.step)
-            network = next(network for name, network in points if name == one.summary)
+            points = torch_pruning_points(context, self.count, self.step)
+            network = next(network for name, network in points if name == quarter["name"])
             module = torch.fx.symbolic_trace(network)
         targets = SoftTargets(
             context.graph.module, context.data, config, default_cache_dir(), context.teacher_digest
         )
         module = distill(module, targets, config)
         targets.save()
-        known[key] = student_accuracy(module, context.data, context.data.validation)
-        write_json_atomic(path, known)
-    return known[key]
+        return student_accuracy(module, context.data, context.data.validation)
 
 
-def table(
-    bench: Bench, teacher: Evaluation, arms: list[str], seeds: int,
-    final: Callable[[str, Evaluation], float] | None,
-) -> str:  # fmt: skip
-    """The table in Markdown: median over seeds, and the range of the hypervolume."""
-    assert teacher.latency is not None
-    chance = 1.0 / len(bench.context.data.labels)
-    limits = [share * teacher.latency.latency_ms for share in SHARES]
+def hypervolume(record: dict[str, Any], count: int | None = None) -> float:
+    """The search's own of the first `count` students, with accuracy counted from chance."""
+    rows = np.array([record["teacher"], *record["students"][:count]], dtype=float)
+    rows[:, 0] = np.minimum(1.0, rows[:, 0] / (1.0 - record["chance"]))
+    return normalised_hypervolume(rows[1:], rows[0])
+
+
+def best_within(points: np.ndarray, limit_ms: float) -> int | None:
+    """The place of the most accurate among `(n, 3)` [error, parameters, ms] within `limit_ms`."""
+    fitting = np.flatnonzero(points[:, 2] <= limit_ms)
+    return int(fitting[np.argmin(points[fitting, 0])]) if len(fitting) else None
+
+
+def relative(record: dict[str, Any]) -> np.ndarray:
+    """`(n, 3)` of a record: error, and parameters and latency as shares of the teacher's."""
+    return np.array(record["students"]) / [1.0, *record["teacher"][1:]]
+
+
+def table(records: dict[str, dict[str, Any]]) -> str:
+    """The table in Markdown: medians over seeds, and the range of the hypervolume."""
     lines = [
-        "| arm | hypervolume (range) | " + " | ".join(f"1/{round(1 / s)}" for s in SHARES)
-        + " | 1/4 distilled |",
-        "| --- |" + " --- |" * (len(SHARES) + 2),
+        "| arm | seeds | hypervolume (range) | "
+        + " | ".join(f"1/{round(1 / s)}" for s in SHARES) + " | 1/4 distilled |",
+        "| --- |" + " --- |" * (len(SHARES) + 3),
     ]  # fmt: skip
-    for arm in arms:
-        runs = [p for p in (bench.points(arm, seed) for seed in range(seeds)) if p]
+    for arm in ARMS:
+        runs = runs_of(records, arm)
         if not runs:
             continue
-        volumes = [hypervolume(points, teacher, chance) for points in runs]
+        volumes = [hypervolume(run) for run in runs]
         cells = []
-        for limit in limits:
-            found = [best_within(points, limit) for points in runs]
-            cells.append(f"{np.median([one.accuracy if one else 0 for one in found]):.1%}")
-        last = "-"
-        quarter = [best_within(points, limits[1]) for points in runs]
-        if final is not None and all(quarter):
-            last = f"{np.median([final(arm, one) for one in quarter if one]):.1%}"
+        for share in SHARES:
+            found = [(run, best_within(np.array(relative(run)), share)) for run in runs]
+            best = [0.0 if i is None else 1 - run["students"][i][0] for run, i in found]
+            cells.append(f"{np.median(best):.1%}" if any(best) else "none")
+        final = [max(run.get("quarter", {}).get("distilled", {}).items(), default=None,
+                     key=lambda item: int(item[0])) for run in runs]  # fmt: skip
+        last = f"{np.median([value for _, value in final if value]):.1%}" if all(final) else "-"
         lines.append(
-            f"| {arm} | {np.median(volumes):.4f} ({min(volumes):.4f}-{max(volumes):.4f}) | "
-            + " | ".join(cells) + f" | {last} |"
-        )  # fmt: skip
+            f"| {arm} | {len(runs)} | {np.median(volumes):.4f} "
+            f"({min(volumes):.4f}-{max(volumes):.4f}) | " + " | ".join(cells) + f" | {last} |"
+        )
+    for arm in ("torch-pruning", "l1"):
+        counts = [beaten(peer, run) for peer in runs_of(records, arm)
+                  for run in runs_of(records, "ours")]  # fmt: skip
+        if counts:
+            lines += ["", f"Students of {arm} that one of ours is at least as accurate and as fast "
+                      f"as, by seed of ours: {', '.join(counts)}."]  # fmt: skip
     return "\n".join(lines)
 
 
-def figure(bench: Bench, teacher: Evaluation, arms: list[str], seeds: int, path: Path) -> None:
+def beaten(peer: dict[str, Any], run: dict[str, Any]) -> str:
+    """How many students of `peer` are no better in accuracy and latency than one of `run`'s."""
+    theirs, mine = relative(peer)[:, [0, 2]], relative(run)[:, [0, 2]]
+    count = int((mine[None] <= theirs[:, None]).all(axis=2).any(axis=1).sum())
+    return f"{count} of {len(theirs)}"
+
+
+def runs_of(records: dict[str, dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """An arm's records, by seed."""
+    return [record for name, record in records.items() if name.rpartition("-")[0] == arm]
+
+
+def figure(records: dict[str, dict[str, Any]], path: Path) -> None:
     """Hypervolume against evaluations, median over seeds."""
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    chance = 1.0 / len(bench.context.data.labels)
     picture = Figure(figsize=(7, 4.5), layout="constrained")
     axes = picture.subplots()
-    places = np.unique(np.linspace(8, bench.count, 20).astype(int))
-    for arm in arms:
-        runs = [p for p in (bench.points(arm, seed) for seed in range(seeds)) if p]
+    for arm in ARMS:
+        runs = runs_of(records, arm)
         if runs:
-            curves = [[hypervolume(p[:n], teacher, chance) for n in places] for p in runs]
+            least = min(len(run["students"]) for run in runs)
+            places = np.unique(np.linspace(8, least, 20).astype(int))
+            curves = [[hypervolume(run, n) for n in places] for run in runs]
             axes.plot(places, np.median(curves, axis=0), label=arm)
     axes.set_xlabel("students evaluated")
     axes.set_ylabel("hypervolume")
@@ -255,10 +290,15 @@ def main() -> int:
     parser.add_argument("--evaluations", type=int, default=160)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", default=",".join(ARMS), help="some of: " + ", ".join(ARMS))
-    parser.add_argument("--distill-steps", type=int, default=0, help="0: no distillation")
+    parser.add_argument(
+        "--distill-steps",
+        type=int,
+        default=0,
+        help="of the best student at a quarter of the latency",
+    )
     parser.add_argument("--folder", type=Path, help="of the stores (default results/bench-<model>)")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
-    parser.add_argument("--table-only", action="store_true", help="from what the stores hold")
+    parser.add_argument("--table-only", action="store_true", help="from the records there are")
     arguments = parser.parse_args()
     arms = arguments.arms.split(",")
     use_threads(None)
@@ -270,32 +310,47 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    folder = arguments.folder or Path("results") / f"bench-{arguments.model}"
-    step = probe_simd(None, default_cache_dir()).step
-    bench = Bench(context, folder, step, arguments.evaluations)
-    calibration = folder / "teacher.json"
-    stored = json.loads(calibration.read_text()) if calibration.exists() else {}
-    with LatencyMeter(
-        teacher_onnx(context), context.data.input_shape,
-        teacher_latency_ms=stored.get("teacher_latency_ms"),
-    ) as meter:  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {"teacher_latency_ms": meter.teacher_latency_ms, "device": device_fingerprint()}
-        write_json_atomic(calibration, record)
-        teacher = Evaluator(context, bench.recipe, meter.measure).evaluate(context.layout.teacher())
-        if not arguments.table_only:
-            for seed in range(arguments.seeds):
-                for arm in arms:
-                    # Nothing is drawn in these two: one seed says it all.
-                    if seed == 0 or arm not in ("torch-pruning", "l1"):
-                        bench.run(arm, seed, meter)
-    steps = arguments.distill_steps
-    final = (lambda arm, one: distilled(bench, arm, one, steps)) if steps else None
-    text = table(bench, teacher, arms, arguments.seeds, final)
-    print(text)
-    name = f"search-{arguments.model}"
-    write_atomic(arguments.out / f"{name}.md", f"{text}\n".encode())
-    figure(bench, teacher, arms, arguments.seeds, arguments.out / f"{name}.png")
+    path = arguments.out / f"search-{arguments.model}.json"
+    records = json.loads(path.read_text()) if path.exists() else {}
+    bench = Bench(
+        context,
+        arguments.folder or Path("results") / f"bench-{arguments.model}",
+        probe_simd(None, default_cache_dir()).step,
+        arguments.evaluations,
+    )
+
+    def keep() -> None:
+        write_json_atomic(path, records)
+        write_atomic(path.with_suffix(".md"), f"{table(records)}\n".encode())
+        figure(records, path.with_suffix(".png"))
+
+    # Nothing is drawn in two of them: one seed says it all.
+    wanted = [(arm, seed) for seed in range(arguments.seeds) for arm in arms
+              if seed == 0 or arm not in ("torch-pruning", "l1")]  # fmt: skip
+    missing = [
+        (arm, seed)
+        for arm, seed in wanted
+        if records.get(f"{arm}-{seed}", {}).get("evaluations") != arguments.evaluations
+    ]
+    if missing and not arguments.table_only:
+        with bench.meter() as meter:
+            evaluator = Evaluator(context, bench.recipe, meter.measure)
+            teacher = evaluator.evaluate(context.layout.teacher())
+            for arm, seed in missing:
+                bench.run(arm, seed, meter)
+                records[f"{arm}-{seed}"] = bench.record(arm, seed, teacher)
+                keep()
+    steps = str(arguments.distill_steps)
+    for arm, seed in wanted if arguments.distill_steps else []:
+        quarter = records.get(f"{arm}-{seed}", {}).get("quarter")
+        if quarter and steps not in quarter["distilled"]:
+            quarter["distilled"][steps] = bench.distilled(arm, quarter, int(steps))
+            keep()
+    if not records:
+        print(f"error: no {path}; run without --table-only", file=sys.stderr)
+        return 2
+    keep()
+    print(table(records))
     return 0
 
 
