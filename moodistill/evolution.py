@@ -41,7 +41,7 @@ from moodistill.operators import (
     MaskMutation,
     SeenElimination,
 )
-from moodistill.pareto import non_dominated
+from moodistill.pareto import non_dominated, shrunk
 from moodistill.problem import WORST_COST, Score, StructuralDistillationProblem
 from moodistill.store import Store
 from moodistill.surrogate import Surrogate
@@ -126,8 +126,7 @@ def hypervolume(objectives: np.ndarray, reference: np.ndarray) -> float:
     """
     if not len(objectives):
         return 0.0
-    smaller = np.log2(reference[None, 1:] / objectives[:, 1:]) / 10.0
-    points = np.column_stack([objectives[:, 0], 1.0 - np.clip(smaller, 0.0, 1.0)])
+    points = shrunk(objectives, reference)
     return float(HV(ref_point=np.ones(points.shape[1]))(points))
 
 
@@ -251,7 +250,7 @@ class Search:
             offspring = self.algorithm.ask()
             number = self.algorithm.n_gen
             if offspring is not None:
-                offspring = self._screened(offspring, number)
+                offspring = self._screened(offspring, number, reference)
             if offspring is None or len(offspring) == 0:
                 break
             genomes = offspring.get("X").astype(bool)
@@ -284,18 +283,18 @@ class Search:
                 found = self.surrogate.correlation
                 yield Progress(number, evaluated, replayed, len(front), volume, last, answer, found)
 
-    def _screened(self, offspring: Population, generation: int) -> Population:
+    def _screened(
+        self, offspring: Population, generation: int, reference: np.ndarray | None
+    ) -> Population:
         """As many of the offspring as are scored in a generation, repaired."""
         count = self.config.population
         if self.config.screen == 1 or len(offspring) == 0:
             return offspring
         genomes = offspring.get("X").astype(bool)
         order = np.arange(len(genomes))
-        if generation > 1:
-            order = self.surrogate.order(
-                genomes, count, self.algorithm.pop.get("F"),
-                np.array(self.config.limits.most(self.config.objectives)), generation,
-            )  # fmt: skip
+        if reference is not None:
+            most = np.array(self.config.limits.most(self.config.objectives))
+            order = self.surrogate.order(genomes, count, reference, most, generation)
         chosen: list[int] = []
         known = set(self.seen.seen)
         for index in order:

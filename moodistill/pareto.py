@@ -46,6 +46,15 @@ def near_front(objectives: np.ndarray, slack: float, column: int) -> np.ndarray:
     return mask
 
 
+def shrunk(objectives: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """`(n, m)` [error, costs...] in the unit cube of a reference `(m,)`, the teacher.
+
+    A cost becomes 1 at the reference's or above, 0 at a 1,024th of it, on a log2 scale.
+    """
+    smaller = np.log2(reference[None, 1:] / objectives[:, 1:]) / 10.0
+    return np.column_stack([objectives[:, 0], 1.0 - np.clip(smaller, 0.0, 1.0)])
+
+
 def normalise(objectives: np.ndarray) -> np.ndarray:
     """`(n, m)` [error, costs...] scaled to 0..1, the costs on a log2 scale."""
     values = np.array(objectives, dtype=float)

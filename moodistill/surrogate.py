@@ -15,10 +15,12 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from moodistill.genome import GenomeLayout, Node
+from moodistill.pareto import non_dominated, shrunk
 
 LEAST = 16  # students before the model says anything
 TRUSTED = 0.5  # rank correlation below which it is not listened to
 EXPLORED = 1 / 8  # of a generation is drawn blindly, or the model would only see what it likes
+POINTS = 10_000  # that estimate a hypervolume
 STRENGTHS = np.logspace(-2, 3, 12)  # of the ridge, the best by leave-one-out
 
 
@@ -170,14 +172,19 @@ class Surrogate:
             self._model = None
 
     def order(
-        self, genomes: np.ndarray, count: int, known: np.ndarray, most: np.ndarray, generation: int
+        self,
+        genomes: np.ndarray,
+        count: int,
+        reference: np.ndarray,
+        most: np.ndarray,
+        generation: int,
     ) -> np.ndarray:
         """`(n,)` indices of the offspring, those first that are worth scoring.
 
         Args:
             genomes: `(n, length)` offspring.
             count: about how many will be scored; an eighth of it comes first, drawn blindly.
-            known: `(p, m)` objectives of the population that they compete with.
+            reference: `(m,)` objectives of the teacher.
             most: `(m,)` limits of the objectives; what is predicted beyond one comes last.
             generation: seeds the blind draw.
         """
@@ -187,7 +194,16 @@ class Surrogate:
         rng = np.random.default_rng([self.seed, generation])
         drawn = min(len(genomes), max(1, round(EXPLORED * count)))
         blind = rng.choice(len(genomes), drawn, replace=False)
-        ordered = _best_first(predicted, known, most)
+        known = np.array(self._values)
+        within = (known <= most).all(axis=1)
+        # Before anything is within the limits, whatever comes closest to them.
+        known = known[within] if within.any() else known
+        known = known[non_dominated(known)]
+        first = _most_volume(predicted, known, most, reference)
+        known = np.vstack([known, predicted[first]])
+        others = np.setdiff1d(np.arange(len(genomes)), first)
+        rest = others[_best_first(predicted[others], known, most)]
+        ordered = np.concatenate([first, rest])
         return np.concatenate([blind, ordered[~np.isin(ordered, blind)]])
 
 
@@ -201,10 +217,35 @@ def _logarithmic(values: np.ndarray) -> np.ndarray:
     return np.column_stack([values[:, :1], np.log2(np.maximum(values[:, 1:], 1e-9))])
 
 
+def _most_volume(
+    predicted: np.ndarray, known: np.ndarray, most: np.ndarray, reference: np.ndarray
+) -> np.ndarray:
+    """Offspring that add to the front's hypervolume, each time the one that adds most.
+
+    Beyond what those before it add; by how many of the same random points of the unit cube it
+    covers (Bader and Zitzler 2011 estimate hypervolume so).
+    """
+    points = np.random.default_rng(0).random((POINTS, predicted.shape[1]))
+    for corner in shrunk(known, reference):
+        points = points[(points < corner).any(axis=1)]
+    inside = np.ones((len(points), len(predicted)), dtype=bool)
+    for column, values in enumerate(shrunk(predicted, reference).T):
+        inside &= values[None, :] <= points[:, column, None]
+    inside[:, (predicted > most).any(axis=1)] = False
+    gains = inside.sum(axis=0)
+    order: list[int] = []
+    while gains.any():
+        order.append(int(gains.argmax()))
+        covered = inside[:, order[-1]]
+        gains -= inside[covered].sum(axis=0)
+        inside = inside[~covered]
+    return np.array(order, dtype=int)
+
+
 def _best_first(predicted: np.ndarray, known: np.ndarray, most: np.ndarray) -> np.ndarray:
     """Offspring in the order in which they are worth scoring.
 
-    By their rank among themselves and the population, and within a rank those first that lie
+    By their rank among themselves and the front, and within a rank those first that lie
     farthest from whatever is chosen already (costs on a logarithmic scale).
     """
     everybody = np.vstack([known, predicted])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pymoo.core.crossover import Crossover
 
-from moodistill.genome import GenomeLayout
+from moodistill.genome import GenomeLayout, Group
 
 
 class LayerCrossover(Crossover):
@@ -26,6 +26,17 @@ class LayerCrossover(Crossover):
         # Of a frozen group (the output) the connections of its layers are heritable.
         written = {n.groups[0] for n in layout.layers if f"block/{n.name}" in layout.slices}
         self.heritable = [g for g in layout.groups.values() if not g.frozen or g.name in written]
+        # What travels with each of them.
+        self.genes = [
+            [layout.slices[name] for name in self._genes(group) if name in layout.slices]
+            for group in self.heritable
+        ]
+        self.merges = [layout.slices[f"merge/{merge.name}"] for merge in layout.merges]
+
+    def _genes(self, group: Group) -> list[str]:
+        writers = [n.name for n in self.layout.layers if n.groups[0] == group.name]
+        edges = [f"{kind}/{name}" for name in writers for kind in ("block", "bypass")]
+        return [f"mask/{group.name}", *edges]
 
     def _do(
         self,
@@ -54,20 +65,15 @@ class LayerCrossover(Crossover):
             chosen[low:high] = True
         else:
             chosen = rng.random(count) < 0.5
-        for group, taken in zip(self.heritable, chosen, strict=True):
+        for group, genes, taken in zip(self.heritable, self.genes, chosen, strict=True):
             if not taken:
                 continue
             if group.blocks > 1 and not group.frozen and rng.random() < self.within:
                 blocks = rng.random(group.blocks) < 0.5
                 layout.view(swap, f"mask/{group.name}")[:] = blocks[group.block]
                 continue
-            if not group.frozen:
-                layout.view(swap, f"mask/{group.name}")[:] = True
-            for layer in layout.layers:
-                if layer.groups[0] == group.name:
-                    for kind in ("block", "bypass"):
-                        if f"{kind}/{layer.name}" in layout.slices:
-                            layout.view(swap, f"{kind}/{layer.name}")[:] = True
-        for merge in layout.merges:
-            layout.view(swap, f"merge/{merge.name}")[:] = rng.random() < 0.5
+            for place in genes:
+                swap[place] = True
+        for place in self.merges:
+            swap[place] = rng.random() < 0.5
         return swap
