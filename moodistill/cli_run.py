@@ -91,7 +91,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--algorithm", help="nsga2 (default), nsga3 or sms, all pymoo's")
     parser.add_argument(
         "--screen", type=int,
-        help="offspring bred for each one scored, a model chooses (default 8; 1: no screening)",
+        help="offspring bred for each one scored, a model chooses (default 24; 1: no screening)",
     )  # fmt: skip
     parser.add_argument(
         "--min-accuracy", type=number, help="hard limit, a fraction, before distillation"

@@ -47,6 +47,8 @@ from moodistill.store import Store
 from moodistill.surrogate import Surrogate
 
 MAX_ALIKE_FAILURES = 8
+ROUND = 8  # offspring bred for each scored student before those that look best breed again
+EXPLORED = 1 / 8  # of a generation is drawn blindly, or the model would only see what it likes
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class SearchConfig:
             spending itself on tiny networks that guess.
         objectives: names of `moodistill.objectives.MEASURES`, `accuracy` first.
         algorithm: a key of `ALGORITHMS`.
-        screen: offspring bred for each one that is scored; a model of the scores chooses. 1 is no
-            screening.
+        screen: offspring bred for each one that is scored; a model of the scores chooses. Beyond
+            the first `ROUND` those bred that look best so far. 1 is no screening.
     """
 
     population: int = 32
@@ -72,7 +74,7 @@ class SearchConfig:
     limits: Limits = Limits()
     objectives: tuple[str, ...] = DEFAULT
     algorithm: str = "nsga2"
-    screen: int = 8
+    screen: int = 24
 
     def __post_init__(self) -> None:
         if check_objectives(self.objectives) != tuple(self.objectives):
@@ -200,10 +202,10 @@ class Search:
         )
         self.seen = SeenElimination()
         operators = operators or default_operators(layout, config.simd_step)
-        self.repair = operators.repair
+        self.operators = operators
         settings = {
             "pop_size": config.population,
-            "n_offsprings": config.screen * config.population,
+            "n_offsprings": min(config.screen, ROUND) * config.population,
             "eliminate_duplicates": self.seen,
             **vars(operators),
         }
@@ -293,21 +295,45 @@ class Search:
         genomes = offspring.get("X").astype(bool)
         order = np.arange(len(genomes))
         if reference is not None:
-            most = np.array(self.config.limits.most(self.config.objectives))
-            order = self.surrogate.order(genomes, count, reference, most, generation)
+            rng = np.random.default_rng([self.config.seed, generation])
+            drawn = min(len(genomes), max(1, round(EXPLORED * count)))
+            blind = rng.choice(len(genomes), drawn, replace=False)
+            genomes, best = self._bred(genomes, reference, rng)
+            if best is not None:
+                # Everything else comes last, for searches that run out of new students.
+                order = np.concatenate([blind, best, np.arange(len(genomes))])
+                order = order[np.sort(np.unique(order, return_index=True)[1])]
         chosen: list[int] = []
         known = set(self.seen.seen)
         for index in order:
-            (genomes[index],) = self.repair._do(self.problem, genomes[index : index + 1])
+            (genomes[index],) = self.operators.repair._do(self.problem, genomes[index : index + 1])
             key = np.packbits(genomes[index]).tobytes()
             if key not in known:
                 known.add(key)
                 chosen.append(int(index))
             if len(chosen) == count:
                 break
-        found = offspring[np.array(chosen, dtype=int)]
-        found.set("X", genomes[chosen])
-        return found
+        return Population.new(X=genomes[chosen])
+
+    def _bred(
+        self, genomes: np.ndarray, reference: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Offspring `(n, length)`, with those that the best of them breed, and their order."""
+        count, total = self.config.population, self.config.screen * self.config.population
+        most = np.array(self.config.limits.most(self.config.objectives))
+        while True:
+            # Twice as many as are wanted: repair makes some of them equal.
+            best = self.surrogate.order(genomes, reference, most, 2 * count)
+            if best is None or len(genomes) >= total:
+                return genomes, best
+            matings = min(ROUND * count, total - len(genomes)) // 2
+            pairs = rng.integers(count, size=(2, matings))
+            parents = genomes[best[:count]]
+            children = self.operators.crossover._do(
+                self.problem, parents[pairs % len(parents)], random_state=rng
+            ).reshape(-1, self.layout.length)
+            children = self.operators.mutation._do(self.problem, children, random_state=rng)
+            genomes = np.vstack([genomes, children])
 
     def _tell(
         self,

@@ -19,7 +19,6 @@ from moodistill.pareto import non_dominated, shrunk
 
 LEAST = 16  # students before the model says anything
 TRUSTED = 0.5  # rank correlation below which it is not listened to
-EXPLORED = 1 / 8  # of a generation is drawn blindly, or the model would only see what it likes
 POINTS = 10_000  # that estimate a hypervolume
 STRENGTHS = np.logspace(-2, 3, 12)  # of the ridge, the best by leave-one-out
 
@@ -172,39 +171,34 @@ class Surrogate:
             self._model = None
 
     def order(
-        self,
-        genomes: np.ndarray,
-        count: int,
-        reference: np.ndarray,
-        most: np.ndarray,
-        generation: int,
-    ) -> np.ndarray:
-        """`(n,)` indices of the offspring, those first that are worth scoring.
+        self, genomes: np.ndarray, reference: np.ndarray, most: np.ndarray, count: int
+    ) -> np.ndarray | None:
+        """Offspring that are worth scoring, the best first; None where it is not to be listened to.
 
         Args:
             genomes: `(n, length)` offspring.
-            count: about how many will be scored; an eighth of it comes first, drawn blindly.
             reference: `(m,)` objectives of the teacher.
             most: `(m,)` limits of the objectives; what is predicted beyond one comes last.
-            generation: seeds the blind draw.
+            count: how many are to be put in order, at least.
+
+        Returns:
+            `(count or more,)` indices.
         """
         predicted = self.predict(genomes) if self.trusted else None
         if predicted is None:
-            return np.arange(len(genomes))
-        rng = np.random.default_rng([self.seed, generation])
-        drawn = min(len(genomes), max(1, round(EXPLORED * count)))
-        blind = rng.choice(len(genomes), drawn, replace=False)
+            return None
         known = np.array(self._values)
         within = (known <= most).all(axis=1)
         # Before anything is within the limits, whatever comes closest to them.
         known = known[within] if within.any() else known
         known = known[non_dominated(known)]
         first = _most_volume(predicted, known, most, reference)
+        if len(first) >= count:
+            return first
         known = np.vstack([known, predicted[first]])
         others = np.setdiff1d(np.arange(len(genomes)), first)
-        rest = others[_best_first(predicted[others], known, most)]
-        ordered = np.concatenate([first, rest])
-        return np.concatenate([blind, ordered[~np.isin(ordered, blind)]])
+        rest = others[_best_first(predicted[others], known, most, count - len(first))]
+        return np.concatenate([first, rest])
 
 
 def _odds(errors: np.ndarray) -> np.ndarray:
@@ -226,6 +220,8 @@ def _most_volume(
     covers (Bader and Zitzler 2011 estimate hypervolume so).
     """
     points = np.random.default_rng(0).random((POINTS, predicted.shape[1]))
+    # Who is just accurate enough adds nothing, or half of the chosen would turn out not to be.
+    points[:, 0] *= min(1.0, most[0])
     for corner in shrunk(known, reference):
         points = points[(points < corner).any(axis=1)]
     inside = np.ones((len(points), len(predicted)), dtype=bool)
@@ -242,8 +238,10 @@ def _most_volume(
     return np.array(order, dtype=int)
 
 
-def _best_first(predicted: np.ndarray, known: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Offspring in the order in which they are worth scoring.
+def _best_first(
+    predicted: np.ndarray, known: np.ndarray, most: np.ndarray, count: int
+) -> np.ndarray:
+    """At most `count` offspring in the order in which they are worth scoring.
 
     By their rank among themselves and the front, and within a rank those first that lie
     farthest from whatever is chosen already (costs on a logarithmic scale).
@@ -254,8 +252,8 @@ def _best_first(predicted: np.ndarray, known: np.ndarray, most: np.ndarray) -> n
     points, taken = _logarithmic(predicted), _logarithmic(known)
     span = np.maximum(np.ptp(points, axis=0), 1e-9)
     gaps = np.linalg.norm((points[:, None] - taken[None]) / span, axis=2).min(axis=1)
-    order = np.empty(len(points), dtype=int)
-    for place in range(len(points)):
+    order = np.empty(min(count, len(points)), dtype=int)
+    for place in range(len(order)):
         order[place] = np.lexsort((-gaps, ranks))[0]
         gaps = np.minimum(gaps, np.linalg.norm((points - points[order[place]]) / span, axis=1))
         ranks[order[place]] = 2 * len(everybody)  # taken

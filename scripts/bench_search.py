@@ -199,9 +199,13 @@ class Bench:
         return student_accuracy(module, context.data, context.data.validation)
 
 
-def hypervolume(record: dict[str, Any], count: int | None = None) -> float:
-    """The search's own of the first `count` students, with accuracy counted from chance."""
-    rows = np.array([record["teacher"], *record["students"][:count]], dtype=float)
+def hypervolume(record: dict[str, Any], count: int | None = None, least: float = 0.0) -> float:
+    """The search's own of the first `count` students, with accuracy counted from chance.
+
+    Those of an accuracy below `least` are left out.
+    """
+    students = [one for one in record["students"][:count] if 1.0 - one[0] >= least]
+    rows = np.array([record["teacher"], *students], dtype=float)
     rows[:, 0] = np.minimum(1.0, rows[:, 0] / (1.0 - record["chance"]))
     return normalised_hypervolume(rows[1:], rows[0])
 
@@ -220,15 +224,16 @@ def relative(record: dict[str, Any]) -> np.ndarray:
 def table(records: dict[str, dict[str, Any]]) -> str:
     """The table in Markdown: medians over seeds, and the range of the hypervolume."""
     lines = [
-        "| arm | seeds | hypervolume (range) | "
+        "| arm | seeds | hypervolume (range) | of students of 50% and more | "
         + " | ".join(f"1/{round(1 / s)}" for s in SHARES) + " | 1/4 distilled |",
-        "| --- |" + " --- |" * (len(SHARES) + 3),
+        "| --- |" + " --- |" * (len(SHARES) + 4),
     ]  # fmt: skip
     for arm in ARMS:
         runs = runs_of(records, arm)
         if not runs:
             continue
         volumes = [hypervolume(run) for run in runs]
+        half = np.median([hypervolume(run, least=0.5) for run in runs])
         cells = []
         for share in SHARES:
             found = [(run, best_within(np.array(relative(run)), share)) for run in runs]
@@ -239,7 +244,9 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         last = f"{np.median([value for _, value in final if value]):.1%}" if all(final) else "-"
         lines.append(
             f"| {arm} | {len(runs)} | {np.median(volumes):.4f} "
-            f"({min(volumes):.4f}-{max(volumes):.4f}) | " + " | ".join(cells) + f" | {last} |"
+            f"({min(volumes):.4f}-{max(volumes):.4f}) | {half:.4f} | "
+            + " | ".join(cells)
+            + f" | {last} |"
         )
     for arm in ("torch-pruning", "l1"):
         counts = [beaten(peer, run) for peer in runs_of(records, arm)
