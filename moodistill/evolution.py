@@ -300,9 +300,9 @@ class Search:
             blind = rng.choice(len(genomes), drawn, replace=False)
             genomes, best = self._bred(genomes, reference, rng)
             if best is not None:
-                # Everything else comes last, for searches that run out of new students.
+                # All of them once more, for searches that run out of new students; who was taken
+                # is known by then.
                 order = np.concatenate([blind, best, np.arange(len(genomes))])
-                order = order[np.sort(np.unique(order, return_index=True)[1])]
         chosen: list[int] = []
         known = set(self.seen.seen)
         for index in order:
@@ -327,10 +327,9 @@ class Search:
             if best is None or len(genomes) >= total:
                 return genomes, best
             matings = min(ROUND * count, total - len(genomes)) // 2
-            pairs = rng.integers(count, size=(2, matings))
-            parents = genomes[best[:count]]
+            pairs = rng.integers(min(count, len(best)), size=(2, matings))
             children = self.operators.crossover._do(
-                self.problem, parents[pairs % len(parents)], random_state=rng
+                self.problem, genomes[best[pairs]], random_state=rng
             ).reshape(-1, self.layout.length)
             children = self.operators.mutation._do(self.problem, children, random_state=rng)
             genomes = np.vstack([genomes, children])
@@ -353,7 +352,8 @@ class Search:
         self.seen.seen.update(np.packbits(g).tobytes() for g in genomes)
         score = self.problem.score(evaluations)
         if self.config.screen > 1:
-            self.surrogate.learn(genomes, score.F, score.F[:, 1] < WORST_COST)
+            usable = score.F[:, 1] < WORST_COST
+            self.surrogate.learn(genomes, score.F, usable, np.all(score.G <= 0, axis=1))
         static = StaticProblem(self.problem, F=score.F, G=score.G)
         PymooEvaluator().eval(static, offspring)
         self.algorithm.tell(infills=offspring)

@@ -63,10 +63,10 @@ class Group:
         return np.bincount(self.block)
 
     @cached_property
-    def score(self) -> np.ndarray:
+    def standardised_importance(self) -> np.ndarray:
         """`(size,)` log-importance, of mean 0 and standard deviation 1."""
-        score = np.log(self.importance + 1e-12)
-        return np.asarray((score - score.mean()) / (score.std() + 1e-12))
+        logs = np.log(self.importance + 1e-12)
+        return np.asarray((logs - logs.mean()) / (logs.std() + 1e-12))
 
     def step(self, step: int) -> int:
         """A SIMD step of `step` real channels in channels of the mask."""

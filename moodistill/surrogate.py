@@ -132,6 +132,7 @@ class Surrogate:
         self.correlation: float | None = None
         self._known: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
+        self._allowed: list[bool] = []
         self._model: Pipeline | None = None  # of all that is known; fitted when it is asked
 
     @property
@@ -158,9 +159,24 @@ class Surrogate:
         errors = 1.0 / (1.0 + np.exp(np.minimum(found[:, 0], odds.max())))
         return np.column_stack([errors, np.exp2(found[:, 1:])]).round(6)
 
-    def learn(self, genomes: np.ndarray, values: np.ndarray, usable: np.ndarray) -> None:
-        """Take in a generation: genomes `(n, length)`, objectives `(n, m)`, `(n,)` which worked."""
-        genomes, values = genomes[usable], values[usable]
+    def learn(
+        self,
+        genomes: np.ndarray,
+        values: np.ndarray,
+        usable: np.ndarray,
+        allowed: np.ndarray | None = None,
+    ) -> None:
+        """Take in a generation.
+
+        Args:
+            genomes: `(n, length)`.
+            values: `(n, m)` objectives.
+            usable: `(n,)` which of them worked.
+            allowed: `(n,)` which of them are within all limits, those of what is no objective
+                included; None for all.
+        """
+        allowed = np.ones(len(usable), dtype=bool) if allowed is None else allowed
+        genomes, values, allowed = genomes[usable], values[usable], allowed[usable]
         predicted = self.predict(genomes) if len(genomes) > 2 else None
         # Among students that are all alike there are no ranks.
         if predicted is not None and np.ptp(predicted[:, 0]) and np.ptp(values[:, 0]):
@@ -168,6 +184,7 @@ class Surrogate:
         if len(genomes):
             self._known += list(features(self.layout, genomes))
             self._values += list(values)
+            self._allowed += list(allowed)
             self._model = None
 
     def order(
@@ -188,9 +205,8 @@ class Surrogate:
         if predicted is None:
             return None
         known = np.array(self._values)
-        within = (known <= most).all(axis=1)
-        # Before anything is within the limits, whatever comes closest to them.
-        known = known[within] if within.any() else known
+        # A student beyond a limit is in nobody's way, unless there are no others yet.
+        known = known[self._allowed] if any(self._allowed) else known
         known = known[non_dominated(known)]
         first = _most_volume(predicted, known, most, reference)
         if len(first) >= count:

@@ -36,13 +36,13 @@ def test_a_run_leaves_what_is_documented(finished):
     assert floor == pytest.approx(0.1 + 0.4 * (teacher - 0.1), abs=1e-3)
     for name in (
         "pareto.json", "pareto.png", "history.png", "evaluations.sqlite", "report.html",
-        "layout.json", f"structure-{rows(finished)[1]['student']}.png",
+        "layout.json", f"structure-{distilled(finished)[0]['student']}.png",
     ):  # fmt: skip
         assert (finished / name).stat().st_size > 0
     table = rows(finished)
     assert [row["stage"] for row in table].count("teacher") == 1
-    distilled = [row for row in table if row["stage"] == "distilled"]
-    assert [row["precision"] for row in distilled].count("fp32") == 2
+    finalists = [row for row in table if row["stage"] == "distilled"]
+    assert [row["precision"] for row in finalists].count("fp32") == 2
     for row in table:
         assert 0 <= float(row["accuracy"]) <= 1
         if row["precision"] == "fp32":
@@ -50,7 +50,7 @@ def test_a_run_leaves_what_is_documented(finished):
         else:  # a twin that was fast enough here; it was never searched
             assert row["search_accuracy"] == ""
         assert int(row["parameters"]) > 0 and float(row["latency_ms"]) > 0
-    for row in distilled:
+    for row in finalists:
         assert 0 <= float(row["test_accuracy"]) <= 1
         assert (finished / row["onnx"]).stat().st_size == int(row["size_bytes"])
     assert all(row["test_accuracy"] == "" for row in table if row["stage"] == "searched")

@@ -131,6 +131,26 @@ def test_limits_that_nobody_meets_leave_an_order(taught):
     assert sorted(order) == list(range(60))
 
 
+def test_students_beyond_a_limit_are_in_nobodys_way():
+    """Also of what is no objective: nothing in their objectives gives them away."""
+    genomes, values = students(60, seed=1)
+    best = values.argmin(axis=0)[0]
+    ideal = values.copy()
+    ideal[best] = values.min(axis=0) / [1, 2, 2]  # would leave nothing to add
+    allowed = np.arange(60) != best
+    free, offspring = np.full(3, np.inf), students(60, seed=2)[0]
+
+    def first(allowed):
+        surrogate = Surrogate(LAYOUT, seed=0)
+        surrogate.learn(genomes, ideal, np.ones(60, bool), allowed)
+        known = ideal[allowed]
+        chosen = surrogate.predict(offspring)[surrogate.order(offspring, values[0], free, 1)[0]]
+        return not (known <= chosen).all(axis=1).any()
+
+    assert first(allowed)  # adds something to the front of those that are allowed
+    assert not first(np.ones(60, bool))
+
+
 def volume(folder, **changes):
     store, search = make(folder, replace(CONFIG, population=16, **changes))
     with store:
@@ -138,13 +158,16 @@ def volume(folder, **changes):
         return store.generations()[-1].hypervolume
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_half_the_evaluations_are_nearly_enough(tmp_path, seed):
-    """On a problem of six layers; on VGG16 more is won, see docs/method.md."""
-    screened = volume(tmp_path / "screened", generations=8, seed=seed)
-    assert screened >= 0.95 * volume(tmp_path / "blind", generations=16, seed=seed, screen=1)
-    half = volume(tmp_path / "half", generations=8, seed=seed, screen=1)
-    assert screened > half
+def test_half_the_evaluations_are_enough(tmp_path):
+    """On average of five seeds, and each is ahead of as many without a model."""
+    screened, blind = [], []
+    for seed in range(5):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        screened.append(volume(folder / "screened", generations=8, seed=seed))
+        blind.append(volume(folder / "blind", generations=16, seed=seed, screen=1))
+        assert screened[-1] > volume(folder / "half", generations=8, seed=seed, screen=1)
+    assert np.mean(screened) >= np.mean(blind)
 
 
 def test_the_driver_reports_the_correlation(tmp_path):

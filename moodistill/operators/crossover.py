@@ -31,7 +31,7 @@ class LayerCrossover(Crossover):
             [layout.slices[name] for name in self._genes(group) if name in layout.slices]
             for group in self.heritable
         ]
-        self.merges = [layout.slices[f"merge/{merge.name}"] for merge in layout.merges]
+        self.merge_genes = [layout.slices[f"merge/{merge.name}"] for merge in layout.merges]
 
     def _genes(self, group: Group) -> list[str]:
         writers = [n.name for n in self.layout.layers if n.groups[0] == group.name]
@@ -74,6 +74,6 @@ class LayerCrossover(Crossover):
                 continue
             for place in genes:
                 swap[place] = True
-        for place in self.merges:
+        for place in self.merge_genes:
             swap[place] = rng.random() < 0.5
         return swap

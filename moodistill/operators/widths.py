@@ -16,7 +16,7 @@ def noisy_top(
     the importance (Kool et al. 2019). Channels in `kept` are preferred, so that a mask shrinks
     and grows around what it has.
     """
-    score = group.score + noise * rng.gumbel(size=group.size)
+    score = group.standardised_importance + noise * rng.gumbel(size=group.size)
     if kept is not None:
         score = score + np.where(kept, 3.0, 0.0)
     mask = np.zeros(group.size, dtype=bool)
