@@ -7,6 +7,8 @@ evolutionary computation: recent advances and future challenges").
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from scipy.stats import spearmanr
@@ -133,7 +135,9 @@ class Surrogate:
         self._known: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         self._allowed: list[bool] = []
-        self._model: Pipeline | None = None  # of all that is known; fitted when it is asked
+        # Of all that is known; computed when it is asked.
+        self._model: Pipeline | None = None
+        self._front: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def trusted(self) -> bool:
@@ -185,7 +189,7 @@ class Surrogate:
             self._known += list(features(self.layout, genomes))
             self._values += list(values)
             self._allowed += list(allowed)
-            self._model = None
+            self._model = self._front = None
 
     def order(
         self, genomes: np.ndarray, reference: np.ndarray, most: np.ndarray, count: int
@@ -204,11 +208,14 @@ class Surrogate:
         predicted = self.predict(genomes) if self.trusted else None
         if predicted is None:
             return None
-        known = np.array(self._values)
-        # A student beyond a limit is in nobody's way, unless there are no others yet.
-        known = known[self._allowed] if any(self._allowed) else known
-        known = known[non_dominated(known)]
-        first = _most_volume(predicted, known, most, reference)
+        if self._front is None:
+            known = np.array(self._values)
+            # A student beyond a limit is in nobody's way, unless there are no others yet.
+            known = known[self._allowed] if any(self._allowed) else known
+            known = known[non_dominated(known)]
+            self._front = known, _undominated_points(known, most, reference)
+        known, points = self._front
+        first = most_volume(predicted, points, most, reference)
         if len(first) >= count:
             return first
         known = np.vstack([known, predicted[first]])
@@ -227,31 +234,43 @@ def _logarithmic(values: np.ndarray) -> np.ndarray:
     return np.column_stack([values[:, :1], np.log2(np.maximum(values[:, 1:], 1e-9))])
 
 
-def _most_volume(
-    predicted: np.ndarray, known: np.ndarray, most: np.ndarray, reference: np.ndarray
+def _undominated_points(known: np.ndarray, most: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Random points `(p, m)` of the unit cube that no student of the front `(n, m)` dominates."""
+    points = np.random.default_rng(0).random((POINTS, known.shape[1]))
+    # Who is just accurate enough adds nothing, or half of the chosen would turn out not to be; and
+    # the points lie closer where errors are small, which is where students are chosen.
+    points[:, 0] = min(1.0, most[0]) * points[:, 0] ** 2
+    for corner in shrunk(known, reference):
+        points = points[(points < corner).any(axis=1)]
+    return points
+
+
+def most_volume(
+    predicted: np.ndarray, points: np.ndarray, most: np.ndarray, reference: np.ndarray
 ) -> np.ndarray:
     """Offspring that add to the front's hypervolume, each time the one that adds most.
 
     Beyond what those before it add; by how many of the same random points of the unit cube it
     covers (Bader and Zitzler 2011 estimate hypervolume so).
     """
-    points = np.random.default_rng(0).random((POINTS, predicted.shape[1]))
-    # Who is just accurate enough adds nothing, or half of the chosen would turn out not to be; and
-    # the points lie closer where errors are small, which is where students are chosen.
-    points[:, 0] = min(1.0, most[0]) * points[:, 0] ** 2
-    for corner in shrunk(known, reference):
-        points = points[(points < corner).any(axis=1)]
-    inside = np.ones((len(points), len(predicted)), dtype=bool)
+    inside = np.ones((len(predicted), len(points)), dtype=bool)
     for column, values in enumerate(shrunk(predicted, reference).T):
-        inside &= values[None, :] <= points[:, column, None]
-    inside[:, (predicted > most).any(axis=1)] = False
-    gains = inside.sum(axis=0)
+        inside &= values[:, None] <= points[None, :, column]
+    inside[(predicted > most).any(axis=1)] = False
+    # A gain only shrinks as others are chosen: who leads by what is still true is the next, and
+    # few have to be counted again (Minoux 1978, lazy greedy).
+    queue = [(-int(gain), index) for index, gain in enumerate(inside.sum(axis=1)) if gain]
+    heapq.heapify(queue)
+    free = np.ones(len(points), dtype=bool)
     order: list[int] = []
-    while gains.any():
-        order.append(int(gains.argmax()))
-        covered = inside[:, order[-1]]
-        gains -= inside[covered].sum(axis=0)
-        inside = inside[~covered]
+    while queue:
+        gain, index = heapq.heappop(queue)
+        now = -int(np.count_nonzero(inside[index] & free))
+        if now == gain:
+            order.append(index)
+            free &= ~inside[index]
+        elif now:
+            heapq.heappush(queue, (now, index))
     return np.array(order, dtype=int)
 
 

@@ -11,8 +11,9 @@ from moodistill.errors import UserError
 from moodistill.evolution import SearchConfig, hypervolume
 from moodistill.objectives import DEFAULT, Limits, objective_values
 from moodistill.operators import DensitySampling
+from moodistill.pareto import shrunk
 from moodistill.resolve import canonical, resolve
-from moodistill.surrogate import TRUSTED, Surrogate, features
+from moodistill.surrogate import TRUSTED, Surrogate, features, most_volume
 
 
 def students(count, seed):
@@ -112,6 +113,19 @@ def test_what_it_chooses_adds_more_than_what_it_leaves(taught):
     rng = np.random.default_rng(0)
     drawn = [volume(values[rng.choice(120, 20, replace=False)]) for _ in range(10)]
     assert added > np.median(drawn)
+
+
+def test_the_greedy_order_is_that_of_counting_everything_again():
+    rng = np.random.default_rng(0)
+    points, predicted = rng.random((2000, 3)), rng.random((60, 3))
+    reference, most = np.ones(3), np.full(3, np.inf)
+    covered = (shrunk(predicted, reference)[:, None] <= points[None]).all(axis=2)
+    expected, free = [], np.ones(len(points), dtype=bool)
+    while (gains := (covered & free).sum(axis=1)).any():
+        expected.append(int(gains.argmax()))
+        free &= ~covered[expected[-1]]
+    assert len(expected) > 10
+    assert list(most_volume(predicted, points, most, reference)) == expected
 
 
 def test_what_is_predicted_beyond_a_limit_comes_last(taught):

@@ -19,8 +19,11 @@ def noisy_top(
     score = group.standardised_importance + noise * rng.gumbel(size=group.size)
     if kept is not None:
         score = score + np.where(kept, 3.0, 0.0)
+    count = max(1, count)
+    if count >= group.size:
+        return np.ones(group.size, dtype=bool)
     mask = np.zeros(group.size, dtype=bool)
-    mask[np.argsort(-score, kind="stable")[: max(1, count)]] = True
+    mask[np.argpartition(-score, count - 1)[:count]] = True
     return mask
 
 
