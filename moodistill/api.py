@@ -26,7 +26,7 @@ from moodistill.data import ImageData, Metric, Split, fraction_right
 from moodistill.device import check_provider, probe_simd
 from moodistill.errors import UserError
 from moodistill.front import FrontRow
-from moodistill.int8 import Int8Config
+from moodistill.int8 import SUFFIX, Int8Config
 from moodistill.latency import LatencyConfig
 from moodistill.layout import LayerRules
 from moodistill.objectives import DEFAULT, Limits
@@ -65,6 +65,17 @@ class RunStudent:
         the float one that it was made from.
         """
         return rebuild_student(self.run.folder, self.row.student, self.run.task).student.module
+
+    def distil(self, steps: int, progress: Mode = "auto") -> RunStudent:
+        """Distil it for `steps` steps and make it a finalist; returns it as measured then.
+
+        Raises:
+            UserError: if the run's search has not ended.
+        """
+        name = self.row.student.removesuffix(SUFFIX)
+        budget = Budget(distill_steps=steps, students=(name,))
+        resume_run(self.run.folder, budget, Places(), make_reporter(progress), self.run.task)
+        return self.run.student(name)
 
     def export(
         self, out: str | Path, *, input: str = "uint8", softmax: bool = False, int8: bool = False

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moodistill.errors import UserError
 from moodistill.files import TEMPORARY
-from moodistill.finalists import read_finalist
+from moodistill.finalists import CHECKPOINT_FILE, read_finalist
 from moodistill.int8 import read_int8
 from moodistill.store import Store
 
@@ -35,7 +35,9 @@ def clean_run(folder: Path) -> Freed:
             for path in (folder / "students").glob("*")
             if path.is_dir() and read_finalist(path) is None and read_int8(path) is None
         ]
-        return _delete([*unfinished, *folder.rglob(f".*{TEMPORARY}")])
+        longer = [path for path in folder.glob(f"students/*/{CHECKPOINT_FILE}")
+                  if path.parent not in unfinished]  # fmt: skip
+        return _delete([*unfinished, *longer, *folder.rglob(f".*{TEMPORARY}")])
 
 
 def clean_cache(cache: Path) -> Freed:

@@ -84,6 +84,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--finalists", type=int, help="instead of the preset's")
     parser.add_argument("--distill-steps", type=int, help="instead of the preset's")
     parser.add_argument(
+        "--student", action="append", metavar="ID",
+        help="with --resume of a finished run: distil and export this one (again; also several)",
+    )  # fmt: skip
+    parser.add_argument(
         "--objectives", metavar="NAME,NAME",
         help="accuracy and some of parameters, latency, macs, size, memory "
         "(default accuracy,parameters,latency)",
@@ -206,11 +210,16 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
         if arguments.no_int8:
             given["no_int8"] = True
         refuse_changes(arguments.resume, given)
+        if arguments.student and (arguments.generations or arguments.finalists):
+            raise UserError("--student does not search; leave out --generations and --finalists")
         budget = Budget(
-            arguments.preset, arguments.generations, arguments.finalists, arguments.distill_steps
-        )
+            arguments.preset, arguments.generations, arguments.finalists, arguments.distill_steps,
+            tuple(dict.fromkeys(arguments.student or ())),
+        )  # fmt: skip
         folder = resume_run(arguments.resume, budget, places, reporter, cluster=cluster)
     else:
+        if arguments.student:
+            raise UserError("--student takes the students of a finished run: give --resume RUN too")
         own = _own_task(arguments)
         model = arguments.teacher if own else arguments.model
         if model is None:

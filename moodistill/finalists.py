@@ -24,6 +24,7 @@ from moodistill.student_file import load_student, save_student
 from moodistill.typed import parse_json, typed
 
 RESULT_FILE = "result.json"  # written last: a folder with a result is complete
+CHECKPOINT_FILE = "distilling.checkpoint"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def finish(
 
     Distilled weights that are worse on the validation images than the inherited ones are dropped.
 
-    A result that is already in `folder` for the same budget is read back instead.
+    A result that is already in `folder` for the same budget or a larger one is read back instead,
+    and a distillation that was interrupted is carried on.
     """
     found = finished_before(folder, evaluation, config)
     if found is not None:
@@ -101,13 +103,14 @@ def finish(
     data = context.data
     before = inherited_accuracy(student.module, data, recipe, evaluation.accuracy)
     seed = int(evaluation.genome_hash[:8], 16)
-    module = distill(student.module, targets, config, seed, report)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / CHECKPOINT_FILE
+    module = distill(student.module, targets, config, seed, report, checkpoint)
     reached = student_accuracy(module, data, data.validation)
     if reached < before:
         # Few steps can cost a good start more than they bring.
         module, reached = student.module, before
     kept = Student(module, student.units, student.norms)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT_FILE).unlink(missing_ok=True)
     save_student(kept, context.layout, genome, folder / "student.safetensors", context.task.name)
     origin = Origin(context.task.name, context.teacher_digest, evaluation.genome)
@@ -127,15 +130,18 @@ def finish(
         seconds=time.perf_counter() - began,
     )
     write_json_atomic(folder / RESULT_FILE, asdict(result))
+    checkpoint.unlink(missing_ok=True)
     return result
 
 
 def finished_before(folder: Path, evaluation: Evaluation, config: DistillConfig) -> Finalist | None:
-    """The result in `folder` if it is of this student and this budget."""
+    """The result in `folder` if it is of this student and of this budget, or of more steps."""
     found = read_finalist(folder)
     if found is None or found.genome_hash != evaluation.genome_hash:
         return None
-    return found if found.budget == asdict(config) else None
+    steps = found.budget.get("steps")
+    longer = type(steps) is int and steps >= config.steps
+    return found if longer and found.budget == {**asdict(config), "steps": steps} else None
 
 
 def read_finalist(folder: Path) -> Finalist | None:

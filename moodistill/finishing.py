@@ -13,7 +13,7 @@ from moodistill import pareto
 from moodistill.confirmation import Timer, confirm
 from moodistill.context import TeacherContext, default_cache_dir
 from moodistill.errors import UserError
-from moodistill.evaluation import Latency
+from moodistill.evaluation import Evaluation, Latency
 from moodistill.export import Origin
 from moodistill.finalists import Distiller, float_model
 from moodistill.front import FrontRow
@@ -44,10 +44,12 @@ def finish_run(
     known: Accuracies,
     reporter: Reporter,
     distil: Distiller,
+    students: Sequence[str] = (),
 ) -> dict[str, Latency]:
     """Distil, quantise, export and test the finalists, and measure the front's latency again.
 
-    Whatever is already in `folder` for the same budget is read back.
+    With `students` these are distilled now, and who was a finalist before stays one. Whatever is
+    already in `folder` for the same budget is read back.
 
     Raises:
         UserError: if no student works.
@@ -65,7 +67,8 @@ def finish_run(
             f"{folder} holds no student that works; see the failures in evaluations.sqlite, "
             "or search on with more --generations"
         )
-    _distil(folder, searched, config, reporter, distil)
+    chosen = {name: searched.students[name] for name in students} or _picked(searched, config)
+    _distil(folder, chosen, config, reporter, distil)
     finalists = searched.finalists(folder)
     twins: dict[str, Int8Result] = {}
     if config.int8.wanted:
@@ -104,9 +107,8 @@ def score_front(
     measure_front(known, front, context, config.recipe, set(finalists), reporter)
 
 
-def _distil(
-    folder: Path, searched: Searched, config: RunConfig, reporter: Reporter, distil: Distiller
-) -> None:
+def _picked(searched: Searched, config: RunConfig) -> dict[str, Evaluation]:
+    """The students of the front that the run itself makes finalists."""
     names = list(searched.students)
     picked = pareto.pick_finalists(
         searched.values(),
@@ -115,7 +117,16 @@ def _distil(
         # candidate for a device.
         FLOOR * searched.teacher.accuracy,
     )
-    chosen = {names[index]: searched.students[names[index]] for index in picked}
+    return {names[index]: searched.students[names[index]] for index in picked}
+
+
+def _distil(
+    folder: Path,
+    chosen: Mapping[str, Evaluation],
+    config: RunConfig,
+    reporter: Reporter,
+    distil: Distiller,
+) -> None:
     steps = config.distill.steps
     with reporter.stage("distilling", steps * len(chosen), "step") as stage:
         finished = 0

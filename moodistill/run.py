@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,7 +118,8 @@ def resume_run(
             budget has fewer generations than the run has finished.
     """
     stored = read_run(folder)
-    config = RunConfig.from_dict(stored.get("config", {})).with_budget(budget)
+    kept = RunConfig.from_dict(stored.get("config", {}))
+    config = kept.with_budget(budget)
     use_threads(places.threads)
     with _writer(folder) as store:
         remove_orphans(folder)
@@ -128,6 +129,11 @@ def resume_run(
                 f"{folder} has {finished} finished generations, more than the "
                 f"{config.search.generations} asked for: resume it with a larger budget or none"
             )
+        if budget.students:
+            config = replace(kept, distill=config.distill, finalists=len(budget.students))
+            _check_students(folder, store, kept, budget.students)
+        else:
+            kept = config
         context = _context(task or load_task(config.model, config.own), config, places)
         for key, found in (
             ("teacher_digest", context.teacher_digest),
@@ -155,14 +161,15 @@ def resume_run(
                 f"{folder} has teacher_latencies_ms {str(scales)[:40]!r} in run.json, expected "
                 f"positive numbers for {', '.join(devices)}: restore run.json from a copy"
             )
-        write_run(folder, {**stored, "config": asdict(config), "status": "running"})
+        write_run(folder, {**stored, "config": asdict(kept), "status": "running"})
         write_layout(folder, context.layout)
         with make_meter(context, config, scales, cluster) as meter:
             executor = make_executor(context, config, places, meter, cluster)
             distil = make_distiller(context, config, places, cluster)
             _execute(
-                folder, store, config, context, meter, reporter or Reporter(), executor, distil
-            )
+                folder, store, config, context, meter, reporter or Reporter(), executor, distil,
+                budget.students,
+            )  # fmt: skip
     return folder
 
 
@@ -211,6 +218,21 @@ def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
         )
 
 
+def _check_students(folder: Path, store: Store, config: RunConfig, names: Sequence[str]) -> None:
+    """Refuse to distil what is no student of a search that has ended."""
+    if len(store.generations()) < config.search.generations:
+        raise UserError(
+            f"the search in {folder} has not ended: --resume it without --student first"
+        )
+    searched = Searched.read(store, config.search.limits, config.search.objectives)
+    for name in names:
+        if searched is None or name not in searched.students:
+            raise UserError(
+                f"{folder} has no student {name!r} that works and is within the limits; expected "
+                "one of those in pareto.csv"
+            )
+
+
 def _least_accuracy(context: TeacherContext, config: RunConfig) -> float:
     """Two fifths of the way from chance to the teacher, a fraction.
 
@@ -252,7 +274,9 @@ def _execute(
     reporter: Reporter,
     executor: Executor,
     distil: Distiller,
+    students: Sequence[str] = (),
 ) -> None:
+    """Search and finish, or with `students` distil these of a search that has ended."""
     seconds = estimate_seconds(context, config, len(store))
     minutes = {name: f"{value / 60:.0f} min" for name, value in seconds.items()}
     count = max(0, config.search.population * config.search.generations - len(store))
@@ -270,9 +294,10 @@ def _execute(
     confirmed: dict[str, Latency] = {}
     status, problem = "stopped", ""
     try:
-        _search(search, config, reporter)
+        if not students:
+            _search(search, config, reporter)
         confirmed = finish_run(
-            folder, store, config, context, meter, device, known, reporter, distil
+            folder, store, config, context, meter, device, known, reporter, distil, students
         )
         # A step of its own: interrupted in it, the rows still have the latencies measured again.
         score_front(folder, store, config, context, confirmed, known, reporter)

@@ -38,12 +38,17 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What may change when a run is resumed; None keeps what the run or the preset has."""
+    """What may change when a run is resumed; None keeps what the run or the preset has.
+
+    With `students` (their names) nothing is searched and these alone are distilled; the run keeps
+    its own budget.
+    """
 
     preset: str | None = None
     generations: int | None = None
     finalists: int | None = None
     distill_steps: int | None = None
+    students: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

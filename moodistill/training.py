@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from moodistill.checkpoint import Checkpoint
 from moodistill.data import ImageData, Split
 from moodistill.errors import UserError
 from moodistill.files import write_json_atomic
 from moodistill.task import Task, TrainConfig
-from moodistill.teachers import half_precision, read_safetensors, save_atomic
+from moodistill.teachers import half_precision, save_atomic
 
 CHECKPOINT_SECONDS = 300.0
 SGD_LR = 0.03  # peak rate of what Muon does not train: biases, norms, first and linear layers
@@ -120,7 +121,16 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
     sizes = [size for epochs, size in config.phases for _ in range(epochs * steps_per_epoch)]
     checkpoint = out.with_suffix(".checkpoint")
     signature = json.dumps({"task": task.name, "data": data.digest, **asdict(config)})
-    start, seconds = _resume(checkpoint, signature, model, optimizer)
+    start, seconds = 0, 0.0
+    if checkpoint.exists():
+        found = Checkpoint.read(checkpoint)
+        if found.signature != signature:
+            raise UserError(
+                f"{checkpoint} was written by another configuration; delete it or name another "
+                "--out"
+            )
+        found.restore(model, optimizer.momentum)
+        start, seconds = found.step, found.seconds
 
     full = data.input_shape[1]
     costs = np.array([(size / full) ** 2 for size in sizes]) * config.batch_size
@@ -150,7 +160,9 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
         bar.set_postfix(loss=f"{loss.item():.3f}", size=sizes[step], epoch=epoch + 1)
         now = time.monotonic()
         if now - saved > CHECKPOINT_SECONDS or place + 1 == steps_per_epoch:
-            _save(checkpoint, signature, step + 1, seconds + now - began, model, optimizer)
+            Checkpoint(
+                signature, step + 1, model.state_dict(), optimizer.momentum, seconds + now - began
+            ).save(checkpoint)
             saved = now
         if place + 1 == steps_per_epoch:
             model.eval()
@@ -173,29 +185,3 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
     write_json_atomic(out.with_suffix(".json"), report)
     checkpoint.unlink(missing_ok=True)
     return report
-
-
-def _save(
-    path: Path, signature: str, step: int, seconds: float, model: nn.Module, opt: Optimizer
-) -> None:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"momentum.{k}": v for k, v in opt.momentum.items()}
-    metadata = {"signature": signature, "step": str(step), "seconds": str(seconds)}
-    save_atomic(tensors, path, metadata)
-
-
-def _resume(path: Path, signature: str, model: nn.Module, opt: Optimizer) -> tuple[int, float]:
-    if not path.exists():
-        return 0, 0.0
-    tensors, metadata = read_safetensors(path)
-    if metadata.get("signature") != signature:
-        raise UserError(
-            f"{path} was written by another configuration; delete it or name another --out"
-        )
-    model.load_state_dict(
-        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    )
-    for key, buffer in opt.momentum.items():
-        buffer.copy_(tensors[f"momentum.{key}"])
-    print(f"resuming from step {metadata['step']}", flush=True)
-    return int(metadata["step"]), float(metadata["seconds"])

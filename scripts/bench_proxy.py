@@ -3,7 +3,7 @@
 python scripts/bench_proxy.py --model vgg16 --students 24
 python scripts/bench_proxy.py --model vgg16 --table-only
 
-Every student is kept in a file of its own as it is done: run the command again to carry on.
+Every student is kept in `<out>/proxy-<model>.json` as it is done: run it again to carry on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +86,7 @@ def study(
         "scores": scores,
         "seconds": seconds,
         "steps": targets.config.steps,
+        "lr": targets.config.peak_lr,
         "reached": student_accuracy(final, data, data.validation),
         "seconds_long": time.perf_counter() - began,
     }
@@ -124,7 +125,6 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--students", type=int, default=24)
     parser.add_argument("--steps", type=int, default=2000, help="of the long distillation")
-    parser.add_argument("--folder", type=Path, help="of records (default results/proxy-<model>)")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     parser.add_argument("--table-only", action="store_true", help="from the records there are")
     arguments = parser.parse_args()
@@ -142,8 +142,8 @@ def main() -> int:
     sampling = DensitySampling(layout, step)
     rng = np.random.default_rng(0)
     genomes = sampling._do(None, arguments.students + 1, random_state=rng)[1:]
-    folder = arguments.folder or Path("results") / f"proxy-{arguments.model}"
-    folder.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"proxy-{arguments.model}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
     targets = SoftTargets(
         context.graph.module, context.data, DistillConfig(steps=arguments.steps),
         default_cache_dir(), context.teacher_digest,
@@ -153,21 +153,20 @@ def main() -> int:
     # Smallest first: what takes longest comes last.
     for genome in tqdm(genomes[::-1], desc="students", disable=None):
         genome = canonical(layout, genome, step)
-        path = folder / f"{layout.digest(genome)[:16]}-{arguments.steps}.json"
-        if not path.exists() and not arguments.table_only:
-            write_json_atomic(path, study(context, other, genome, recipe, targets))
-        if path.exists():
-            records.append(json.loads(path.read_text()))
+        key = layout.digest(genome)[:16]
+        if known.get(key, {}).get("steps") != arguments.steps and not arguments.table_only:
+            known[key] = study(context, other, genome, recipe, targets)
+            write_json_atomic(path, known)
+        if key in known:
+            records.append(known[key])
     if len(records) < 2 * BANDS:
-        print(f"error: {folder} has {len(records)} records; run without --table-only",
+        print(f"error: {path} has {len(records)} of these students; run without --table-only",
               file=sys.stderr)  # fmt: skip
         return 2
     teacher = make_student(context, layout.teacher(), recipe)
     text = table(records, count_macs(teacher, context.graph))
     print(text)
     write_atomic(arguments.out / f"proxy-{arguments.model}.md", f"{text}\n".encode())
-    write_json_atomic(arguments.out / f"proxy-{arguments.model}.json",
-                      {"distillation": asdict(targets.config), "students": records})  # fmt: skip
     return 0
 
 

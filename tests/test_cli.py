@@ -150,6 +150,7 @@ def test_a_stopped_run_keeps_what_was_found(call, cache, tmp_path, stop):
         (["--model", "digits", "--preset", "best"], "unknown preset"),
         ([], "which network"),
         (["--resume", "no/such/run"], "no/such/run"),
+        (["--model", "digits", "--student", "s0001"], "give --resume RUN too"),
         (["--model", "digits", "--weights", "no.safetensors"], "no.safetensors"),
         (["--model", "digits", "--weights", "README.md"], "README.md"),
     ],
@@ -230,6 +231,48 @@ def test_a_finished_run_goes_on_with_a_larger_budget(finished, call, tmp_path):
     fewer = call("run", "--resume", folder, "--generations", "1", code=2)
     assert "3 finished generations" in fewer.stderr
     assert len(rows(folder)) > 3
+
+
+def test_a_student_chosen_by_eye_is_distilled_and_the_others_stay(finished, call, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    before = {row["student"]: row for row in distilled(folder)}
+    name = next(row["student"] for row in rows(folder) if row["stage"] == "searched")
+    config = json.loads((folder / "run.json").read_text())["config"]
+    done = call("run", "--resume", folder, "--student", name, "--distill-steps", "8")
+    assert f"{name}: validation accuracy" in done.stdout and "after 8 steps" in done.stdout
+    after = {row["student"]: row for row in distilled(folder)}
+    assert set(after) == {*before, name}
+    assert all(after[n]["test_accuracy"] == row["test_accuracy"] for n, row in before.items())
+    stored = json.loads((folder / "run.json").read_text())
+    assert stored["config"] == config and stored["status"] == "finished"
+    assert (folder / f"structure-{name}.png").exists()
+    # The run itself goes on without it and keeps it.
+    call("run", "--resume", folder)
+    assert set(after) == {row["student"] for row in distilled(folder)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--student", "s9999"], "no student 's9999'"),
+        (["--student", "s0001", "--generations", "3"], "leave out --generations"),
+    ],
+)
+def test_a_student_that_is_none_is_one_line(finished, call, arguments, words):
+    before = (finished / "run.json").read_bytes()
+    assert words in call("run", "--resume", finished, *arguments, code=2).stderr
+    assert (finished / "run.json").read_bytes() == before
+
+
+def test_students_of_a_search_that_has_not_ended(finished, call, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    run = json.loads((folder / "run.json").read_text())
+    run["config"]["search"]["generations"] = 3
+    (folder / "run.json").write_text(json.dumps(run))
+    done = call("run", "--resume", folder, "--student", rows(folder)[1]["student"], code=2)
+    assert "has not ended" in done.stderr
 
 
 def test_a_finalist_that_fails_costs_itself_only(call, tmp_path, monkeypatch):

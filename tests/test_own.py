@@ -294,6 +294,7 @@ def test_a_run_goes_on_and_opens_again(tmp_path, monkeypatch):
     searched = next(row for row in opened.front if row.stage == "searched")
     module = opened.student(searched.student).to_torch()
     assert sum(p.numel() for p in module.parameters()) == searched.parameters
+    assert opened.student(searched.student).distil(3, "quiet").row.stage == "distilled"
     with pytest.raises(UserError, match="unknown model"):
         moodistill.open_run(tmp_path / "run")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moodistill import training
+from moodistill.checkpoint import Checkpoint
 from moodistill.data import Split, load_digits
 from moodistill.errors import UserError
 from moodistill.task import Task, TrainConfig, load_task
@@ -51,8 +52,11 @@ def test_interrupted_training_ends_with_the_same_weights(small, tmp_path, monkey
 
 def test_checkpoint_of_another_configuration_is_refused(small, tmp_path):
     task, data = small
-    save_atomic({"x": torch.zeros(1)}, tmp_path / "t.checkpoint", {"signature": "other"})
+    Checkpoint("other", 1, {"x": torch.zeros(1)}, {}).save(tmp_path / "t.checkpoint")
     with pytest.raises(UserError, match="another configuration"):
+        train_teacher(task, data, tmp_path / "t.safetensors")
+    save_atomic({"x": torch.zeros(1)}, tmp_path / "t.checkpoint", {"signature": "other"})
+    with pytest.raises(UserError, match="no checkpoint"):
         train_teacher(task, data, tmp_path / "t.safetensors")
 
 
