@@ -21,7 +21,7 @@ class Checkpoint:
         step: steps done.
         model: its state dict.
         momentum: of each parameter by name.
-        seconds: that it took so far.
+        seconds: that it took so far, where they are counted.
     """
 
     signature: str

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moodistill.errors import UserError
 from moodistill.files import TEMPORARY
-from moodistill.finalists import CHECKPOINT_FILE, read_finalist
+from moodistill.finalists import CHECKPOINT_FILES, read_finalist
 from moodistill.int8 import read_int8
 from moodistill.store import Store
 
@@ -22,7 +22,7 @@ class Freed:
 
 
 def clean_run(folder: Path) -> Freed:
-    """Delete a run's unfinished students and the leftovers of killed writers.
+    """Delete a run's unfinished students, checkpoints, and the leftovers of killed writers.
 
     Evaluations, finished finalists and tables stay. The run must not be going on.
 
@@ -35,9 +35,9 @@ def clean_run(folder: Path) -> Freed:
             for path in (folder / "students").glob("*")
             if path.is_dir() and read_finalist(path) is None and read_int8(path) is None
         ]
-        longer = [path for path in folder.glob(f"students/*/{CHECKPOINT_FILE}")
-                  if path.parent not in unfinished]  # fmt: skip
-        return _delete([*unfinished, *longer, *folder.rglob(f".*{TEMPORARY}")])
+        checkpoints = [path for path in folder.glob(f"students/*/{CHECKPOINT_FILES}")
+                       if path.parent not in unfinished]  # fmt: skip
+        return _delete([*unfinished, *checkpoints, *folder.rglob(f".*{TEMPORARY}")])
 
 
 def clean_cache(cache: Path) -> Freed:

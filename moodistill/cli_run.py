@@ -85,7 +85,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distill-steps", type=int, help="instead of the preset's")
     parser.add_argument(
         "--student", action="append", metavar="ID",
-        help="with --resume of a finished run: distil and export this one (again; also several)",
+        help="with --resume of a finished run: distil and export this one; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--objectives", metavar="NAME,NAME",
@@ -181,7 +181,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | None) -> None:
     from moodistill.context import default_cache_dir
     from moodistill.device import check_provider, probe_simd
-    from moodistill.int8 import Int8Config
+    from moodistill.int8 import SUFFIX, Int8Config
     from moodistill.layout import LayerRules
     from moodistill.objectives import DEFAULT, Limits
     from moodistill.progress import TensorBoardReporter
@@ -214,7 +214,7 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
             raise UserError("--student does not search; leave out --generations and --finalists")
         budget = Budget(
             arguments.preset, arguments.generations, arguments.finalists, arguments.distill_steps,
-            tuple(dict.fromkeys(arguments.student or ())),
+            tuple(dict.fromkeys(s.removesuffix(SUFFIX) for s in arguments.student or ())),
         )  # fmt: skip
         folder = resume_run(arguments.resume, budget, places, reporter, cluster=cluster)
     else:

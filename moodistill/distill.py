@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from moodistill.cached import content_digest, read_cached, save_cached
+from moodistill.cached import read_cached, save_cached
 from moodistill.checkpoint import Checkpoint
 from moodistill.data import ImageData
 from moodistill.errors import UserError
@@ -35,8 +35,8 @@ class DistillConfig:
             distillations take a larger one, by the cube root of their length.
         temperature: of the soft targets (Hinton et al. 2015).
         hard: weight of the cross-entropy with the labels beside the soft targets.
-        views: batches of augmented training images whose teacher logits are cached; longer
-            distillations go through them again in another order.
+        views: batches of augmented training images whose teacher logits are cached, at least;
+            longer distillations have more and go through them again in another order.
         pad, flip: the augmentation of the views.
     """
 
@@ -57,6 +57,11 @@ class DistillConfig:
         """The peak rate of this many steps."""
         return self.lr * float(np.cbrt(max(1.0, self.steps / 1000)))
 
+    @property
+    def view_count(self) -> int:
+        """Batches of views of this many steps."""
+        return max(self.views, self.steps // 2)
+
 
 class SoftTargets:
     """Augmented training batches and the teacher's logits of them, cached on disk by batch."""
@@ -76,9 +81,11 @@ class SoftTargets:
         self.key = hashlib.sha256(f"{parts} {config.seed}".encode()).hexdigest()[:16]
         self.path = cache_dir / f"logits-{self.key}.safetensors" if cache_dir else None
         self.logits: dict[str, torch.Tensor] = {}
+        self.saved = 0  # how many of them
         if self.path is not None and self.path.exists():
             try:
                 self.logits = read_cached(self.path)
+                self.saved = len(self.logits)
             except UserError:
                 self.path.unlink()
 
@@ -96,13 +103,15 @@ class SoftTargets:
         key = str(index)
         if key not in self.logits:
             device = next(self.teacher.parameters()).device
-            self.logits[key] = self.teacher(images.to(device)).cpu()
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision()):
+                self.logits[key] = self.teacher(images.to(device)).float().cpu()
         return self.logits[key]
 
     def save(self) -> None:
         """Write what has been computed, so that the next finalist or run has it."""
-        if self.path is not None:
+        if self.path is not None and len(self.logits) > self.saved:
             save_cached(self.logits, self.path)
+            self.saved = len(self.logits)
 
 
 def distill(
@@ -126,7 +135,6 @@ def distill(
     """
     # Convolutions train up to a third faster on pictures whose channels lie together.
     model = copy.deepcopy(student).train().to(memory_format=torch.channels_last)
-    mixed = mixed_precision()
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     parameters: list[dict[str, Any]] = [
@@ -136,41 +144,53 @@ def distill(
         parameters,
         lr=config.peak_lr, momentum=config.momentum, nesterov=True,
     )  # fmt: skip
-    views = min(config.views, config.steps)
+    views = min(config.view_count, config.steps)
     warmup = max(1, config.steps // 10)
-    signature = f"{asdict(config)} {seed} {targets.key} {content_digest(student.state_dict(), {})}"
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    signature = f"{asdict(config)} {config.peak_lr} {views} {seed} {targets.key} {shapes}"
     start = 0 if checkpoint is None else _carry_on(checkpoint, signature, model, optimizer)
     saved = time.monotonic()
-    for step in range(start, config.steps):
-        rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = config.peak_lr * rate
-        epoch, place = divmod(step, views)
-        index = int(np.random.default_rng([seed, epoch]).permutation(views)[place])
-        images, labels = targets.batch(index)
-        soft = targets.soft(index, images)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            logits = model(images.contiguous(memory_format=torch.channels_last)).float()
-        scale = config.temperature
-        divergence = F.kl_div(
-            F.log_softmax(logits / scale, 1), F.log_softmax(soft / scale, 1),
-            log_target=True, reduction="batchmean",
-        )  # fmt: skip
-        loss = (1 - config.hard) * scale**2 * divergence
-        loss = loss + config.hard * F.cross_entropy(logits, labels)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the distillation loss became {loss.item()} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if report is not None:
-            report(step + 1, loss.item())
-        if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
-            targets.save()
-            momentum = _momentum(model, optimizer)
-            Checkpoint(signature, step + 1, model.state_dict(), momentum).save(checkpoint)
-            saved = time.monotonic()
+    with torch.random.fork_rng(devices=[]):  # the caller's draws are not touched
+        for step in range(start, config.steps):
+            torch.manual_seed(seed + step)  # of dropout, also where it is carried on
+            rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = config.peak_lr * rate
+            epoch, place = divmod(step, views)
+            index = int(np.random.default_rng([seed, epoch]).permutation(views)[place])
+            images, labels = targets.batch(index)
+            soft = targets.soft(index, images)
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision()):
+                logits = model(images.contiguous(memory_format=torch.channels_last)).float()
+            loss = _loss(logits, soft, labels, config)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the distillation loss became {loss.item()} at step {step}"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if report is not None:
+                report(step + 1, loss.item())
+            if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                targets.save()
+                momentum = _momentum(model, optimizer)
+                Checkpoint(signature, step + 1, model.state_dict(), momentum).save(checkpoint)
+                saved = time.monotonic()
     return model.eval().to(memory_format=torch.contiguous_format)
+
+
+def _loss(
+    logits: torch.Tensor, soft: torch.Tensor, labels: torch.Tensor, config: DistillConfig
+) -> torch.Tensor:
+    """Divergence from the soft targets `(B, classes)`, and cross-entropy with labels `(B,)`."""
+    scale = config.temperature
+    divergence = F.kl_div(
+        F.log_softmax(logits / scale, 1), F.log_softmax(soft / scale, 1),
+        log_target=True, reduction="batchmean",
+    )  # fmt: skip
+    hard = F.cross_entropy(logits, labels)
+    return (1 - config.hard) * scale**2 * divergence + config.hard * hard
 
 
 def _momentum(model: nn.Module, optimizer: torch.optim.SGD) -> dict[str, torch.Tensor]:

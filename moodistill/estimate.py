@@ -39,7 +39,7 @@ def estimate_seconds(context: TeacherContext, config: RunConfig, stored: int) ->
     )  # a student's step, in forward passes of the teacher
     checks = 0.2 * per_image * (2 * len(data.validation) + len(data.test))
     finalists = config.finalists * (config.distill.steps * step * training + checks)
-    finalists += min(config.distill.steps, config.distill.views) * step
+    finalists += min(config.distill.steps, config.distill.view_count) * step
     # The front, about one and a half populations, is checked on all validation images.
     passes = len(data.validation) + inherited
     front = 1.5 * search.population * STUDENT * per_image * passes

@@ -98,6 +98,30 @@ def compare(
     return Parity(len(split), worst, same)
 
 
+def checked_onnx(
+    student: fx.GraphModule,
+    data: ImageData,
+    origin: Origin,
+    options: ShipOptions | None = None,
+    images: int = 1000,
+) -> tuple[bytes, Parity]:
+    """The shipped model, if ONNX Runtime agrees with torch on held-out images.
+
+    Raises:
+        UserError: if it does not.
+    """
+    options = options or ShipOptions()
+    model = ship(to_onnx(student, data.input_shape, OPSET), data, origin, options)
+    parity = compare(model, student, data, data.validation.head(images), options.softmax)
+    if not parity.passed:
+        raise UserError(
+            f"the model was not written: ONNX Runtime differs from torch by "
+            f"{parity.max_difference:.2e} in an output (at most {MAX_LOGIT_DIFFERENCE} allowed) "
+            f"and agrees on {parity.same_predictions} of {parity.images} predictions"
+        )
+    return model, parity
+
+
 def export_onnx(
     student: fx.GraphModule,
     data: ImageData,
@@ -106,19 +130,11 @@ def export_onnx(
     options: ShipOptions | None = None,
     images: int = 1000,
 ) -> Parity:
-    """Write the shipped model only if ONNX Runtime agrees with torch on held-out images.
+    """Write `checked_onnx`.
 
     Raises:
-        UserError: if it does not; no file is left then.
+        UserError: as that does; no file is left then.
     """
-    options = options or ShipOptions()
-    model = ship(to_onnx(student, data.input_shape, OPSET), data, origin, options)
-    parity = compare(model, student, data, data.validation.head(images), options.softmax)
-    if not parity.passed:
-        raise UserError(
-            f"{path.name} was not written: ONNX Runtime differs from torch by "
-            f"{parity.max_difference:.2e} in an output (at most {MAX_LOGIT_DIFFERENCE} allowed) "
-            f"and agrees on {parity.same_predictions} of {parity.images} predictions"
-        )
+    model, parity = checked_onnx(student, data, origin, options, images)
     write_atomic(path, model)
     return parity

@@ -14,8 +14,8 @@ from moodistill.context import TeacherContext, default_cache_dir
 from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
-from moodistill.export import Origin, export_onnx
-from moodistill.files import write_json_atomic
+from moodistill.export import Origin, checked_onnx
+from moodistill.files import write_atomic, write_json_atomic
 from moodistill.onnx_writer import to_onnx
 from moodistill.recipe import Recipe, inherited_accuracy, make_student, student_accuracy
 from moodistill.runtime import onnx_accuracy
@@ -23,8 +23,9 @@ from moodistill.student import Student
 from moodistill.student_file import load_student, save_student
 from moodistill.typed import parse_json, typed
 
+STUDENT_FILE = "student.safetensors"
 RESULT_FILE = "result.json"  # written last: a folder with a result is complete
-CHECKPOINT_FILE = "distilling.checkpoint"
+CHECKPOINT_FILES = "distilling-*.checkpoint"  # by the number of steps they are on the way to
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,13 @@ def finish(
 ) -> Finalist:
     """Distil one student, save it, export it with the parity check and test it once.
 
-    Distilled weights that are worse on the validation images than the inherited ones are dropped.
+    Distilled weights that are worse on the validation images than the inherited ones, or than those
+    of an earlier distillation in `folder`, are dropped. A result that is there for the same budget
+    or a larger one is read back instead, and a distillation that was interrupted is carried on.
 
-    A result that is already in `folder` for the same budget or a larger one is read back instead,
-    and a distillation that was interrupted is carried on.
+    Raises:
+        FloatingPointError, UserError: if the loss diverges, or torch and ONNX Runtime differ; what
+            was in `folder` is as it was then.
     """
     found = finished_before(folder, evaluation, config)
     if found is not None:
@@ -104,19 +108,22 @@ def finish(
     before = inherited_accuracy(student.module, data, recipe, evaluation.accuracy)
     seed = int(evaluation.genome_hash[:8], 16)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / CHECKPOINT_FILE
+    checkpoint = folder / CHECKPOINT_FILES.replace("*", str(config.steps))
     module = distill(student.module, targets, config, seed, report, checkpoint)
     reached = student_accuracy(module, data, data.validation)
     if reached < before:
         # Few steps can cost a good start more than they bring.
         module, reached = student.module, before
-    kept = Student(module, student.units, student.norms)
-    (folder / RESULT_FILE).unlink(missing_ok=True)
-    save_student(kept, context.layout, genome, folder / "student.safetensors", context.task.name)
+    earlier = read_finalist(folder)
+    if earlier is not None and earlier.genome_hash != evaluation.genome_hash:
+        earlier = None
+    if earlier is not None and earlier.accuracy > reached:
+        kept, _ = load_student(folder / STUDENT_FILE, context.task.build(), data.input_shape)
+        reached = earlier.accuracy
+    else:
+        kept = Student(module, student.units, student.norms)
     origin = Origin(context.task.name, context.teacher_digest, evaluation.genome)
-    path = folder / "model.onnx"
-    parity = export_onnx(kept.module, data, origin, path)
-    model = path.read_bytes()
+    model, parity = checked_onnx(kept.module, data, origin)
     result = Finalist(
         student=student_id,
         genome_hash=evaluation.genome_hash,
@@ -129,6 +136,9 @@ def finish(
         parity_max_difference=parity.max_difference,
         seconds=time.perf_counter() - began,
     )
+    (folder / RESULT_FILE).unlink(missing_ok=True)
+    save_student(kept, context.layout, genome, folder / STUDENT_FILE, context.task.name)
+    write_atomic(folder / "model.onnx", model)
     write_json_atomic(folder / RESULT_FILE, asdict(result))
     checkpoint.unlink(missing_ok=True)
     return result
@@ -158,5 +168,5 @@ def read_finalist(folder: Path) -> Finalist | None:
 def float_model(folder: Path, context: TeacherContext) -> bytes:
     """A finalist's ONNX file without preprocessing, made from its weights in `folder`."""
     shape = context.data.input_shape
-    student, _ = load_student(folder / "student.safetensors", context.task.build(), shape)
+    student, _ = load_student(folder / STUDENT_FILE, context.task.build(), shape)
     return to_onnx(student.module, shape)

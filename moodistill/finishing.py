@@ -49,10 +49,10 @@ def finish_run(
     """Distil, quantise, export and test the finalists, and measure the front's latency again.
 
     With `students` these are distilled now, and who was a finalist before stays one. Whatever is
-    already in `folder` for the same budget is read back.
+    already in `folder` for the same budget, or a larger one, is read back.
 
     Raises:
-        UserError: if no student works.
+        UserError: if no student works, or one of `students` could not be distilled.
         LatencyError: if the latencies could not be measured again.
     """
     searched = Searched.read(store, config.search.limits, config.search.objectives)
@@ -68,7 +68,9 @@ def finish_run(
             "or search on with more --generations"
         )
     chosen = {name: searched.students[name] for name in students} or _picked(searched, config)
-    _distil(folder, chosen, config, reporter, distil)
+    failed = _distil(folder, chosen, config, reporter, distil)
+    if students and failed:
+        raise UserError(f"{'; '.join(failed)}: what there was before is as it was")
     finalists = searched.finalists(folder)
     twins: dict[str, Int8Result] = {}
     if config.int8.wanted:
@@ -126,8 +128,9 @@ def _distil(
     config: RunConfig,
     reporter: Reporter,
     distil: Distiller,
-) -> None:
-    steps = config.distill.steps
+) -> list[str]:
+    """Distil the chosen; says of each one that failed why."""
+    steps, failed = config.distill.steps, []
     with reporter.stage("distilling", steps * len(chosen), "step") as stage:
         finished = 0
 
@@ -140,15 +143,17 @@ def _distil(
             stage.update(finished * steps, student=name)
             if isinstance(result, Exception):
                 # A diverged distillation or a refused export costs this finalist, not the run.
-                reporter.say(f"{name} is no finalist: {result}")
+                failed.append(f"{name} was not distilled ({result})")
+                reporter.say(failed[-1])
                 continue
             reporter.say(
                 f"{name}: validation accuracy {result.accuracy_before:.4f} -> "
-                f"{result.accuracy:.4f} after {steps} steps",
+                f"{result.accuracy:.4f} after {result.budget['steps']} steps",
                 student=name,
                 accuracy_before=result.accuracy_before,
                 accuracy=result.accuracy,
             )
+    return failed
 
 
 def _judge(
@@ -159,11 +164,14 @@ def _judge(
     context: TeacherContext,
     reporter: Reporter,
 ) -> None:
-    """Keep an INT8 twin that is faster, with its test accuracy taken once; refuse the others."""
+    """Keep an INT8 twin that is faster, with its test accuracy taken once; refuse the others.
+
+    Who passed once stays, whatever later timings say.
+    """
     place = folder / "students" / twin.student
-    if not twin.refused:
+    if not twin.refused and twin.test_accuracy is None:
         twin = judge_speed(twin, confirmed[twin.student], confirmed[name])
-        if not twin.refused and twin.test_accuracy is None:
+        if not twin.refused:
             model, data = (place / "model.onnx").read_bytes(), context.data
             reached = onnx_accuracy(model, data, data.test, torch.get_num_threads())
             twin = replace(twin, test_accuracy=reached)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from moodistill.cluster import Cluster
     from moodistill.scoring import Meter
 
+AGAIN = "carry on with the same command"
 CACHE_ORPHANS_S = 600.0  # nothing that is written to the cache takes so long
 
 
@@ -124,16 +125,15 @@ def resume_run(
     with _writer(folder) as store:
         remove_orphans(folder)
         finished = len(store.generations())
-        if config.search.generations < finished:
+        if budget.students:
+            config = replace(kept, distill=config.distill, finalists=len(budget.students))
+            ended = stored.get("status") == "finished" or finished >= kept.search.generations
+            _check_students(folder, store, kept, budget.students, ended)
+        elif config.search.generations < finished:
             raise UserError(
                 f"{folder} has {finished} finished generations, more than the "
                 f"{config.search.generations} asked for: resume it with a larger budget or none"
             )
-        if budget.students:
-            config = replace(kept, distill=config.distill, finalists=len(budget.students))
-            _check_students(folder, store, kept, budget.students)
-        else:
-            kept = config
         context = _context(task or load_task(config.model, config.own), config, places)
         for key, found in (
             ("teacher_digest", context.teacher_digest),
@@ -161,7 +161,8 @@ def resume_run(
                 f"{folder} has teacher_latencies_ms {str(scales)[:40]!r} in run.json, expected "
                 f"positive numbers for {', '.join(devices)}: restore run.json from a copy"
             )
-        write_run(folder, {**stored, "config": asdict(kept), "status": "running"})
+        if not budget.students:  # else the run stays as it was until they are done
+            write_run(folder, {**stored, "config": asdict(config), "status": "running"})
         write_layout(folder, context.layout)
         with make_meter(context, config, scales, cluster) as meter:
             executor = make_executor(context, config, places, meter, cluster)
@@ -218,9 +219,11 @@ def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
         )
 
 
-def _check_students(folder: Path, store: Store, config: RunConfig, names: Sequence[str]) -> None:
+def _check_students(
+    folder: Path, store: Store, config: RunConfig, names: Sequence[str], ended: bool
+) -> None:
     """Refuse to distil what is no student of a search that has ended."""
-    if len(store.generations()) < config.search.generations:
+    if not ended:
         raise UserError(
             f"the search in {folder} has not ended: --resume it without --student first"
         )
@@ -280,6 +283,8 @@ def _execute(
     seconds = estimate_seconds(context, config, len(store))
     minutes = {name: f"{value / 60:.0f} min" for name, value in seconds.items()}
     count = max(0, config.search.population * config.search.generations - len(store))
+    if students:
+        count, seconds["search"], minutes["search"] = 0, 0.0, "0 min"
     reporter.say(
         f"about {minutes['search']} for {count} evaluations, {minutes['finalists']} for "
         f"{config.finalists} finalists and {minutes['front']} for the front on this machine",
@@ -292,6 +297,7 @@ def _execute(
     device = timing_device(meter, config)
     known = Accuracies(folder / "accuracies.json")
     confirmed: dict[str, Latency] = {}
+    before = read_run(folder)
     status, problem = "stopped", ""
     try:
         if not students:
@@ -301,17 +307,23 @@ def _execute(
         )
         # A step of its own: interrupted in it, the rows still have the latencies measured again.
         score_front(folder, store, config, context, confirmed, known, reporter)
-        status = "finished"
+        status = before["status"] if students else "finished"
     except LatencyError as error:
+        if students:  # the tables stay those of the run before
+            raise UserError(f"latencies were not measured again ({error}); {AGAIN}") from error
         # Everything else of the finalists is on disk: their rows are written before it is said.
         problem = f"the finalists' latency was not confirmed ({error})"
     except KeyboardInterrupt:
+        if students:
+            reporter.say(f"stopped; {AGAIN}")
+            raise
         status = "interrupted"
         reporter.say(
             f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}"
         )
     except UserError:
-        write_run(folder, {**read_run(folder), "status": status})
+        if not students:
+            write_run(folder, {**read_run(folder), "status": status})
         raise
     finally:
         reporter.close()

@@ -50,6 +50,12 @@ class Budget:
     distill_steps: int | None = None
     students: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("generations", "finalists", "distill_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; expected a whole number of at least 1")
+
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -153,8 +153,8 @@ def main() -> int:
     # Smallest first: what takes longest comes last.
     for genome in tqdm(genomes[::-1], desc="students", disable=None):
         genome = canonical(layout, genome, step)
-        key = layout.digest(genome)[:16]
-        if known.get(key, {}).get("steps") != arguments.steps and not arguments.table_only:
+        key = f"{layout.digest(genome)[:16]}-{arguments.steps}"
+        if key not in known and not arguments.table_only:
             known[key] = study(context, other, genome, recipe, targets)
             write_json_atomic(path, known)
         if key in known:

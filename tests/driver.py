@@ -177,7 +177,7 @@ def install_points():
     _around(finalists, "distill", "distil", "distilled")
     _around(finalists.SoftTargets, "soft", "distil step")
     _around(finalists, "save_student", "save student", "student saved")
-    _around(finalists, "export_onnx", "export", "exported")
+    _around(finalists, "checked_onnx", "export", "exported")
     _around(confirmation, "to_onnx", "confirm structure")
     _around(finishing, "quantise_student", "quantise", "quantised")
     _around(finishing, "save_int8", "judge", "judged")

@@ -1,5 +1,6 @@
 """The commands as a user types them: a whole run on the digits, then choosing and exporting."""
 
+import copy
 import csv
 import json
 import os
@@ -13,6 +14,7 @@ import time
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from conftest import ROOT, TINY
 
 
@@ -252,6 +254,60 @@ def test_a_student_chosen_by_eye_is_distilled_and_the_others_stay(finished, call
     assert set(after) == {row["student"] for row in distilled(folder)}
 
 
+def everything(folder):
+    """All files of a run but those that are locks or SQLite's own."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "sqlite-" not in path.name and path.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt, 130), (FloatingPointError("nan"), 2)]
+)
+def test_a_student_that_is_not_distilled_leaves_the_run_as_it_was(
+    finished, call, tmp_path, monkeypatch, error, code
+):
+    from moodistill import finalists
+
+    def stops(*arguments, **keywords):
+        raise error
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    before = everything(folder)
+    monkeypatch.setattr(finalists, "distill", stops)
+    name = distilled(folder)[0]["student"]
+    done = call("run", "--resume", folder, "--student", name, "--distill-steps", "9", code=code)
+    assert "Traceback" not in done.stderr
+    assert everything(folder) == before
+
+
+def test_a_longer_distillation_that_is_worse_keeps_the_earlier_weights(
+    finished, call, tmp_path, monkeypatch
+):
+    from moodistill import finalists
+
+    def spoils(student, *arguments):
+        spoilt = copy.deepcopy(student)
+        with torch.no_grad():
+            for parameter in spoilt.parameters():
+                parameter.zero_()
+        return spoilt
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    name = min(distilled(folder), key=lambda row: float(row["search_accuracy"]))["student"]
+    path = folder / "students" / name / "result.json"
+    weights = (path.parent / "model.onnx").read_bytes()
+    monkeypatch.setattr(finalists, "distill", spoils)
+    monkeypatch.setattr(finalists, "inherited_accuracy", lambda *_: 0.5)
+    call("run", "--resume", folder, "--student", f"{name}-int8", "--distill-steps", "9")
+    assert json.loads(path.read_text())["budget"]["steps"] == 9
+    assert (path.parent / "model.onnx").read_bytes() == weights
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -269,7 +325,7 @@ def test_students_of_a_search_that_has_not_ended(finished, call, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     run = json.loads((folder / "run.json").read_text())
-    run["config"]["search"]["generations"] = 3
+    run["config"]["search"]["generations"], run["status"] = 3, "interrupted"
     (folder / "run.json").write_text(json.dumps(run))
     done = call("run", "--resume", folder, "--student", rows(folder)[1]["student"], code=2)
     assert "has not ended" in done.stderr
@@ -288,7 +344,7 @@ def test_a_finalist_that_fails_costs_itself_only(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(finalists, "distill", diverges)
     done = call("run", "--model", "digits", "--out", tmp_path / "run", *TINY)
-    assert "is no finalist: the distillation loss became nan" in done.stdout
+    assert "was not distilled (the distillation loss became nan" in done.stdout
     assert len(distilled(tmp_path / "run")) == 1
 
 

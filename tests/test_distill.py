@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_genome
+from torch import nn
 
 from moodistill import distill as distillation
 from moodistill.distill import DistillConfig, SoftTargets, distill
@@ -72,6 +73,18 @@ def test_a_checkpoint_of_another_distillation_is_left_alone(
     assert same(run(digits, students[1], path), other)
 
 
+def test_dropout_is_carried_on_too(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "CHECKPOINT_SECONDS", -1.0)
+    genome = digits.layout.teacher()
+    student = make_student(digits, genome, Recipe()).module
+    target = next(node.target for node in student.graph.nodes if node.op == "call_module")
+    student.add_submodule(target, nn.Sequential(student.get_submodule(target), nn.Dropout(0.5)))
+    expected = run(digits, student)
+    assert same(run(digits, student), expected)
+    interrupted(digits, student, tmp_path / "checkpoint")
+    assert same(run(digits, student, tmp_path / "checkpoint"), expected)
+
+
 def test_a_shorter_distillation_does_not_replace_a_longer_one(tmp_path):
     one = Evaluation("abc", b"", 0.5, 1, 1, 1, None)
     result = Finalist("s0001", "abc", asdict(CONFIG), 0.5, 0.6, 0.6, 1, 1, 0.0, 1.0)
@@ -86,3 +99,4 @@ def test_a_shorter_distillation_does_not_replace_a_longer_one(tmp_path):
 def test_longer_distillations_are_warmer():
     rates = [DistillConfig(steps=steps).peak_lr for steps in (100, 1000, 8000)]
     assert rates == pytest.approx([0.01, 0.01, 0.02])
+    assert [DistillConfig(steps=steps).view_count for steps in (100, 8000)] == [1000, 4000]

@@ -67,7 +67,7 @@ def test_command(command, call, finished, student, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "RUN")
     names = {
         "RUN": "RUN", "results/mine": "RUN", "vgg16": "digits", "resnet18": "digits",
-        "s0042": student, "features.0": "conv3.0", "features.3=32": "hidden=32",
+        "s0042": student, "s0123": student, "10000": "8", "features.0": "conv3.0", "features.3=32": "hidden=32",
     }  # fmt: skip
     found = parts(command)
     if found is None:
@@ -83,6 +83,7 @@ def test_command(command, call, finished, student, tmp_path, monkeypatch):
         budget = ["--generations", "2", "--finalists", "1", "--distill-steps", "2"]
         going_on = name == "resume" or "--resume" in arguments
         limits = ["--max-latency-ms", "400"] if "--max-latency-ms" in arguments else []
+        budget = [] if "--student" in arguments else budget
         extra = budget if going_on else [*TINY_RUN, "--no-int8", *limits]
         call(name, *arguments, *extra)
     elif name == "teacher":
