@@ -103,16 +103,35 @@ def confirm(
     return found
 
 
+def still_confirmed(folder: Path, searched: Searched) -> dict[str, Latency]:
+    """The latencies in `folder` of students and files that are still those that were measured."""
+    record, found = _record(folder), {}
+    for name, latency in record.items():
+        path = folder / "students" / name / "model.onnx"
+        now = {hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else set()
+        if name in searched.students:
+            now.add(searched.students[name].genome_hash)
+        if latency[0] in now:
+            found[name] = latency[1]
+    return found
+
+
 def _read(folder: Path, measured: Mapping[str, str]) -> dict[str, Latency] | None:
     """The latencies in `folder` if these very models are among those they are of."""
+    record = _record(folder)
+    if any(name not in record or record[name][0] != one for name, one in measured.items()):
+        return None
+    return {name: latency for name, (_, latency) in record.items()}
+
+
+def _record(folder: Path) -> dict[str, tuple[str, Latency]]:
+    """Digest of what was measured, and its latency, by name; empty if the file is damaged."""
     try:
         record = parse_json((folder / CONFIRMED_FILE).read_bytes())
-        if not measured.items() <= record["measured"].items():
-            return None
         found = {}
         for name, one in record["students"].items():
             values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
-            found[name] = typed(Latency, values)
-        return found if set(measured) <= set(found) else None
+            found[name] = record["measured"][name], typed(Latency, values)
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return {}

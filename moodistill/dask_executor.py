@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,16 @@ from moodistill.cluster import Cluster
 from moodistill.distill import DistillConfig
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
-from moodistill.files import write_atomic
-from moodistill.finalists import RESULT_FILE, Distiller, Finalist, finished_before, read_finalist
+from moodistill.files import write_atomic, write_json_atomic
+from moodistill.finalists import (
+    RESULT_FILE,
+    Distiller,
+    Finalist,
+    finished_before,
+    is_better,
+    parse_finalist,
+    read_finalist,
+)
 from moodistill.genome import GenomeLayout
 from moodistill.latency import LatencyError
 from moodistill.remote_meter import DeviceMeters
@@ -145,7 +153,12 @@ def distil_there(cluster: Cluster, setup: remote.ScoreSetup, config: DistillConf
 
 
 def _keep(folder: Path, files: Mapping[str, bytes]) -> Finalist | None:
-    """Write a finalist's files, the result last."""
+    """Write a finalist's files, the result last, unless an earlier one is better."""
+    earlier, found = read_finalist(folder), parse_finalist(files.get(RESULT_FILE, b""))
+    if earlier and found and is_better(earlier, found.genome_hash, found.accuracy):
+        found = replace(earlier, budget=found.budget)
+        write_json_atomic(folder / RESULT_FILE, asdict(found))
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT_FILE).unlink(missing_ok=True)
     for name in sorted(files, key=lambda name: name == RESULT_FILE):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.export import Origin, checked_onnx
-from moodistill.files import write_atomic, write_json_atomic
+from moodistill.files import TEMPORARY, write_atomic, write_json_atomic
 from moodistill.onnx_writer import to_onnx
 from moodistill.recipe import Recipe, inherited_accuracy, make_student, student_accuracy
 from moodistill.runtime import onnx_accuracy
@@ -115,13 +115,11 @@ def finish(
         # Few steps can cost a good start more than they bring.
         module, reached = student.module, before
     earlier = read_finalist(folder)
-    if earlier is not None and earlier.genome_hash != evaluation.genome_hash:
-        earlier = None
-    if earlier is not None and earlier.accuracy > reached:
-        kept, _ = load_student(folder / STUDENT_FILE, context.task.build(), data.input_shape)
-        reached = earlier.accuracy
-    else:
-        kept = Student(module, student.units, student.norms)
+    if earlier is not None and is_better(earlier, evaluation.genome_hash, reached):
+        write_json_atomic(folder / RESULT_FILE, asdict(replace(earlier, budget=budget)))
+        checkpoint.unlink(missing_ok=True)
+        return replace(earlier, budget=budget)
+    kept = Student(module, student.units, student.norms)
     origin = Origin(context.task.name, context.teacher_digest, evaluation.genome)
     model, parity = checked_onnx(kept.module, data, origin)
     result = Finalist(
@@ -136,12 +134,21 @@ def finish(
         parity_max_difference=parity.max_difference,
         seconds=time.perf_counter() - began,
     )
+    # Both files are written before either is replaced: a full disk leaves what there was.
+    drafts = {name: folder / f".{name}{TEMPORARY}" for name in (STUDENT_FILE, "model.onnx")}
+    save_student(kept, context.layout, genome, drafts[STUDENT_FILE], context.task.name)
+    write_atomic(drafts["model.onnx"], model)
     (folder / RESULT_FILE).unlink(missing_ok=True)
-    save_student(kept, context.layout, genome, folder / STUDENT_FILE, context.task.name)
-    write_atomic(folder / "model.onnx", model)
+    for name, draft in drafts.items():
+        draft.replace(folder / name)
     write_json_atomic(folder / RESULT_FILE, asdict(result))
     checkpoint.unlink(missing_ok=True)
     return result
+
+
+def is_better(earlier: Finalist, genome_hash: str, reached: float) -> bool:
+    """Whether an earlier distillation of this student is to stay beside one that reached less."""
+    return earlier.genome_hash == genome_hash and earlier.accuracy > reached
 
 
 def finished_before(folder: Path, evaluation: Evaluation, config: DistillConfig) -> Finalist | None:
@@ -157,10 +164,13 @@ def finished_before(folder: Path, evaluation: Evaluation, config: DistillConfig)
 def read_finalist(folder: Path) -> Finalist | None:
     """The complete result in a student's folder, or None."""
     path = folder / RESULT_FILE
-    if not path.is_file():
-        return None
+    return parse_finalist(path.read_bytes()) if path.is_file() else None
+
+
+def parse_finalist(content: bytes) -> Finalist | None:
+    """What a `result.json` holds, or None if it is damaged."""
     try:
-        return typed(Finalist, parse_json(path.read_bytes()))
+        return typed(Finalist, parse_json(content))
     except (ValueError, TypeError, AttributeError):
         return None
 

@@ -70,7 +70,7 @@ def finish_run(
     chosen = {name: searched.students[name] for name in students} or _picked(searched, config)
     failed = _distil(folder, chosen, config, reporter, distil)
     if students and failed:
-        raise UserError(f"{'; '.join(failed)}: what there was before is as it was")
+        raise UserError(f"{'; '.join(failed)}; what there was of it before is as it was")
     finalists = searched.finalists(folder)
     twins: dict[str, Int8Result] = {}
     if config.int8.wanted:
@@ -166,12 +166,15 @@ def _judge(
 ) -> None:
     """Keep an INT8 twin that is faster, with its test accuracy taken once; refuse the others.
 
-    Who passed once stays, whatever later timings say.
+    Who passed once stays unless it is plainly slower now.
     """
     place = folder / "students" / twin.student
-    if not twin.refused and twin.test_accuracy is None:
-        twin = judge_speed(twin, confirmed[twin.student], confirmed[name])
-        if not twin.refused:
+    if not twin.refused:
+        latency, floating = confirmed[twin.student], confirmed[name]
+        passed = twin.test_accuracy is not None
+        if not passed or latency.low_ms > floating.latency_ms:
+            twin = judge_speed(twin, latency, floating)
+        if not twin.refused and not passed:
             model, data = (place / "model.onnx").read_bytes(), context.data
             reached = onnx_accuracy(model, data, data.test, torch.get_num_threads())
             twin = replace(twin, test_accuracy=reached)

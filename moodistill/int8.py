@@ -130,9 +130,11 @@ def judge_speed(result: Int8Result, latency: Latency, float_latency: Latency) ->
 
 
 def save_int8(folder: Path, result: Int8Result) -> None:
-    """Write `result.json`; a refused student's model is removed."""
-    if result.refused:
-        (folder / "model.onnx").unlink(missing_ok=True)
+    """Write `result.json`; of a refused student nothing else stays."""
+    if result.refused and folder.is_dir():
+        for path in folder.iterdir():
+            if path.is_file() and path.name != "result.json":
+                path.unlink()
     write_json_atomic(folder / "result.json", asdict(result))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moodistill import report
+from moodistill.confirmation import still_confirmed
 from moodistill.context import (
     TeacherContext,
     default_cache_dir,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from moodistill.cluster import Cluster
     from moodistill.scoring import Meter
 
-AGAIN = "carry on with the same command"
 CACHE_ORPHANS_S = 600.0  # nothing that is written to the cache takes so long
 
 
@@ -297,8 +297,9 @@ def _execute(
     device = timing_device(meter, config)
     known = Accuracies(folder / "accuracies.json")
     confirmed: dict[str, Latency] = {}
-    before = read_run(folder)
-    status, problem = "stopped", ""
+    again = "carry on with the same command" if students else f"carry on with: --resume {folder}"
+    ending: BaseException | None = None
+    status = "stopped"
     try:
         if not students:
             _search(search, config, reporter)
@@ -307,29 +308,24 @@ def _execute(
         )
         # A step of its own: interrupted in it, the rows still have the latencies measured again.
         score_front(folder, store, config, context, confirmed, known, reporter)
-        status = before["status"] if students else "finished"
+        status = "finished"
     except LatencyError as error:
-        if students:  # the tables stay those of the run before
-            raise UserError(f"latencies were not measured again ({error}); {AGAIN}") from error
         # Everything else of the finalists is on disk: their rows are written before it is said.
-        problem = f"the finalists' latency was not confirmed ({error})"
-    except KeyboardInterrupt:
-        if students:
-            reporter.say(f"stopped; {AGAIN}")
-            raise
-        status = "interrupted"
-        reporter.say(
-            f"stopped; {len(store)} evaluations are kept. Carry on with: --resume {folder}"
-        )
-    except UserError:
+        ending = UserError(f"the finalists' latency was not confirmed ({error}); {again}")
+    except KeyboardInterrupt as error:
+        status, ending = "interrupted", error
+        reporter.say(f"stopped; {len(store)} evaluations are kept. {again[0].upper()}{again[1:]}")
+    except UserError as error:
         if not students:
             write_run(folder, {**read_run(folder), "status": status})
-        raise
+            raise
+        ending = error
     finally:
         reporter.close()
     searched = Searched.read(store, config.search.limits, config.search.objectives)
     changes: dict[str, list[str]] = {}
     if searched is not None:
+        confirmed = confirmed or still_confirmed(folder, searched)
         rows = make_rows(folder, searched, known.known, confirmed, meter.teacher_latency_ms)
         title = f"{config.model}: {len(store)} students searched, {config.preset} preset"
         write_results(folder, store, rows, title)
@@ -342,6 +338,8 @@ def _execute(
                 f"to slower timings, {len(changes['gained'])} came in (run.json names them)"
             )
     stored = read_run(folder)
+    if students:  # of a run whose search has ended, however this one did
+        status = str(stored.get("status")).replace("running", "interrupted")
     stored.update(
         status=status,
         rejected_latency_windows=meter.rejected_windows,
@@ -355,10 +353,8 @@ def _execute(
             structure = structure_data(context.layout, genome)
             path = folder / f"structure-{name}.png"
             report.plot_structure(structure, path, f"{config.model}, student {name}")
-    if problem:
-        raise UserError(f"{problem}; carry on with: --resume {folder}")
-    if status == "interrupted":
-        raise KeyboardInterrupt
+    if ending is not None:
+        raise ending
 
 
 def _search(search: Search, config: RunConfig, reporter: Reporter) -> None:

@@ -254,13 +254,10 @@ def test_a_student_chosen_by_eye_is_distilled_and_the_others_stay(finished, call
     assert set(after) == {row["student"] for row in distilled(folder)}
 
 
-def everything(folder):
-    """All files of a run but those that are locks or SQLite's own."""
-    return {
-        path.relative_to(folder): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and "sqlite-" not in path.name and path.name != ".lock"
-    }
+def shipped(folder):
+    """The table and all students' files."""
+    paths = [folder / "pareto.csv", *(folder / "students").rglob("*")]
+    return {p.relative_to(folder): p.read_bytes() for p in paths if p.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -276,12 +273,46 @@ def test_a_student_that_is_not_distilled_leaves_the_run_as_it_was(
 
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    before = everything(folder)
+    before = shipped(folder)
     monkeypatch.setattr(finalists, "distill", stops)
     name = distilled(folder)[0]["student"]
     done = call("run", "--resume", folder, "--student", name, "--distill-steps", "9", code=code)
     assert "Traceback" not in done.stderr
-    assert everything(folder) == before
+    assert shipped(folder) == before
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_the_first_of_two_students_stays_where_the_second_fails(
+    finished, call, tmp_path, monkeypatch
+):
+    from moodistill import finalists
+
+    real, seen = finalists.distill, []
+
+    def fails(*arguments, **keywords):
+        seen.append(1)
+        if len(seen) == 2:
+            raise FloatingPointError("nan")
+        return real(*arguments, **keywords)
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    twins = [row["student"] for row in rows(folder) if row["precision"] == "int8"]
+    good = next(row["student"] for row in rows(folder) if row["stage"] == "searched")
+    bad = distilled(folder)[0]
+    monkeypatch.setattr(finalists, "distill", fails)
+    words = ["--student", good, "--student", bad["student"], "--distill-steps", "9"]
+    done = call("run", "--resume", folder, *words, code=2)
+    assert f"{bad['student']} was not distilled (nan)" in done.stderr
+    after = {row["student"]: row for row in rows(folder)}
+    assert after[good]["stage"] == "distilled" and after[bad["student"]] == bad
+    assert set(twins) <= set(after)
+    for path in (folder / "students").glob("*/manifest.json"):
+        call("verify", path.parent)
+    # The same command again does what is missing.
+    monkeypatch.setattr(finalists, "distill", real)
+    call("run", "--resume", folder, *words)
+    assert {good, bad["student"]} <= {row["student"] for row in distilled(folder)}
 
 
 def test_a_longer_distillation_that_is_worse_keeps_the_earlier_weights(
@@ -300,11 +331,12 @@ def test_a_longer_distillation_that_is_worse_keeps_the_earlier_weights(
     shutil.copytree(finished, folder)
     name = min(distilled(folder), key=lambda row: float(row["search_accuracy"]))["student"]
     path = folder / "students" / name / "result.json"
-    weights = (path.parent / "model.onnx").read_bytes()
+    before, weights = json.loads(path.read_text()), (path.parent / "model.onnx").read_bytes()
     monkeypatch.setattr(finalists, "distill", spoils)
     monkeypatch.setattr(finalists, "inherited_accuracy", lambda *_: 0.5)
     call("run", "--resume", folder, "--student", f"{name}-int8", "--distill-steps", "9")
-    assert json.loads(path.read_text())["budget"]["steps"] == 9
+    after = json.loads(path.read_text())
+    assert after == {**before, "budget": {**before["budget"], "steps": 9}}
     assert (path.parent / "model.onnx").read_bytes() == weights
 
 

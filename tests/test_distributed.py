@@ -350,3 +350,20 @@ def test_a_whole_run_on_two_workers(call, tmp_path):
     assert (out / "pareto.csv").read_text().count("\n") >= 3
     error = call("run", "--resume", out, "--scheduler", "tcp://127.0.0.1:9", code=2).stderr
     assert "no Dask scheduler answers" in error
+
+
+def test_a_worse_distillation_of_a_worker_does_not_replace_a_better_one(tmp_path):
+    from moodistill.dask_executor import _keep
+    from moodistill.finalists import Finalist, read_finalist
+
+    def files(accuracy, steps, model):
+        one = Finalist("s0001", "abc", {"steps": steps}, 0.5, accuracy, accuracy, 1, 1, 0.0, 1.0)
+        return {"result.json": json.dumps(asdict(one)).encode(), "model.onnx": model}
+
+    _keep(tmp_path, files(0.7, 5, b"first"))
+    _keep(tmp_path, files(0.6, 9, b"worse"))
+    kept = read_finalist(tmp_path)
+    assert kept is not None and kept.accuracy == 0.7 and kept.budget == {"steps": 9}
+    assert (tmp_path / "model.onnx").read_bytes() == b"first"
+    _keep(tmp_path, files(0.8, 12, b"better"))
+    assert (tmp_path / "model.onnx").read_bytes() == b"better"
