@@ -149,7 +149,7 @@ def distill(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     signature = f"{asdict(config)} {config.peak_lr} {views} {seed} {targets.key} {shapes}"
     start = 0 if checkpoint is None else _carry_on(checkpoint, signature, model, optimizer)
-    saved = time.monotonic()
+    saved, mixed = time.monotonic(), mixed_precision()
     with torch.random.fork_rng(devices=[]):  # the caller's draws are not touched
         for step in range(start, config.steps):
             torch.manual_seed(seed + step)  # of dropout, also where it is carried on
@@ -160,7 +160,7 @@ def distill(
             index = int(np.random.default_rng([seed, epoch]).permutation(views)[place])
             images, labels = targets.batch(index)
             soft = targets.soft(index, images)
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision()):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 logits = model(images.contiguous(memory_format=torch.channels_last)).float()
             loss = _loss(logits, soft, labels, config)
             if not torch.isfinite(loss):

@@ -325,7 +325,9 @@ def _execute(
     searched = Searched.read(store, config.search.limits, config.search.objectives)
     changes: dict[str, list[str]] = {}
     if searched is not None:
-        confirmed = confirmed or still_confirmed(folder, searched)
+        if students and not confirmed:
+            # Nothing was searched: what was measured before is still all there is to show.
+            confirmed = still_confirmed(folder, searched)
         rows = make_rows(folder, searched, known.known, confirmed, meter.teacher_latency_ms)
         title = f"{config.model}: {len(store)} students searched, {config.preset} preset"
         write_results(folder, store, rows, title)

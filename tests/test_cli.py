@@ -254,6 +254,24 @@ def test_a_student_chosen_by_eye_is_distilled_and_the_others_stay(finished, call
     assert set(after) == {row["student"] for row in distilled(folder)}
 
 
+def test_a_search_that_goes_on_and_is_stopped_shows_what_it_found(
+    finished, call, tmp_path, monkeypatch
+):
+    from moodistill import run
+
+    def stops(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr(run, "finish_run", stops)
+    call("run", "--resume", folder, "--generations", "3", code=130)
+    # Of the whole search: the front of those that were measured again would hide what is new.
+    table = [row for row in rows(folder) if row["stage"] != "teacher"]
+    assert table and all(row["latency_ms"] == row["search_latency_ms"] for row in table)
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+
 def shipped(folder):
     """The table and all students' files."""
     paths = [folder / "pareto.csv", *(folder / "students").rglob("*")]
