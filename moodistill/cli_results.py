@@ -55,7 +55,7 @@ def choose_command(arguments: argparse.Namespace) -> None:
         print(json.dumps(choice.to_dict(), indent=2))
         return
     print(f"{choice.student.student}: {choice.reason}")
-    print(f"gives up: {choice.gives_up}")
+    print(f"against the teacher: {choice.gives_up}")
     print(f"structure: {choice.student.summary}")
     print(
         f"export it: python scripts/export_onnx.py {shlex.quote(str(arguments.run))} "

@@ -79,7 +79,7 @@ def test_exported_student_runs_in_onnx_runtime(finished):
 
 def test_choose_and_export(finished, call, tmp_path):
     text = call("choose", finished, "--knee").stdout
-    assert "gives up" in text and "export_onnx.py" in text
+    assert "against the teacher" in text and "export_onnx.py" in text
     chosen = json.loads(call("choose", finished, "--max-params", "1e9", "--json").stdout)
     best = max(
         (r for r in rows(finished) if r["stage"] == "distilled"), key=lambda r: float(r["accuracy"])
