@@ -147,7 +147,8 @@ class Run:
             choice = choose.weighted(rows, weights, limits)
         else:
             choice = choose.choose(rows, limits)
-        return RunStudent(self, choice.student, f"{choice.reason}; against the teacher: {choice.gives_up}")
+        reason = f"{choice.reason}; against the teacher: {choice.gives_up}"
+        return RunStudent(self, choice.student, reason)
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(str(self.folder))}</p>{_html_table(self.front)}"
