@@ -26,6 +26,7 @@ from moodistill.data import ImageData, Metric, Split, fraction_right
 from moodistill.device import check_provider, probe_simd
 from moodistill.errors import UserError
 from moodistill.front import FrontRow
+from moodistill.genome import CONNECTIONS
 from moodistill.int8 import SUFFIX, Int8Config
 from moodistill.latency import LatencyConfig
 from moodistill.layout import LayerRules
@@ -172,6 +173,7 @@ def search(
     population: int = 32,
     seed: int = 0,
     objectives: Sequence[str] = DEFAULT,
+    connections: Sequence[str] = tuple(CONNECTIONS),
     limits: Limits | None = None,
     latency: LatencyConfig | None = None,
     int8: Int8Config | None = None,
@@ -198,6 +200,7 @@ def search(
         population: students a generation.
         seed: of the search.
         objectives: `accuracy` and some of `parameters`, `latency`, `macs`, `size`, `memory`.
+        connections: kinds that are searched, of `blocks`, `merges` and `bypasses`.
         limits: hard ones.
         latency: threads, batch and execution provider.
         int8: whether and when finalists get an INT8 twin.
@@ -234,6 +237,7 @@ def search(
         population=population,
         seed=seed,
         objectives=objectives,
+        connections=connections,
         limits=limits,
         latency=latency,
         int8=int8,

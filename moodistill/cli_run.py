@@ -41,10 +41,10 @@ def _places_arguments(parser: argparse.ArgumentParser) -> None:
 
 # What decides a run's result besides its budget: a resume cannot change it.
 FIXED = (
-    "model", "seed", "population", "objectives", "algorithm", "screen", "simd_step", "threads",
-    "batch", "provider", "int8_max_loss", "keep", "min_width", "max_width", "min_accuracy",
-    "max_latency_ms", "max_parameters", "max_macs",
-    "max_size_bytes", "max_memory_bytes",
+    "model", "seed", "population", "objectives", "algorithm", "screen", "connections",
+    "simd_step", "threads", "batch", "provider", "int8_max_loss", "keep", "min_width", "max_width",
+    "min_accuracy", "max_latency_ms", "max_parameters", "max_macs", "max_size_bytes",
+    "max_memory_bytes",
 )  # fmt: skip
 LIMITS = {
     "max_latency_ms": "measured",
@@ -96,6 +96,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--screen", type=int,
         help="offspring bred for each one scored, a model chooses (default 24; 1: no screening)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--connections", metavar="KIND,KIND",
+        help="kinds that are searched: blocks, merges, bypasses (default all), or none",
     )  # fmt: skip
     parser.add_argument(
         "--min-accuracy", type=number, help="hard limit, a fraction, before distillation"
@@ -249,6 +253,7 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
             objectives=arguments.objectives.split(",") if arguments.objectives else DEFAULT,
             algorithm=arguments.algorithm,
             screen=arguments.screen,
+            connections=_connections(arguments.connections),
             limits=Limits(
                 arguments.min_accuracy or 0.0, **{name: getattr(arguments, name) for name in LIMITS}
             ),
@@ -269,6 +274,10 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
         return
     print(f"\nresults in {folder}; look at {folder / 'report.html'}")
     print(f"choose a student: python scripts/choose.py {shlex.quote(str(folder))} --knee")
+
+
+def _connections(text: str | None) -> list[str] | None:
+    return [] if text == "none" else text.split(",") if text is not None else None
 
 
 def _width(text: str) -> tuple[str, int]:

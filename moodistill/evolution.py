@@ -30,7 +30,7 @@ from pymoo.util.ref_dirs import get_reference_directions
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.executor import Executor
-from moodistill.genome import GenomeLayout
+from moodistill.genome import CONNECTIONS, GenomeLayout
 from moodistill.objectives import DEFAULT, Limits, check_objectives
 from moodistill.operators import (
     CanonicalRepair,
@@ -65,6 +65,7 @@ class SearchConfig:
         algorithm: a key of `ALGORITHMS`.
         screen: offspring bred for each one that is scored; a model of the scores chooses. Beyond
             the first `ROUND` those bred that look best so far. 1 is no screening.
+        connections: the kinds (`genome.CONNECTIONS`) that are searched; of others none is lost.
     """
 
     population: int = 32
@@ -75,6 +76,7 @@ class SearchConfig:
     objectives: tuple[str, ...] = DEFAULT
     algorithm: str = "nsga2"
     screen: int = 24
+    connections: tuple[str, ...] = tuple(CONNECTIONS)
 
     def __post_init__(self) -> None:
         if check_objectives(self.objectives) != tuple(self.objectives):
@@ -83,6 +85,11 @@ class SearchConfig:
             raise UserError(
                 f"unknown algorithm {self.algorithm!r}; expected one of {', '.join(ALGORITHMS)}"
             )
+        for kind in self.connections:
+            if kind not in CONNECTIONS:
+                raise UserError(
+                    f"unknown connections {kind!r}; expected some of {', '.join(CONNECTIONS)}"
+                )
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; expected a whole number of at least 0")
         if self.population < 4:
@@ -161,14 +168,30 @@ class Operators:
     repair: Repair
 
 
-def default_operators(layout: GenomeLayout, step: int, kept: np.ndarray | None = None) -> Operators:
-    """Ours; bits in `kept` `(n_var,)` stay True in every genome."""
+def default_operators(layout: GenomeLayout, step: int) -> Operators:
+    """Ours, for widths of whole multiples of `step`."""
     return Operators(
         DensitySampling(layout, step),
         LayerCrossover(layout),
         ComposedMutation([(MaskMutation(layout, step), 0.7), (ConnectionMutation(layout), 0.7)]),
-        CanonicalRepair(layout, step, kept),
+        CanonicalRepair(layout, step),
     )
+
+
+class _Keeping(Repair):
+    """Sets the bits `(n_var,)` that are not searched, then repairs.
+
+    Before anything else sees a child: what the surrogate would hold against it is not in it.
+    """
+
+    def __init__(self, kept: np.ndarray, repair: Repair) -> None:
+        super().__init__()
+        self.kept, self.repair = kept, repair
+
+    def _do(self, problem: Any, X: np.ndarray, **kwargs: Any) -> np.ndarray:
+        """`(n, n_var)` genomes to repaired copies."""
+        genomes = X.astype(bool) | self.kept
+        return np.asarray(self.repair._do(problem, genomes, **kwargs))
 
 
 class RepeatedFailure(UserError):
@@ -194,6 +217,7 @@ class Search:
         self.config = config
         self.store = store
         self.executor = executor
+        self.unsearched = layout.unsearched(config.connections)
         self.problem = StructuralDistillationProblem(
             layout.length,
             lambda x: self._evaluations(x),  # a bound method would be copied with its search
@@ -208,10 +232,11 @@ class Search:
             "n_offsprings": min(config.screen, ROUND) * config.population,
             "eliminate_duplicates": self.seen,
             **vars(operators),
+            "repair": _Keeping(self.unsearched, operators.repair),
         }
         if config.screen > 1:
             # Only what is scored is repaired, in `_screened`.
-            settings["repair"] = NoRepair()
+            settings["repair"] = _Keeping(self.unsearched, NoRepair())
         self.algorithm = ALGORITHMS[config.algorithm](settings, self.problem)
         self.surrogate = Surrogate(layout, config.seed)
         self.algorithm.setup(
@@ -332,7 +357,7 @@ class Search:
                 self.problem, genomes[best[pairs]], random_state=rng
             ).reshape(-1, self.layout.length)
             children = self.operators.mutation._do(self.problem, children, random_state=rng)
-            genomes = np.vstack([genomes, children])
+            genomes = np.vstack([genomes, children | self.unsearched])
 
     def _tell(
         self,

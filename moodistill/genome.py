@@ -16,6 +16,7 @@ This module knows numpy alone: operators and the search work on it without a net
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +25,8 @@ import numpy as np
 from moodistill.errors import UserError
 
 INPUT = "<input>"  # the group of the input channels; no module path looks like that
+# Kinds of connections, with what the names of their slices begin with.
+CONNECTIONS = {"blocks": "block/", "merges": "merge/", "bypasses": "bypass/"}
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,14 @@ class GenomeLayout:
     def teacher(self) -> np.ndarray:
         """The genome of the teacher: all True, `(length,)`."""
         return np.ones(self.length, dtype=bool)
+
+    def unsearched(self, connections: Sequence[str]) -> np.ndarray:
+        """`(length,)`: the bits of other kinds of connections than these; no student loses one."""
+        bits = np.zeros(self.length, dtype=bool)
+        for kind in CONNECTIONS.keys() - set(connections):
+            for name, place in self.slices.items():
+                bits[place] |= name.startswith(CONNECTIONS[kind])
+        return bits
 
     def view(self, genome: np.ndarray, name: str) -> np.ndarray:
         """A writable view of one slice in its own shape."""

@@ -196,6 +196,7 @@ def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
         "objectives": ",".join(config.search.objectives),
         "algorithm": config.search.algorithm,
         "screen": config.search.screen,
+        "connections": ",".join(config.search.connections) or "none",
         "simd_step": config.search.simd_step,
         "threads": config.latency.threads,
         "batch": config.latency.batch,

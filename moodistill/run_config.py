@@ -84,6 +84,7 @@ class RunConfig:
             recipe, search = dict(stored["recipe"]), dict(stored["search"])
             search["limits"] = typed(Limits, search["limits"])
             search["objectives"] = tuple(search["objectives"])
+            search["connections"] = tuple(search.get("connections", SearchConfig.connections))
             recipe["inherit"] = typed(InheritConfig, recipe["inherit"])
             config = typed(RunConfig, {
                 "model": stored["model"],
@@ -136,6 +137,7 @@ def new_config(
     objectives: Sequence[str] = DEFAULT,
     algorithm: str | None = None,
     screen: int | None = None,
+    connections: Sequence[str] | None = None,
     limits: Limits | None = None,
     latency: LatencyConfig | None = None,
     int8: Int8Config | None = None,
@@ -157,6 +159,7 @@ def new_config(
             objectives=check_objectives(objectives),
             algorithm=algorithm or defaults.algorithm,
             screen=defaults.screen if screen is None else screen,
+            connections=defaults.connections if connections is None else tuple(connections),
         ),
         recipe=Recipe(simd_step=simd_step),
         calibration=CalibrationConfig(),

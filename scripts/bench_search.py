@@ -35,6 +35,7 @@ from moodistill.evaluation import Evaluation
 from moodistill.evolution import Operators, Search, SearchConfig, default_operators
 from moodistill.executor import SerialExecutor
 from moodistill.files import write_json_atomic
+from moodistill.genome import CONNECTIONS
 from moodistill.inherit import InheritConfig
 from moodistill.latency import LatencyMeter
 from moodistill.objectives import DEFAULT, objective_values
@@ -42,6 +43,8 @@ from moodistill.operators import DensitySampling
 from moodistill.recipe import Evaluator, Recipe, make_student, student_accuracy, teacher_onnx
 from moodistill.store import Store
 from moodistill.task import load_task
+
+WITHOUT = {"no-blocks": "blocks", "no-merges": "merges", "no-bypasses": "bypasses"}
 
 
 class Bench:
@@ -119,12 +122,9 @@ class Bench:
         )
         if arm in ("plain", "no-screening"):
             config = replace(config, screen=1)
-        kept = np.zeros(layout.length, dtype=bool)
-        kind = {"no-blocks": "block/", "no-merges": "merge/", "no-bypasses": "bypass/"}.get(arm)
-        for name, place in layout.slices.items():
-            if kind and name.startswith(kind):
-                kept[place] = True
-        operators = default_operators(layout, self.step, kept)
+        if arm in WITHOUT:
+            config = replace(config, connections=tuple(k for k in CONNECTIONS if k != WITHOUT[arm]))
+        operators = default_operators(layout, self.step)
         if arm == "no-inheritance":
             recipe = replace(recipe, inherit=InheritConfig(mode="slice"))
         elif arm == "no-mutation":

@@ -9,7 +9,7 @@ from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.evolution import RepeatedFailure, Search, SearchConfig, hypervolume
 from moodistill.executor import SerialExecutor
-from moodistill.genome import INPUT, GenomeLayout, Group, Node
+from moodistill.genome import CONNECTIONS, INPUT, GenomeLayout, Group, Node
 from moodistill.objectives import Limits
 from moodistill.problem import StructuralDistillationProblem
 from moodistill.results import Searched
@@ -109,6 +109,29 @@ def test_connection_genes_are_searched(tmp_path):
         chosen = [s for name, s in LAYOUT.slices.items() if name.startswith(kind)]
         bits = np.concatenate([genomes[:, s] for s in chosen], 1)
         assert not bits.all(), kind
+
+
+@pytest.mark.parametrize("screen", [1, 24])
+@pytest.mark.parametrize("kinds", [(), ("bypasses",), ("blocks", "merges")])
+def test_connections_that_are_not_searched_stay(tmp_path, screen, kinds):
+    config = replace(CONFIG, screen=screen, connections=kinds)
+    store, search = make(tmp_path, config)
+    seen_by_model = []
+    predict = search.surrogate.predict
+    search.surrogate.predict = lambda genomes: (seen_by_model.append(genomes), predict(genomes))[1]
+    with store:
+        list(search.run())
+        genomes = np.array([LAYOUT.unpack(e.genome) for e in store.all()])
+    for name, place in LAYOUT.slices.items():
+        kind = name.split("/")[0]
+        searched = kind == "mask" or any(CONNECTIONS[k] == f"{kind}/" for k in kinds)
+        if not searched:
+            assert genomes[:, place].all(), name
+            assert all(some[:, place].all() for some in seen_by_model), name
+    for kind in kinds:
+        chosen = [s for name, s in LAYOUT.slices.items() if name.startswith(CONNECTIONS[kind])]
+        assert not chosen or not np.concatenate([genomes[:, s] for s in chosen], 1).all(), kind
+    assert len(seen_by_model) > 2 or screen == 1
 
 
 @pytest.mark.parametrize("stop", [1, 5, 12, 13, 30, 71])

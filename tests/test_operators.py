@@ -165,20 +165,16 @@ def test_connection_mutation_both_ways_and_by_energy(vgg16):
     teacher = np.tile(layout.teacher(), (300, 1))
     mutated = mutation._do(None, teacher, random_state=np.random.default_rng(0))
     lost, kept = [], []
-    grouped = 0
     for genome in mutated:
         for layer in layout.layers:
             if f"block/{layer.name}" not in layout.slices:
                 continue
             view = layout.view(genome, f"block/{layer.name}")
             if view.shape == (4, 4) and not view.all():
-                if (view == np.eye(4, dtype=bool)).all():
-                    grouped += 1
-                    continue
                 rank = np.argsort(np.argsort(layer.energy, axis=None)).reshape(view.shape)
                 lost.append(rank[~view].mean())
                 kept.append(rank[view].mean())
-    assert grouped > 5 and len(lost) > 50
+    assert len(lost) > 50
     assert np.mean(lost) < np.mean(kept) - 2
     assert not mutated[:, layout.slices["bypass/features.27"]].all()
     # From the empty vector things come back.

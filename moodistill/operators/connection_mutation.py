@@ -60,12 +60,8 @@ class ConnectionMutation(Mutation):
     def _mutate_blocks(self, genome: np.ndarray, rng: np.random.Generator) -> None:
         layer = self.sited[rng.integers(len(self.sited))]
         view = self.layout.view(genome, f"block/{layer.name}")
-        kind = rng.random()
-        if kind < 0.2:
+        if rng.random() < 0.2:
             view[:] = True
-            return
-        if kind < 0.35 and view.shape[0] == view.shape[1]:
-            view[:] = np.eye(len(view), dtype=bool)  # a grouped convolution
             return
         energy = np.ones(view.shape) if layer.energy is None else layer.energy
         # 1 for the connection of least energy in its layer, 0 for the one of most.

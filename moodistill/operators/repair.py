@@ -13,24 +13,16 @@ from moodistill.resolve import canonical
 
 
 class CanonicalRepair(Repair):
-    """Every genome in its canonical form with whole SIMD steps.
+    """Every genome in its canonical form, with widths of whole multiples of `step`."""
 
-    Args:
-        layout: of the genomes.
-        step: widths are whole multiples of it.
-        kept: `(n_var,)` bits that stay True in every genome; None for none.
-    """
-
-    def __init__(self, layout: GenomeLayout, step: int, kept: np.ndarray | None = None) -> None:
+    def __init__(self, layout: GenomeLayout, step: int) -> None:
         super().__init__()
         self.layout = layout
         self.step = step
-        self.kept = np.zeros(layout.length, dtype=bool) if kept is None else kept
 
     def _do(self, problem: Any, X: np.ndarray, **kwargs: Any) -> np.ndarray:
         """`(n, n_var)` genomes to canonical copies."""
-        genomes = X.astype(bool) | self.kept
-        return np.array([canonical(self.layout, genome, self.step) for genome in genomes])
+        return np.array([canonical(self.layout, genome, self.step) for genome in X.astype(bool)])
 
 
 class SeenElimination(DuplicateElimination):

@@ -57,7 +57,7 @@ class DensitySampling(Sampling):
             mask = noisy_top(group, snap(width, group.size, group.step(self.step)), 0.3, rng)
             layout.view(genome, f"mask/{group.name}")[:] = mask
         if rng.random() < 0.5:
-            density = rng.uniform(0.3, 1.0)
+            density = rng.uniform(0.75, 1.0)
             for layer in layout.layers:
                 if f"block/{layer.name}" in layout.slices and rng.random() < 0.5:
                     view = layout.view(genome, f"block/{layer.name}")
