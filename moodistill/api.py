@@ -26,7 +26,7 @@ from moodistill.data import ImageData, Metric, Split, fraction_right
 from moodistill.device import check_provider, probe_simd
 from moodistill.errors import UserError
 from moodistill.front import FrontRow
-from moodistill.genome import CONNECTIONS
+from moodistill.genome import SEARCHED
 from moodistill.int8 import SUFFIX, Int8Config
 from moodistill.latency import LatencyConfig
 from moodistill.layout import LayerRules
@@ -173,7 +173,7 @@ def search(
     population: int = 32,
     seed: int = 0,
     objectives: Sequence[str] = DEFAULT,
-    connections: Sequence[str] = tuple(CONNECTIONS),
+    connections: Sequence[str] = SEARCHED,
     limits: Limits | None = None,
     latency: LatencyConfig | None = None,
     int8: Int8Config | None = None,

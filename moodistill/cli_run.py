@@ -99,7 +99,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--connections", metavar="KIND,KIND",
-        help="kinds that are searched: blocks, merges, bypasses (default all), or none",
+        help="kinds that are searched: blocks, merges, bypasses (default the last two), or none",
     )  # fmt: skip
     parser.add_argument(
         "--min-accuracy", type=number, help="hard limit, a fraction, before distillation"

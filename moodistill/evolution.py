@@ -30,7 +30,7 @@ from pymoo.util.ref_dirs import get_reference_directions
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.executor import Executor
-from moodistill.genome import CONNECTIONS, GenomeLayout
+from moodistill.genome import CONNECTIONS, SEARCHED, GenomeLayout
 from moodistill.objectives import DEFAULT, Limits, check_objectives
 from moodistill.operators import (
     CanonicalRepair,
@@ -76,7 +76,7 @@ class SearchConfig:
     objectives: tuple[str, ...] = DEFAULT
     algorithm: str = "nsga2"
     screen: int = 24
-    connections: tuple[str, ...] = tuple(CONNECTIONS)
+    connections: tuple[str, ...] = SEARCHED
 
     def __post_init__(self) -> None:
         if check_objectives(self.objectives) != tuple(self.objectives):

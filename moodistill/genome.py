@@ -27,6 +27,8 @@ from moodistill.errors import UserError
 INPUT = "<input>"  # the group of the input channels; no module path looks like that
 # Kinds of connections, with what the names of their slices begin with.
 CONNECTIONS = {"blocks": "block/", "merges": "merge/", "bypasses": "bypass/"}
+# Searched by default. Without blocks a search finds better students (docs/comparison.md).
+SEARCHED = ("merges", "bypasses")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from moodistill.distill import DistillConfig
 from moodistill.errors import UserError
 from moodistill.evolution import SearchConfig
+from moodistill.genome import CONNECTIONS
 from moodistill.inherit import InheritConfig
 from moodistill.int8 import Int8Config
 from moodistill.latency import LatencyConfig
@@ -84,7 +85,8 @@ class RunConfig:
             recipe, search = dict(stored["recipe"]), dict(stored["search"])
             search["limits"] = typed(Limits, search["limits"])
             search["objectives"] = tuple(search["objectives"])
-            search["connections"] = tuple(search.get("connections", SearchConfig.connections))
+            # Runs of earlier versions do not say: they searched all kinds.
+            search["connections"] = tuple(search.get("connections", CONNECTIONS))
             recipe["inherit"] = typed(InheritConfig, recipe["inherit"])
             config = typed(RunConfig, {
                 "model": stored["model"],

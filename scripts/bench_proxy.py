@@ -24,6 +24,7 @@ from moodistill.device import probe_simd
 from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.errors import UserError
 from moodistill.files import write_atomic, write_json_atomic
+from moodistill.genome import SEARCHED
 from moodistill.inherit import InheritConfig, Mode
 from moodistill.operators import DensitySampling
 from moodistill.recipe import Recipe, count_macs, make_student, student_accuracy
@@ -152,7 +153,7 @@ def main() -> int:
     records = []
     # Smallest first: what takes longest comes last.
     for genome in tqdm(genomes[::-1], desc="students", disable=None):
-        genome = canonical(layout, genome, step)
+        genome = canonical(layout, genome | layout.unsearched(SEARCHED), step)
         key = f"{layout.digest(genome)[:16]}-{arguments.steps}"
         if key not in known and not arguments.table_only:
             known[key] = study(context, other, genome, recipe, targets)

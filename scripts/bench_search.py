@@ -35,7 +35,7 @@ from moodistill.evaluation import Evaluation
 from moodistill.evolution import Operators, Search, SearchConfig, default_operators
 from moodistill.executor import SerialExecutor
 from moodistill.files import write_json_atomic
-from moodistill.genome import CONNECTIONS
+from moodistill.genome import SEARCHED
 from moodistill.inherit import InheritConfig
 from moodistill.latency import LatencyMeter
 from moodistill.objectives import DEFAULT, objective_values
@@ -44,7 +44,11 @@ from moodistill.recipe import Evaluator, Recipe, make_student, student_accuracy,
 from moodistill.store import Store
 from moodistill.task import load_task
 
-WITHOUT = {"no-blocks": "blocks", "no-merges": "merges", "no-bypasses": "bypasses"}
+CONNECTIONS = {
+    "with-blocks": ("blocks", "merges", "bypasses"),
+    "no-merges": ("bypasses",),
+    "no-bypasses": ("merges",),
+}
 
 
 class Bench:
@@ -105,6 +109,7 @@ class Bench:
             for share in np.exp(rng.uniform(np.log(0.12), np.log(0.8), 2 * self.count)):
                 genomes.append(layout.teacher())
                 sampling.draw(genomes[-1], float(share), rng)
+            genomes = [genome | layout.unsearched(SEARCHED) for genome in genomes]
         evaluator = Evaluator(self.context, recipe, meter.measure)
         repair = default_operators(layout, self.step).repair
         for genome in tqdm(repair._do(None, np.array(genomes)), desc=arm, disable=None):
@@ -122,8 +127,8 @@ class Bench:
         )
         if arm in ("plain", "no-screening"):
             config = replace(config, screen=1)
-        if arm in WITHOUT:
-            config = replace(config, connections=tuple(k for k in CONNECTIONS if k != WITHOUT[arm]))
+        if arm in CONNECTIONS:
+            config = replace(config, connections=CONNECTIONS[arm])
         operators = default_operators(layout, self.step)
         if arm == "no-inheritance":
             recipe = replace(recipe, inherit=InheritConfig(mode="slice"))

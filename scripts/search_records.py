@@ -21,7 +21,7 @@ ARMS = {
     "l1": "uniform widths by L1 norm",
     "random": "our sampling, no search",
     "plain": "pymoo's binary sampling, uniform crossover, bit flips",
-    "no-blocks": "ours without block connections",
+    "with-blocks": "ours with block connections beside merge and bypass edges",
     "no-merges": "ours without merge edges",
     "no-bypasses": "ours without bypass edges",
     "no-inheritance": "ours with plain slicing",

@@ -73,7 +73,9 @@ def make(folder, config, evaluate=recorded):
     return store, Search(LAYOUT, config, store, SerialExecutor(evaluate))
 
 
-CONFIG = SearchConfig(population=12, generations=6, seed=3, simd_step=8)
+CONFIG = SearchConfig(
+    population=12, generations=6, seed=3, simd_step=8, connections=tuple(CONNECTIONS)
+)
 
 
 def hashes(store):
