@@ -199,7 +199,10 @@ def call(cache):
 def finished(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "digits"
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder, *TINY],
+        [
+            sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder,
+            "--connections", "blocks,merges,bypasses", *TINY,
+        ],  # fmt: skip
         capture_output=True, text=True, timeout=300,
         env={**os.environ, "MOODISTILL_CACHE": str(cache)},
     )  # fmt: skip

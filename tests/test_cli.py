@@ -150,6 +150,7 @@ def test_a_stopped_run_keeps_what_was_found(call, cache, tmp_path, stop):
         (["--model", "digits", "--population", "0"], "--population is 0"),
         (["--model", "digits", "--population", "3"], "population 3"),
         (["--model", "digits", "--preset", "best"], "unknown preset"),
+        (["--model", "digits", "--connections", "merges,edges"], "'edges'"),
         ([], "which network"),
         (["--resume", "no/such/run"], "no/such/run"),
         (["--model", "digits", "--student", "s0001"], "give --resume RUN too"),
@@ -504,6 +505,8 @@ def test_resume_refuses_other_settings(finished, call):
     assert "--seed 0 -> 5" in done.stderr and "--population 6 -> 9" in done.stderr
     done = call("run", "--resume", finished, "--no-int8", "--threads", "1", code=2)
     assert "--no-int8 False -> True" in done.stderr and "--threads" not in done.stderr
+    done = call("run", "--resume", finished, "--connections", "none", code=2)
+    assert "--connections blocks,merges,bypasses -> none" in done.stderr
     assert (finished / "run.json").read_bytes() == before
 
 
