@@ -168,7 +168,7 @@ def test_resume_is_replay(tmp_path, stop):
 
 
 def test_more_generations_carry_on_a_finished_run(tmp_path):
-    store, search = make(tmp_path, SearchConfig(population=12, generations=3, seed=3))
+    store, search = make(tmp_path, replace(CONFIG, generations=3))
     with store:
         list(search.run())
         first = hashes(store)
