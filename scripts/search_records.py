@@ -98,13 +98,14 @@ def table(records: Records) -> str:
 
 
 def distilled_cell(runs: list[dict[str, Any]]) -> str:
-    """Median accuracy after the longest distillation that all runs of an arm have had."""
+    """Median accuracy after the longest distillation that runs of an arm have had."""
     done = [run.get("quarter", {}).get("distilled", {}) for run in runs]
-    common = set.intersection(*(set(one) for one in done))
-    if not common:
+    steps = max((count for one in done for count in one), key=int, default=None)
+    if steps is None:
         return "-"
-    steps = max(common, key=int)
-    return f"{np.median([one[steps] for one in done]):.1%} ({steps} steps)"
+    reached = [one[steps] for one in done if steps in one]
+    seeds = f"{len(reached)} seed" + "s" * (len(reached) > 1)
+    return f"{np.median(reached):.1%} ({steps} steps, {seeds})"
 
 
 def beaten(peer: dict[str, Any], run: dict[str, Any]) -> str:
