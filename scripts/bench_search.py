@@ -44,7 +44,8 @@ from moodistill.recipe import Evaluator, Recipe, make_student, student_accuracy,
 from moodistill.store import Store
 from moodistill.task import load_task
 
-CONNECTIONS = {
+# Arms that search other kinds of connections than the default.
+OTHER_KINDS = {
     "with-blocks": ("blocks", "merges", "bypasses"),
     "no-merges": ("bypasses",),
     "no-bypasses": ("merges",),
@@ -127,8 +128,8 @@ class Bench:
         )
         if arm in ("plain", "no-screening"):
             config = replace(config, screen=1)
-        if arm in CONNECTIONS:
-            config = replace(config, connections=CONNECTIONS[arm])
+        if arm in OTHER_KINDS:
+            config = replace(config, connections=OTHER_KINDS[arm])
         operators = default_operators(layout, self.step)
         if arm == "no-inheritance":
             recipe = replace(recipe, inherit=InheritConfig(mode="slice"))
