@@ -211,13 +211,20 @@ def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
     changed = [
         f"--{name.replace('_', '-')} {stored[name]} -> {value}"
         for name, value in given.items()
-        if stored[name] != value
+        if not _same(name, stored[name], value)
     ]
     if changed:
         raise UserError(
             f"{folder} was started with other settings ({', '.join(changed)}); leave them out, or "
             "start a new run with another --out"
         )
+
+
+def _same(name: str, stored: object, given: object) -> bool:
+    """Whether a setting is what it was; names in another order are."""
+    if name in ("objectives", "connections"):
+        return set(str(stored).split(",")) == set(str(given).split(","))
+    return stored == given
 
 
 def _check_students(

@@ -507,6 +507,9 @@ def test_resume_refuses_other_settings(finished, call):
     assert "--no-int8 False -> True" in done.stderr and "--threads" not in done.stderr
     done = call("run", "--resume", finished, "--connections", "none", code=2)
     assert "--connections blocks,merges,bypasses -> none" in done.stderr
+    options = ["--connections", "bypasses,merges,blocks", "--seed", "5"]
+    done = call("run", "--resume", finished, *options, code=2)
+    assert "--seed" in done.stderr and "--connections" not in done.stderr  # their order is nothing
     assert (finished / "run.json").read_bytes() == before
 
 
