@@ -1,12 +1,13 @@
 """Our search against pruning libraries, plain operators and itself without its ingredients.
 
 python scripts/bench_search.py --model vgg16 --evaluations 160 --seeds 3
+python scripts/bench_search.py --model vgg16 --evaluations 160 --seeds 3 --min-accuracy 0.42
 python scripts/bench_search.py --model vgg16 --table-only
 
 Every arm scores the same number of students by the same measures and keeps them in a store of its
 own: run the command again to carry on. Table and figure are made from `<out>/search-<model>.json`;
 a run that is there is not made again: delete its line and its store to do so. Torch-Pruning comes
-with `pip install -e ".[bench]"`.
+with `pip install -e ".[bench]"`. With `--min-accuracy` it is `<out>/search-<model>-limited.json`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from moodistill.files import write_json_atomic
 from moodistill.genome import SEARCHED
 from moodistill.inherit import InheritConfig
 from moodistill.latency import LatencyMeter
-from moodistill.objectives import DEFAULT, objective_values
+from moodistill.objectives import DEFAULT, Limits, objective_values
 from moodistill.operators import DensitySampling
 from moodistill.recipe import Evaluator, Recipe, make_student, student_accuracy, teacher_onnx
 from moodistill.store import Store
@@ -55,8 +56,11 @@ OTHER_KINDS = {
 class Bench:
     """What all arms share."""
 
-    def __init__(self, context: TeacherContext, folder: Path, step: int, count: int) -> None:
+    def __init__(
+        self, context: TeacherContext, folder: Path, step: int, count: int, limits: Limits
+    ) -> None:
         self.context, self.folder, self.step, self.count = context, folder, step, count
+        self.limits = limits
         self.recipe = Recipe(simd_step=step)
 
     def meter(self) -> LatencyMeter:
@@ -125,6 +129,7 @@ class Bench:
             generations=-(-self.count // population),
             seed=seed,
             simd_step=self.step,
+            limits=self.limits,
         )
         if arm in ("plain", "no-screening"):
             config = replace(config, screen=1)
@@ -156,6 +161,7 @@ class Bench:
         record: dict[str, Any] = {
             "device": device_fingerprint(),
             "evaluations": self.count,
+            "min_accuracy": self.limits.min_accuracy,
             "chance": 1.0 / len(self.context.data.labels),
             "teacher": list(reference),
             "students": points.round(6).tolist(),
@@ -200,12 +206,20 @@ def main() -> int:
         default=0,
         help="of the best student at a quarter of the latency",
     )
-    parser.add_argument("--folder", type=Path, help="of the stores (default results/bench-<model>)")
+    parser.add_argument(
+        "--min-accuracy",
+        type=float,
+        default=0.0,
+        help="a limit of the searches; run_nsga sets one of its own (vgg16 0.42)",
+    )
+    parser.add_argument("--folder", type=Path, help="of the stores (default results/bench-<name>)")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     parser.add_argument("--table-only", action="store_true", help="from the records there are")
     arguments = parser.parse_args()
     arms = arguments.arms.split(",")
-    path = arguments.out / f"search-{arguments.model}.json"
+    name = Path(arguments.model).stem + ("-limited" if arguments.min_accuracy else "")
+    arguments.folder = arguments.folder or Path("results") / f"bench-{name}"
+    path = arguments.out / f"search-{name}.json"
     records = json.loads(path.read_text()) if path.exists() else {}
     try:
         unknown = [arm for arm in arms if arm not in ARMS]
@@ -213,6 +227,12 @@ def main() -> int:
             raise UserError(f"unknown arm {unknown[0]!r}; expected some of {', '.join(ARMS)}")
         if arguments.table_only and not records:
             raise UserError(f"{path} has no records; run without --table-only")
+        for one in records.values():
+            if arguments.min_accuracy != one.get("min_accuracy", 0.0):
+                raise UserError(
+                    f"{path} has runs of --min-accuracy {one.get('min_accuracy', 0.0)}; give the "
+                    "same, or another --out and --folder"
+                )
         if not arguments.table_only:
             run(arguments, arms, records, path)
     except UserError as error:
@@ -229,9 +249,10 @@ def run(arguments: argparse.Namespace, arms: list[str], records: Records, path: 
     context = load_context(load_task(arguments.model), arguments.data_dir)
     bench = Bench(
         context,
-        arguments.folder or Path("results") / f"bench-{arguments.model}",
+        arguments.folder,
         probe_simd(None, default_cache_dir()).step,
         arguments.evaluations,
+        Limits(arguments.min_accuracy),
     )
     # Nothing is drawn in two of them: one seed says it all.
     wanted = [(arm, seed) for seed in range(arguments.seeds) for arm in arms
