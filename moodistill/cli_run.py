@@ -6,8 +6,9 @@ import argparse
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -189,7 +190,7 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
     from moodistill.layout import LayerRules
     from moodistill.objectives import DEFAULT, Limits
     from moodistill.progress import TensorBoardReporter
-    from moodistill.run import refuse_changes, resume_run, start_run
+    from moodistill.run import resume_run, start_run
     from moodistill.run_config import Budget, new_config
     from moodistill.scoring import Places
 
@@ -213,7 +214,7 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
         given = {n: getattr(arguments, n) for n in FIXED if getattr(arguments, n) is not None}
         if arguments.no_int8:
             given["no_int8"] = True
-        refuse_changes(arguments.resume, given)
+        _refuse_changes(arguments.resume, given)
         if arguments.student and (arguments.generations or arguments.finalists):
             raise UserError("--student does not search; leave out --generations and --finalists")
         budget = Budget(
@@ -274,6 +275,50 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
         return
     print(f"\nresults in {folder}; look at {folder / 'report.html'}")
     print(f"choose a student: python scripts/choose.py {shlex.quote(str(folder))} --knee")
+
+
+def _refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
+    """Refuse options of a resume that differ from what the run was started with."""
+    from moodistill.run_config import RunConfig
+    from moodistill.run_folder import read_run
+
+    config = RunConfig.from_dict(read_run(folder).get("config", {}))
+    stored = {
+        "model": config.model,
+        "seed": config.search.seed,
+        "population": config.search.population,
+        "objectives": ",".join(config.search.objectives),
+        "algorithm": config.search.algorithm,
+        "screen": config.search.screen,
+        "connections": ",".join(config.search.connections) or "none",
+        "simd_step": config.search.simd_step,
+        "threads": config.latency.threads,
+        "batch": config.latency.batch,
+        "provider": config.latency.provider,
+        "int8_max_loss": config.int8.max_loss,
+        **asdict(config.search.limits),
+        "no_int8": not config.int8.wanted,
+        "keep": list(config.rules.keep),
+        "min_width": list(config.rules.least.items()),
+        "max_width": list(config.rules.most.items()),
+    }
+    changed = [
+        f"--{name.replace('_', '-')} {stored[name]} -> {value}"
+        for name, value in given.items()
+        if not _same(name, stored[name], value)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} was started with other settings ({', '.join(changed)}); leave them out, or "
+            "start a new run with another --out"
+        )
+
+
+def _same(name: str, stored: object, given: object) -> bool:
+    """Whether a setting is what it was; names in another order are."""
+    if name in ("objectives", "connections"):
+        return set(str(stored).split(",")) == set(str(given).split(","))
+    return stored == given
 
 
 def _connections(text: str | None) -> list[str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -180,51 +180,6 @@ def _writer(folder: Path) -> Store:
     return (
         Store.create(folder) if names <= {RUN_FILE, LOCK_FILE, LAYOUT_FILE} else Store.open(folder)
     )
-
-
-def refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
-    """Refuse options of a resume that differ from what the run was started with.
-
-    Raises:
-        UserError: lists the differences.
-    """
-    config = RunConfig.from_dict(read_run(folder).get("config", {}))
-    stored = {
-        "model": config.model,
-        "seed": config.search.seed,
-        "population": config.search.population,
-        "objectives": ",".join(config.search.objectives),
-        "algorithm": config.search.algorithm,
-        "screen": config.search.screen,
-        "connections": ",".join(config.search.connections) or "none",
-        "simd_step": config.search.simd_step,
-        "threads": config.latency.threads,
-        "batch": config.latency.batch,
-        "provider": config.latency.provider,
-        "int8_max_loss": config.int8.max_loss,
-        **asdict(config.search.limits),
-        "no_int8": not config.int8.wanted,
-        "keep": list(config.rules.keep),
-        "min_width": list(config.rules.least.items()),
-        "max_width": list(config.rules.most.items()),
-    }
-    changed = [
-        f"--{name.replace('_', '-')} {stored[name]} -> {value}"
-        for name, value in given.items()
-        if not _same(name, stored[name], value)
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} was started with other settings ({', '.join(changed)}); leave them out, or "
-            "start a new run with another --out"
-        )
-
-
-def _same(name: str, stored: object, given: object) -> bool:
-    """Whether a setting is what it was; names in another order are."""
-    if name in ("objectives", "connections"):
-        return set(str(stored).split(",")) == set(str(given).split(","))
-    return stored == given
 
 
 def _check_students(

@@ -1,5 +1,6 @@
 """The benches, small: real students of the digits task, kept and carried on."""
 
+import importlib
 import json
 
 import numpy as np
@@ -7,14 +8,20 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
+def bench(monkeypatch, tmp_path, cache):
     """Runs a script's `main` with options, its results in `tmp_path`; returns its exit code."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.setenv("MOODISTILL_CACHE", str(cache))
 
     def run(module, *options):
         monkeypatch.setattr("sys.argv", [module, "--out", str(tmp_path), *map(str, options)])
-        return __import__(module).main()
+        return importlib.import_module(module).main()
 
     return run
 
@@ -48,6 +55,7 @@ def test_a_limited_bench_is_kept_apart(bench, tmp_path, capsys):
     assert search(bench, tmp_path / "limited", *limited) == 0
     (record,) = json.loads((tmp_path / "search-digits-limited.json").read_text()).values()
     assert record["min_accuracy"] == 0.5
+    assert list(json.loads((tmp_path / "search-digits.json").read_text())) == ["l1-0"]
     assert search(bench, tmp_path, "--arms", "ours", "--min-accuracy", 0.6) == 2
     assert "--min-accuracy 0.5" in capsys.readouterr().err
 
