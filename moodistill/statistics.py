@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,16 @@ from moodistill.data import ImageData
 from moodistill.errors import UserError
 from moodistill.graph import TeacherGraph
 
+FEW_PIXELS = 8000  # sampled however large the network is
+MOST_BYTES = 512 * 2**20  # of the samples of a network that is content with fewer than it asks
+
 
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Images and sampled pixels per layer of the calibration pass (training split only)."""
 
     images: int = 512
-    pixels: int = 8000
+    pixels: int = 64_000
     seed: int = 0
 
 
@@ -31,12 +34,28 @@ class TeacherSamples:
     Attributes:
         images: `(n, C, H, W)` normalised calibration images.
         inputs: for every layer, `(pixels, channels)` sampled inputs (before a flatten).
-        config: how they were drawn.
+        config: how they were drawn; with fewer pixels than asked where a network is large.
     """
 
     images: torch.Tensor
     inputs: dict[str, torch.Tensor]
     config: CalibrationConfig
+
+
+def affordable(graph: TeacherGraph, config: CalibrationConfig) -> CalibrationConfig:
+    """The configuration with `pixels` halved until the samples of all layers fit in `MOST_BYTES`.
+
+    Never below `FEW_PIXELS`.
+    """
+    forms = [graph.step(layer.inputs[0]).form for layer in graph.layers]
+
+    def size(pixels: int) -> int:
+        return 4 * sum(min(pixels, config.images * f.area) * f.channels for f in forms)
+
+    pixels = config.pixels
+    while size(pixels) > MOST_BYTES and pixels > FEW_PIXELS:
+        pixels = max(pixels // 2, FEW_PIXELS)
+    return replace(config, pixels=pixels)
 
 
 def sample_positions(count: int, area: int, config: CalibrationConfig) -> torch.Tensor:
@@ -79,6 +98,7 @@ def collect_samples(
 
     The cache file is keyed by teacher, data and configuration; a damaged one is made again.
     """
+    config = affordable(graph, config)
     images = data.calibration(config.images)
     key = hashlib.sha256(f"{teacher_digest} {data.digest} {config}".encode()).hexdigest()[:16]
     path = cache_dir / f"samples-{key}.safetensors" if cache_dir else None

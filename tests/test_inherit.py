@@ -1,11 +1,14 @@
 """Closed-form inheritance: it solves what it says, and it helps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import random_genome
 from torch import nn
 
+from moodistill import statistics
 from moodistill.genome import GenomeLayout, Group
 from moodistill.graph import trace
 from moodistill.inherit import InheritConfig, estimate_inputs, inherit
@@ -303,6 +306,21 @@ def test_grouped_convolutions_are_solved(digits, mode):
     assert sliced.groups == 4
     solved = inherited(digits, genome, mode=mode).module.get_submodule("conv4.0")
     assert (solved.weight - sliced.weight).abs().max() > 1e-3
+
+
+def test_a_large_network_gets_fewer_pixels_but_never_too_few(digits, monkeypatch):
+    """The limit counts what is stored: pixels of every layer's input, times its channels."""
+    wanted = CalibrationConfig(images=64, pixels=4096)
+    stored = collect_samples(digits.graph, digits.data, wanted, None, "").inputs.values()
+    size = sum(values.numel() * values.element_size() for values in stored)
+    monkeypatch.setattr(statistics, "FEW_PIXELS", 1500)
+    for limit, pixels in ((size, 4096), (size - 1, 2048), (0, 1500)):
+        monkeypatch.setattr(statistics, "MOST_BYTES", limit)
+        samples = collect_samples(digits.graph, digits.data, wanted, None, "")
+        assert samples.config.pixels == pixels
+        assert max(len(values) for values in samples.inputs.values()) == pixels
+    few = replace(wanted, pixels=1000)
+    assert statistics.affordable(digits.graph, few) == few
 
 
 def test_batch_statistics_are_those_of_the_calibration_images(digits):
