@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moodistill.api import (
         Int8Config,
         LatencyConfig,
+        LayerRules,
         Limits,
         Run,
         RunStudent,

@@ -13,11 +13,12 @@ from __future__ import annotations
 import copy
 import html
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx, nn
 
 from moodistill import choose, front
@@ -26,11 +27,10 @@ from moodistill.data import ImageData, Metric, Split, fraction_right
 from moodistill.device import check_provider, probe_simd
 from moodistill.errors import UserError
 from moodistill.front import FrontRow
-from moodistill.genome import SEARCHED
 from moodistill.int8 import SUFFIX, Int8Config
 from moodistill.latency import LatencyConfig
 from moodistill.layout import LayerRules
-from moodistill.objectives import DEFAULT, Limits
+from moodistill.objectives import Limits
 from moodistill.own_data import from_datasets, from_splits
 from moodistill.progress import Mode, make_reporter
 from moodistill.run import resume_run, start_run
@@ -40,7 +40,7 @@ from moodistill.scoring import Places
 from moodistill.ship import ShipOptions
 from moodistill.shipping import export_student, rebuild_student
 from moodistill.task import Task, load_task
-from moodistill.teachers import save_atomic
+from moodistill.teachers import read_state, save_atomic
 
 TEACHER_FILE = "teacher.safetensors"
 
@@ -170,10 +170,13 @@ def search(
     generations: int | None = None,
     finalists: int | None = None,
     distill_steps: int | None = None,
-    population: int = 32,
-    seed: int = 0,
-    objectives: Sequence[str] = DEFAULT,
-    connections: Sequence[str] = SEARCHED,
+    population: int | None = None,
+    seed: int | None = None,
+    objectives: Sequence[str] | None = None,
+    algorithm: str | None = None,
+    screen: int | None = None,
+    connections: Sequence[str] | None = None,
+    simd_step: int | None = None,
     limits: Limits | None = None,
     latency: LatencyConfig | None = None,
     int8: Int8Config | None = None,
@@ -186,9 +189,11 @@ def search(
         teacher: a trained network, traceable by `torch.fx`; it is not changed.
         train, validation, test: map-style datasets of `(picture, label)` (see
             `own_data.from_datasets`), or pairs of a uint8 array `(N, H, W, C)` and labels `(N,)`.
-            `train` calibrates and distils, `validation` scores and chooses, `test` is touched once
-            (None takes half of `validation` for it).
-        out: the run's folder.
+            `train` calibrates and distils, `validation` scores and chooses, `test` chooses
+            nothing (None takes half of `validation` for it).
+        out: the run's folder. The teacher's weights are kept beside it, in
+            `<out>.teacher.safetensors`. Of a run that it holds already only the budget may change
+            (`preset` and the next three).
         labels: names of the classes.
         mean, std: of each channel of pixels in [0, 1], as the teacher was trained with; None
             measures them on `train`.
@@ -197,10 +202,14 @@ def search(
         preset: `quick` (the default of a new run), `standard` or `thorough`; the next three replace
             its numbers.
         generations, finalists, distill_steps: of the search and of its finalists.
-        population: students a generation.
-        seed: of the search.
-        objectives: `accuracy` and some of `parameters`, `latency`, `macs`, `size`, `memory`.
-        connections: kinds that are searched, of `blocks`, `merges` and `bypasses`.
+        population: students a generation (32).
+        seed: of the search (0).
+        objectives: `accuracy` and some of `parameters`, `latency`, `macs`, `size`, `memory` (the
+            first three).
+        algorithm: `nsga2` (default), `nsga3` or `sms`.
+        screen: offspring bred for each one scored (24; 1: no screening).
+        connections: kinds that are searched, of `blocks`, `merges` and `bypasses` (the last two).
+        simd_step: channels per SIMD block; None probes this device.
         limits: hard ones.
         latency: threads, batch and execution provider.
         int8: whether and when finalists get an INT8 twin.
@@ -208,7 +217,8 @@ def search(
         progress: `auto`, `plain`, `json` or `quiet`.
 
     Raises:
-        UserError: if the network, the data or a setting cannot be used; one line says why.
+        UserError: if the network, the data or a setting cannot be used, or `out` holds a run of
+            others; one line says why.
     """
     data = _image_data(train, validation, test, labels, mean, std, metric)
     folder = Path(out)
@@ -218,9 +228,17 @@ def search(
         build=_copies_of(teacher),
         load_data=lambda _: data,
         weights=weights,
+        train=None,
     )
     reporter = make_reporter(progress)
+    given = {
+        "population": population, "seed": seed, "objectives": objectives, "algorithm": algorithm,
+        "screen": screen, "connections": connections, "simd_step": simd_step, "limits": limits,
+        "latency": latency, "int8": int8, "rules": rules,
+    }  # fmt: skip
     if (folder / RUN_FILE).is_file():
+        _refuse_changes(folder, given)
+        _refuse_another(teacher, weights)
         budget = Budget(preset, generations, finalists, distill_steps)
         resume_run(folder, budget, Places(), reporter, task)
         return Run(folder, task)
@@ -229,7 +247,7 @@ def search(
     check_provider(latency.provider)
     config = new_config(
         task.name,
-        probe_simd(latency, default_cache_dir()).step,
+        simd_step or probe_simd(latency, default_cache_dir()).step,
         preset=preset,
         generations=generations,
         finalists=finalists,
@@ -237,6 +255,8 @@ def search(
         population=population,
         seed=seed,
         objectives=objectives,
+        algorithm=algorithm,
+        screen=screen,
         connections=connections,
         limits=limits,
         latency=latency,
@@ -245,6 +265,36 @@ def search(
     )
     start_run(config, folder, Places(), reporter, task)
     return Run(folder, task)
+
+
+def _refuse_changes(folder: Path, given: Mapping[str, Any]) -> None:
+    """Refuse settings that differ from those that the run in `folder` was started with."""
+    config = RunConfig.from_dict(read_run(folder).get("config", {}))
+    for name, wanted in given.items():
+        kept = getattr(config if name in ("latency", "int8", "rules") else config.search, name)
+        if wanted is None:
+            continue
+        if name == "limits" and wanted.min_accuracy is None:
+            kept = replace(kept, min_accuracy=None)
+        ordered = name not in ("objectives", "connections")
+        if (kept != wanted) if ordered else (set(kept) != set(wanted)):
+            raise UserError(
+                f"{folder} was started with {name} {kept}, not {wanted}; leave it out, or give "
+                "another out"
+            )
+
+
+def _refuse_another(teacher: nn.Module, weights: Path) -> None:
+    """Refuse a teacher with other weights than those in the file of a run that is carried on."""
+    if not weights.is_file():
+        return  # what reads it says so
+    kept, given = read_state(weights), teacher.state_dict()
+    same = kept.keys() == given.keys() and all(torch.equal(kept[k], given[k].cpu()) for k in kept)
+    if not same:
+        raise UserError(
+            f"the teacher has other weights than {weights}, with which the run was started; give "
+            "those, or another out"
+        )
 
 
 def open_run(folder: str | Path, task: Task | None = None) -> Run:

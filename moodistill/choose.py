@@ -125,6 +125,9 @@ def knee(rows: Sequence[FrontRow], constraints: Constraints | None = None) -> Ch
     best in two objectives, the line through the two remaining extremes replaces the plane. If no
     student lies on the ideal's side (one or two students, or a front without a bend), it is the one
     nearest to the ideal, with the error counted as much as parameters and latency together.
+
+    Raises:
+        UserError: if none keeps the constraints; says how close the best comes.
     """
     constraints = constraints or Constraints()
     fitting = _fitting(rows, constraints)
@@ -144,6 +147,10 @@ def weighted(
         rows: the front.
         weights: of `accuracy`, `params` and `latency`; those left out are 0.
         constraints: only finalists that keep them take part (and set the scale).
+
+    Raises:
+        UserError: if a weight is none of these or no number >= 0, all are 0, or no finalist keeps
+            the constraints.
     """
     expected = f"expected {', '.join(WEIGHTS)} with numbers >= 0, one of them positive"
     for name, weight in weights.items():

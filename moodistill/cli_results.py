@@ -58,7 +58,7 @@ def choose_command(arguments: argparse.Namespace) -> None:
     print(f"against the teacher: {choice.gives_up}")
     print(f"structure: {choice.student.summary}")
     print(
-        f"export it: python scripts/export_onnx.py {shlex.quote(str(arguments.run))} "
+        f"export it: moodistill export {shlex.quote(str(arguments.run))} "
         f"{choice.student.student} "
         f"--out {choice.student.student}"
     )

@@ -103,8 +103,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         help="kinds that are searched: blocks, merges, bypasses (default the last two), or none",
     )  # fmt: skip
     parser.add_argument(
-        "--min-accuracy", type=number, help="hard limit, a fraction, before distillation"
-    )
+        "--min-accuracy", type=number,
+        help="hard limit, a fraction, before distillation "
+        "(default: two fifths of the way from chance to the teacher)",
+    )  # fmt: skip
     for name, what in LIMITS.items():
         option = "--" + name.replace("_", "-")
         names = [option, "--max-params"] if name == "max_parameters" else [option]
@@ -188,7 +190,7 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
     from moodistill.device import check_provider, probe_simd
     from moodistill.int8 import SUFFIX, Int8Config
     from moodistill.layout import LayerRules
-    from moodistill.objectives import DEFAULT, Limits
+    from moodistill.objectives import Limits
     from moodistill.progress import TensorBoardReporter
     from moodistill.run import resume_run, start_run
     from moodistill.run_config import Budget, new_config
@@ -251,12 +253,12 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
             distill_steps=arguments.distill_steps,
             population=arguments.population,
             seed=arguments.seed,
-            objectives=arguments.objectives.split(",") if arguments.objectives else DEFAULT,
+            objectives=arguments.objectives.split(",") if arguments.objectives else None,
             algorithm=arguments.algorithm,
             screen=arguments.screen,
             connections=_connections(arguments.connections),
             limits=Limits(
-                arguments.min_accuracy or 0.0, **{name: getattr(arguments, name) for name in LIMITS}
+                arguments.min_accuracy, **{name: getattr(arguments, name) for name in LIMITS}
             ),
             latency=latency,
             int8=Int8Config(not arguments.no_int8, 0.01 if loss is None else loss),
@@ -274,7 +276,7 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
         print(json.dumps({"event": "finished", "run": str(folder)}))
         return
     print(f"\nresults in {folder}; look at {folder / 'report.html'}")
-    print(f"choose a student: python scripts/choose.py {shlex.quote(str(folder))} --knee")
+    print(f"choose a student: moodistill choose {shlex.quote(str(folder))} --knee")
 
 
 def _refuse_changes(folder: Path, given: Mapping[str, object]) -> None:

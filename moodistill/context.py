@@ -55,10 +55,8 @@ def load_context(
     """
     path = weights or task.weights
     if not path.is_file():
-        raise UserError(
-            f"teacher weights {path} do not exist; train them with: "
-            f"python scripts/train_teacher.py --model {task.name}"
-        )
+        advice = f"; train them with: moodistill teacher --model {task.name}"
+        raise UserError(f"teacher weights {path} do not exist" + (advice if task.train else ""))
     teacher = load_weights(task.build(), path)
     data = task.load_data(data_dir)
     graph = trace(teacher, data.input_shape)

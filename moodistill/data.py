@@ -1,7 +1,7 @@
 """Image data held in memory: CIFAR-10 and scikit-learn's digits, with fixed splits.
 
 Splits (documented in docs/method.md): the teacher trains on `train`, the search scores students on
-`validation`, and `test` is touched once, for finalists.
+`validation`, and `test` chooses nothing: finalists are tested when they are done.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -165,7 +166,7 @@ def load_cifar10(data_dir: Path | None = None, download: bool = True) -> ImageDa
         raise UserError(
             f"CIFAR-10 is not in {data_dir}: expected cifar10.npz or cifar-10-batches-py there; "
             "name its folder with --data-dir, or try the offline example: "
-            "python scripts/run_nsga.py --model digits"
+            "moodistill run --model digits"
         )
     images, labels = arrays["train_images"], arrays["train_labels"].astype(np.int64)
     cut = CIFAR10_TRAIN_COUNT
@@ -218,7 +219,7 @@ def _fetch_cifar10(data_dir: Path) -> dict[str, np.ndarray]:
     ]
     failures = [f"the folder {data_dir} (not there)"]
     for name, fetch in ways:
-        print(f"CIFAR-10: trying {name} ...", flush=True)
+        print(f"CIFAR-10: trying {name} ...", file=sys.stderr, flush=True)
         try:
             return fetch()
         except Exception as error:
@@ -227,7 +228,7 @@ def _fetch_cifar10(data_dir: Path) -> dict[str, np.ndarray]:
     raise UserError(
         "CIFAR-10 could not be had; tried " + ", ".join(failures) + ". Put cifar10.npz or "
         "cifar-10-batches-py into a folder and name it with --data-dir, or work offline with: "
-        "python scripts/run_nsga.py --model digits"
+        "moodistill run --model digits"
     )
 
 

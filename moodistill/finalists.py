@@ -1,4 +1,4 @@
-"""Finalists: distilled for a real budget, confirmed on latency, tested once, exported."""
+"""Finalists: distilled for a real budget, confirmed on latency, tested, exported."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def finish(
     targets: SoftTargets,
     report: Callable[[int, float], None] | None = None,
 ) -> Finalist:
-    """Distil one student, save it, export it with the parity check and test it once.
+    """Distil one student, save it, export it with the parity check and test it.
 
     Distilled weights that are worse on the validation images than the inherited ones, or than those
     of an earlier distillation in `folder`, are dropped. A result that is there for the same budget

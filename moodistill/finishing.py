@@ -164,7 +164,7 @@ def _judge(
     context: TeacherContext,
     reporter: Reporter,
 ) -> None:
-    """Keep an INT8 twin that is faster, with its test accuracy taken once; refuse the others.
+    """Keep an INT8 twin that is faster, with its test accuracy; refuse the others.
 
     Who passed once stays unless it is plainly slower now.
     """

@@ -34,7 +34,8 @@ class FrontRow:
         test_accuracy: None unless a finalist or the teacher.
         latency_ms, latency_ms_low, latency_ms_high: median and its 95% interval, measured again
             after the search.
-        teacher_latency_ms: of the teacher in the same measurement.
+        teacher_latency_ms: of the teacher as calibrated when the run began; every latency is its
+            ratio to the teacher's in the same rounds, times this.
         onnx: path relative to the run folder, empty if not exported.
         precision: `fp32` or `int8`.
         search_latency_ms: what the search saw; None for an INT8 student.

@@ -63,10 +63,11 @@ class Limits:
     """Hard limits of a search; a student beyond one is infeasible. None is no limit.
 
     Attributes:
-        min_accuracy: a fraction, on the search's images, before distillation.
+        min_accuracy: a fraction, on the search's images, before distillation; a run that starts
+            with None takes two fifths of the way from chance to the teacher.
     """
 
-    min_accuracy: float = 0.0
+    min_accuracy: float | None = None
     max_parameters: float | None = None
     max_latency_ms: float | None = None
     max_macs: float | None = None
@@ -75,7 +76,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         """Refuse limits that no network keeps."""
-        if not 0 <= self.min_accuracy < 1:
+        if self.min_accuracy is not None and not 0 <= self.min_accuracy < 1:
             raise UserError(
                 f"min_accuracy is {self.min_accuracy:g}; expected a fraction: 0.85 means 85%"
             )
@@ -92,11 +93,11 @@ class Limits:
         if one.failure is not None or one.latency is None:
             return (1.0,) * (1 + len(limits))
         beyond = [MEASURES[name](one) / limit - 1.0 for name, limit in limits.items()]
-        return (self.min_accuracy - one.accuracy, *beyond)
+        return ((self.min_accuracy or 0.0) - one.accuracy, *beyond)
 
     def most(self, names: Sequence[str]) -> tuple[float, ...]:
         """The largest value that is allowed of each objective; infinity where there is no limit."""
-        limits = {"accuracy": 1.0 - self.min_accuracy, **self._costs()}
+        limits = {"accuracy": 1.0 - (self.min_accuracy or 0.0), **self._costs()}
         return tuple(limits.get(name, math.inf) for name in names)
 
     def _costs(self) -> dict[str, float]:

@@ -151,8 +151,8 @@ structure: {manifest["structure"]}
 ({latency["low_ms"]:.3f}-{latency["high_ms"]:.3f}{p90}) | {latency["teacher_ms"]:.3f} ms |
 
 {manifest["parameters"]:,} parameters, {manifest["macs"]:,} multiply-accumulates,
-{manifest["size_bytes"]:,} bytes. Intervals are 95%. Validation images chose the student; the test
-images were looked at once. Latency: ONNX Runtime {device["onnxruntime"]}, {device["provider"]},
+{manifest["size_bytes"]:,} bytes. Intervals are 95%. Validation images chose the student, the
+test images chose nothing. Latency: ONNX Runtime {device["onnxruntime"]}, {device["provider"]},
 {device["threads"]} thread(s), batch {device["batch"]}, on {device["cpu"]},
 {latency["timings"]} timings beside the teacher. On another device it is another number.
 

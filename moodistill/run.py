@@ -72,8 +72,9 @@ def start_run(
     context = _context(task, config, places)
     floor = _least_accuracy(context, config)
     limits = config.search.limits
-    limits = replace(limits, min_accuracy=max(floor, limits.min_accuracy))
-    config = replace(config, search=replace(config.search, limits=limits))
+    if limits.min_accuracy is None:
+        limits = replace(limits, min_accuracy=floor)
+        config = replace(config, search=replace(config.search, limits=limits))
     folder = new_run_folder(out)
     with make_meter(context, config, None, cluster) as meter:
         write_run(
@@ -253,6 +254,9 @@ def _execute(
         f"{config.finalists} finalists and {minutes['front']} for the front on this machine",
         estimated_seconds={name: round(value) for name, value in seconds.items()},
     )
+    floor = config.search.limits.min_accuracy
+    if floor and not students:
+        reporter.say(f"students below {floor:.4f} of the search's images are out (--min-accuracy)")
     whole = context.graph.uncut()
     if whole:
         reporter.say(f"left whole: {'; '.join(f'{name} ({why})' for name, why in whole.items())}")
@@ -343,7 +347,7 @@ def _search(search: Search, config: RunConfig, reporter: Reporter) -> None:
             if failure:
                 facts["last failure"] = failure
             stage.update(progress.evaluated, **facts)
-            floor = config.search.limits.min_accuracy
+            floor = config.search.limits.min_accuracy or 0.0
             if progress.evaluated == 1 and progress.last.accuracy < floor:
                 raise UserError(
                     f"the teacher itself reaches {progress.last.accuracy:.4f} on the validation "

@@ -25,7 +25,7 @@ def load(path, shape):
             from PIL import Image
         except ImportError:
             sys.exit(f"error: {path}: install Pillow to read pictures, or give a .npy array")
-        picture = Image.open(path).convert("RGB" if channels == 3 else "L")
+        picture = Image.open(path).convert({3: "RGB", 4: "RGBA"}.get(channels, "L"))
         pixels = np.asarray(picture.resize((width, height), Image.BILINEAR), np.uint8)
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]

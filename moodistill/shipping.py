@@ -68,7 +68,8 @@ def rebuild_student(
         weights: the teacher's, where they are not the task's own.
 
     Raises:
-        UserError: if there is no such student, or the teacher is not that of the run.
+        UserError: if there is no such student, its distilled weights are gone, or the teacher is
+            not that of the run.
     """
     name = name.removesuffix(SUFFIX)
     evaluation = _evaluation(run, name)
@@ -76,6 +77,13 @@ def rebuild_student(
     if path.exists():
         data = task.load_data(data_dir)
         return Rebuilt(load_student(path, task.build(), data.input_shape)[0], evaluation, data)
+    if any(row.student == name and row.stage == "distilled" for row in read_front(run)):
+        # Inherited weights would go under the accuracy of the distilled ones.
+        there = (path.parent / MODEL).is_file()
+        raise UserError(
+            f"{path} is missing, and with it the distilled weights of {name}: restore it"
+            + (f", or take {path.parent}, which is a shipped folder of them" if there else "")
+        )
     stored = read_run(run)
     config = RunConfig.from_dict(stored.get("config", {}))
     context = load_context(

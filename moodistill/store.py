@@ -68,7 +68,7 @@ class Generation:
     """One finished generation.
 
     Attributes:
-        number: counted from 0 or 1, as the search does.
+        number: counted from 1.
         offspring_hash: digest of the offspring's genome hashes, in order.
         seconds: wall time of the generation when it was first run.
         front_size: students that no other student dominates.

@@ -40,14 +40,14 @@ class Task:
         build: the untrained teacher, traceable by `torch.fx`.
         load_data: from a data folder (or None for the default one) to the data in memory.
         weights: the trained teacher's safetensors file.
-        train: how `scripts/train_teacher.py` trains it.
+        train: how `scripts/train_teacher.py` trains it; None if it cannot.
     """
 
     name: str
     build: Callable[[], nn.Module]
     load_data: Callable[[Path | None], ImageData]
     weights: Path
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig | None = TrainConfig()
 
 
 def available_tasks() -> list[str]:
@@ -105,7 +105,8 @@ def load_task(name: str, own: OwnTask | None = None) -> Task:
         if name not in names:
             raise UserError(
                 f"unknown model {name!r}; expected one of {', '.join(names)}, "
-                "or the path of a problem file ending in .py"
+                "or the path of a problem file ending in .py (a run made by moodistill.search is "
+                "opened from Python)"
             )
         module = importlib.import_module(f"problems.{name}")
     task = getattr(module, "TASK", None)
@@ -167,4 +168,5 @@ def _own_task(name: str, own: OwnTask) -> Task:
             Path(own.data), own.size, own.channels, own.mean, own.std
         ),
         weights=Path(own.weights),
+        train=None,
     )

@@ -105,14 +105,16 @@ def accuracy(model: nn.Module, data: ImageData, split: Split, batch: int = 500) 
 
 
 def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -> dict:
-    """Train `task`'s teacher, resuming from `<out>.checkpoint`, and write weights and a report.
+    """Train `task`'s teacher, resuming from `out`'s `.checkpoint`, and write weights and a report.
 
     Returns the report that is also written beside the weights as JSON.
 
     Raises:
-        UserError: if the checkpoint belongs to another configuration.
+        UserError: if the checkpoint belongs to another configuration, or the task has none.
     """
     config = task.train
+    if config is None:
+        raise UserError(f"{task.name} does not say how it is trained: its TASK has train=None")
     torch.manual_seed(config.seed)
     # Convolutions run up to a tenth faster on pictures whose channels lie together.
     model = task.build().to(device).to(memory_format=torch.channels_last)
@@ -171,7 +173,9 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
             model.train()
     bar.close()
     model.eval()
-    save_atomic(half_precision({k: v.cpu() for k, v in model.state_dict().items()}), out)
+    weights = half_precision({k: v.cpu() for k, v in model.state_dict().items()})
+    save_atomic(weights, out)
+    model.load_state_dict(weights, strict=False)  # the report is of the weights as written
     report = {
         "task": task.name,
         "validation_accuracy": accuracy(model, data, data.validation),

@@ -13,6 +13,7 @@ import numpy as np
 from moodistill.context import load_context, use_threads
 from moodistill.device import probe_simd
 from moodistill.errors import UserError
+from moodistill.genome import SEARCHED
 from moodistill.latency import LatencyMeter
 from moodistill.operators import DensitySampling
 from moodistill.recipe import Evaluator, Recipe, teacher_onnx
@@ -34,6 +35,7 @@ def main() -> int:
     step = probe_simd().step
     sampling = DensitySampling(context.layout, step)
     genomes = sampling._do(None, arguments.students, random_state=np.random.default_rng(0))
+    genomes |= context.layout.unsearched(SEARCHED)
     with LatencyMeter(teacher_onnx(context), context.data.input_shape) as meter:
         evaluator = Evaluator(context, Recipe(simd_step=step), meter.measure)
         done = [evaluator.evaluate(genome) for genome in genomes]

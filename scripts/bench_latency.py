@@ -17,10 +17,12 @@ from moodistill.context import default_cache_dir, load_context
 from moodistill.device import check_provider, device_fingerprint, probe_simd
 from moodistill.errors import UserError
 from moodistill.files import write_json_atomic
+from moodistill.genome import SEARCHED
 from moodistill.latency import LatencyConfig, LatencyMeter
 from moodistill.onnx_writer import to_onnx
 from moodistill.operators import DensitySampling
 from moodistill.recipe import teacher_onnx
+from moodistill.resolve import canonical
 from moodistill.student import build_student
 from moodistill.task import load_task
 
@@ -62,8 +64,10 @@ def main() -> int:
     rng = np.random.default_rng(0)
     # The first one is the teacher itself, which is the reference already.
     genomes = sampling._do(None, arguments.students + 1, random_state=rng)[1:]
+    layout = context.layout
+    genomes = [canonical(layout, g | layout.unsearched(SEARCHED), probe.step) for g in genomes]
     models = [
-        to_onnx(build_student(context.graph, context.layout, g).module, context.data.input_shape)
+        to_onnx(build_student(context.graph, layout, g).module, context.data.input_shape)
         for g in genomes
     ]
     first, seconds, meter = measure(context, models, config, None)

@@ -79,7 +79,7 @@ def test_exported_student_runs_in_onnx_runtime(finished):
 
 def test_choose_and_export(finished, call, tmp_path):
     text = call("choose", finished, "--knee").stdout
-    assert "against the teacher" in text and "export_onnx.py" in text
+    assert "against the teacher" in text and "moodistill export" in text
     chosen = json.loads(call("choose", finished, "--max-params", "1e9", "--json").stdout)
     best = max(
         (r for r in rows(finished) if r["stage"] == "distilled"), key=lambda r: float(r["accuracy"])
@@ -471,6 +471,16 @@ def test_export_of_a_searched_student(finished, call, tmp_path):
     assert manifest["accuracy"]["validation"]["images"] == 350
 
 
+def test_export_without_the_distilled_weights(finished, call, tmp_path):
+    """They are nowhere else: inherited ones under the accuracy of distilled ones were a lie."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    name = distilled(run)[0]["student"]
+    (run / "students" / name / "student.safetensors").unlink()
+    done = call("export", run, name, "--out", tmp_path / "out", code=2)
+    assert "distilled weights" in done.stderr and "is a shipped folder" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_refuses_another_teacher(finished, call, tmp_path):
     """A student that was not distilled inherits from the teacher: it must be the run's."""
     from moodistill.task import load_task
@@ -511,6 +521,21 @@ def test_resume_refuses_other_settings(finished, call):
     done = call("run", "--resume", finished, *options, code=2)
     assert "--seed" in done.stderr and "--connections" not in done.stderr  # their order is nothing
     assert (finished / "run.json").read_bytes() == before
+
+
+def test_a_least_accuracy_that_is_given_is_kept(call, tmp_path):
+    """Below the one that a run sets itself, too; and a resume takes it as it was given."""
+    folder, given = tmp_path / "run", ("--min-accuracy", "0.2")
+    tiny = ("--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2")
+    done = call("run", "--model", "digits", "--out", folder, *tiny, "--no-int8", *given)
+    assert "students below 0.2000" in done.stdout
+    stored = json.loads((folder / "run.json").read_text())
+    assert stored["config"]["search"]["limits"]["min_accuracy"] == 0.2
+    call("run", "--resume", folder, *given)
+    assert (
+        "--min-accuracy 0.2 -> 0.1"
+        in call("run", "--resume", folder, "--min-accuracy", "0.1", code=2).stderr
+    )
 
 
 def test_provider_that_is_not_installed(call, tmp_path):

@@ -297,6 +297,20 @@ def test_a_run_goes_on_and_opens_again(tmp_path, monkeypatch):
     assert opened.student(searched.student).distil(3, "quiet").row.stage == "distilled"
     with pytest.raises(UserError, match="unknown model"):
         moodistill.open_run(tmp_path / "run")
+    # What decides the result is that of the run; nothing that is given is left unheard.
+    for name, value in {
+        "seed": 1, "objectives": ("accuracy", "macs"), "limits": moodistill.Limits(max_macs=1e6),
+        "rules": moodistill.LayerRules(keep=("output",)),
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=f"started with {name}"):
+            moodistill.search(network, *splits, generations=2, **settings, **{name: value})
+    asked = dict(
+        seed=0, objectives=("accuracy", "latency", "parameters"), limits=moodistill.Limits()
+    )
+    moodistill.search(network, *splits, generations=2, **settings, **asked)
+    network.output.weight.data *= 1.5
+    with pytest.raises(UserError, match="other weights"):
+        moodistill.search(network, *splits, generations=2, **settings)
 
 
 def test_the_package_is_light_until_it_is_used():

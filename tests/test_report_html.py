@@ -155,8 +155,8 @@ def test_the_copied_command_runs(browser, finished, call, tmp_path):
     page.locator("#table button").first.click()
     page.click("#copy")
     copied = page.evaluate("navigator.clipboard.readText()")
-    program, script, run, student, option, _ = shlex.split(copied)
-    assert (program, script, option) == ("python", "scripts/export_onnx.py", "--out")
+    program, command, run, student, option, _ = shlex.split(copied)
+    assert (program, command, option) == ("moodistill", "export", "--out")
     assert student == page.input_value("#pick")
     call("export", run, student, option, tmp_path / "out")
     assert (tmp_path / "out" / "model.onnx").exists() and trouble == []
