@@ -45,7 +45,7 @@ class Finalist:
 
 
 # Distils students by name into their folders under one; each result or error as it comes.
-# The last argument hears of a name, its steps done and its loss.
+# The last argument hears of a name, its steps done and its loss; of a worker elsewhere it does not.
 Distiller = Callable[
     [Mapping[str, Evaluation], Path, Callable[[str, int, float], None]],
     Iterator[tuple[str, Finalist | Exception]],
