@@ -84,15 +84,19 @@ class Limits:
             if name != "min_accuracy" and limit is not None and not limit > 0:
                 raise UserError(f"{name} is {limit:g}; expected a positive number")
 
+    @property
+    def count(self) -> int:
+        """How many `violations` there are: accuracy's, and one for each limit of a cost."""
+        return 1 + len(self._costs())
+
     def violations(self, one: Evaluation) -> tuple[float, ...]:
         """How far a student is beyond each limit, relative to it; at most 0 where it keeps it.
 
         One that failed is beyond all of them.
         """
-        limits = self._costs()
         if one.failure is not None or one.latency is None:
-            return (1.0,) * (1 + len(limits))
-        beyond = [MEASURES[name](one) / limit - 1.0 for name, limit in limits.items()]
+            return (1.0,) * self.count
+        beyond = [MEASURES[name](one) / limit - 1.0 for name, limit in self._costs().items()]
         return ((self.min_accuracy or 0.0) - one.accuracy, *beyond)
 
     def most(self, names: Sequence[str]) -> tuple[float, ...]:

@@ -48,9 +48,8 @@ class StructuralDistillationProblem(Problem):
         self.objectives = tuple(objectives)
         self.enough = 1.0
         self.evaluate_genomes = evaluate
-        count = sum(limit is not None for limit in vars(self.limits).values())
         super().__init__(
-            n_var=length, n_obj=len(self.objectives), n_ieq_constr=count,
+            n_var=length, n_obj=len(self.objectives), n_ieq_constr=self.limits.count,
             xl=False, xu=True, vtype=bool,
         )  # fmt: skip
 

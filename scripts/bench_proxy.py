@@ -102,13 +102,17 @@ def table(records: list[dict], teacher_macs: int) -> str:
     share = [[records[i]["macs"] / teacher_macs for i in (part[0], part[-1])] for part in parts]
     head = ["scored by", "tau", *(f"{low:.1%} to {high:.1%}" for low, high in share), "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    macs = np.array([record["macs"] for record in records])
+    # Larger students end up better: what a score adds to that is what it is worth.
+    columns = {"its size alone (multiplications)": (macs, "-")}
     for name in records[0]["seconds"]:
         scores = np.array([record["scores"][name] for record in records])
+        cost = np.median([record["seconds"][name] for record in records])
+        columns[name] = (scores, f"{cost:.1f}")
+    for name, (scores, cost) in columns.items():
         taus = [kendalltau(scores, reached).statistic]
         taus += [kendalltau(scores[part], reached[part]).statistic for part in parts]
-        cost = np.median([record["seconds"][name] for record in records])
-        cells = [name, *(f"{tau:.2f}" for tau in taus), f"{cost:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([name, *(f"{tau:.2f}" for tau in taus), cost]) + " |")
     usual = list(MODES)[-1]
     apart = [abs(r["scores"][usual] - r["scores"]["other seed"]) for r in records]
     lines += [
