@@ -158,7 +158,7 @@ def new_config(
             seed=seed or defaults.seed,
             simd_step=simd_step,
             limits=limits or Limits(),
-            objectives=check_objectives(objectives or DEFAULT),
+            objectives=check_objectives(DEFAULT if objectives is None else objectives),
             algorithm=algorithm or defaults.algorithm,
             screen=defaults.screen if screen is None else screen,
             connections=defaults.connections if connections is None else tuple(connections),

@@ -191,14 +191,14 @@ def test_run_py_without_torch(digits, tmp_path, kind):
     assert done.returncode == 1 and "Pillow" in done.stderr
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_run_py_reads_pictures(tmp_path, channels, mode):
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_run_py_reads_pictures(tmp_path, channels):
     from PIL import Image
 
     from moodistill.shipped_run import load
 
     values = np.random.default_rng(0).integers(0, 256, (6, 9, channels), dtype=np.uint8)
-    Image.fromarray(values.squeeze(), mode).save(tmp_path / "picture.png")
+    Image.fromarray(values.squeeze()).save(tmp_path / "picture.png")
     found = load(tmp_path / "picture.png", (channels, 6, 9))
     assert (found == values.transpose(2, 0, 1)).all()
 
