@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import html
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from moodistill.objectives import Limits
 from moodistill.own_data import from_datasets, from_splits
 from moodistill.progress import Mode, make_reporter
 from moodistill.run import resume_run, start_run
-from moodistill.run_config import Budget, RunConfig, new_config
+from moodistill.run_config import Budget, RunConfig, flat_settings, new_config, refuse_changes
 from moodistill.run_folder import RUN_FILE, read_run
 from moodistill.scoring import Places
 from moodistill.ship import ShipOptions
@@ -210,7 +210,7 @@ def search(
         screen: offspring bred for each one scored (24; 1: no screening).
         connections: kinds that are searched, of `blocks`, `merges` and `bypasses` (the last two).
         simd_step: channels per SIMD block; None probes this device.
-        limits: hard ones.
+        limits: hard ones (None in them, of a run that is carried on: as it has them).
         latency: threads, batch and execution provider.
         int8: whether and when finalists get an INT8 twin.
         rules: layers to leave alone, and bounds of widths.
@@ -231,13 +231,14 @@ def search(
         train=None,
     )
     reporter = make_reporter(progress)
-    given = {
+    given: dict[str, Any] = {
         "population": population, "seed": seed, "objectives": objectives, "algorithm": algorithm,
         "screen": screen, "connections": connections, "simd_step": simd_step, "limits": limits,
         "latency": latency, "int8": int8, "rules": rules,
     }  # fmt: skip
     if (folder / RUN_FILE).is_file():
-        _refuse_changes(folder, given)
+        config = RunConfig.from_dict(read_run(folder).get("config", {}))
+        refuse_changes(config, flat_settings(**given), folder)
         _refuse_another(teacher, weights)
         budget = Budget(preset, generations, finalists, distill_steps)
         resume_run(folder, budget, Places(), reporter, task)
@@ -245,43 +246,17 @@ def search(
     save_atomic({k: v.clone() for k, v in teacher.state_dict().items()}, weights)
     latency = latency or LatencyConfig()
     check_provider(latency.provider)
+    given["simd_step"] = simd_step or probe_simd(latency, default_cache_dir()).step
     config = new_config(
         task.name,
-        simd_step or probe_simd(latency, default_cache_dir()).step,
         preset=preset,
         generations=generations,
         finalists=finalists,
         distill_steps=distill_steps,
-        population=population,
-        seed=seed,
-        objectives=objectives,
-        algorithm=algorithm,
-        screen=screen,
-        connections=connections,
-        limits=limits,
-        latency=latency,
-        int8=int8,
-        rules=rules,
+        **given,
     )
     start_run(config, folder, Places(), reporter, task)
     return Run(folder, task)
-
-
-def _refuse_changes(folder: Path, given: Mapping[str, Any]) -> None:
-    """Refuse settings that differ from those that the run in `folder` was started with."""
-    config = RunConfig.from_dict(read_run(folder).get("config", {}))
-    for name, wanted in given.items():
-        kept = getattr(config if name in ("latency", "int8", "rules") else config.search, name)
-        if wanted is None:
-            continue
-        if name == "limits" and wanted.min_accuracy is None:
-            kept = replace(kept, min_accuracy=None)
-        ordered = name not in ("objectives", "connections")
-        if (kept != wanted) if ordered else (set(kept) != set(wanted)):
-            raise UserError(
-                f"{folder} was started with {name} {kept}, not {wanted}; leave it out, or give "
-                "another out"
-            )
 
 
 def _refuse_another(teacher: nn.Module, weights: Path) -> None:

@@ -6,11 +6,10 @@ import argparse
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moodistill.errors import UserError
 from moodistill.latency import LatencyConfig
@@ -19,6 +18,7 @@ from moodistill.latency_worker import CPU
 if TYPE_CHECKING:
     from moodistill.cluster import Cluster
     from moodistill.progress import Reporter
+    from moodistill.scoring import Places
     from moodistill.task import OwnTask
 
 
@@ -40,13 +40,6 @@ def _places_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--torch-threads", type=int, help="threads for everything but latency")
 
 
-# What decides a run's result besides its budget: a resume cannot change it.
-FIXED = (
-    "model", "seed", "population", "objectives", "algorithm", "screen", "connections",
-    "simd_step", "threads", "batch", "provider", "int8_max_loss", "keep", "min_width", "max_width",
-    "min_accuracy", "max_latency_ms", "max_parameters", "max_macs", "max_size_bytes",
-    "max_memory_bytes",
-)  # fmt: skip
 LIMITS = {
     "max_latency_ms": "measured",
     "max_parameters": "of the student",
@@ -186,14 +179,7 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | None) -> None:
-    from moodistill.context import default_cache_dir
-    from moodistill.device import check_provider, probe_simd
-    from moodistill.int8 import SUFFIX, Int8Config
-    from moodistill.layout import LayerRules
-    from moodistill.objectives import Limits
     from moodistill.progress import TensorBoardReporter
-    from moodistill.run import resume_run, start_run
-    from moodistill.run_config import Budget, new_config
     from moodistill.scoring import Places
 
     for name in (
@@ -207,71 +193,8 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
     if arguments.tensorboard is not None:
         reporter = TensorBoardReporter(reporter, arguments.tensorboard)
     places = Places(arguments.data_dir, arguments.weights, arguments.torch_threads)
-    if arguments.resume is not None:
-        if arguments.out is not None:
-            raise UserError("--resume continues in its own folder; leave out --out")
-        for name in ("teacher", "data", "size", "channels", "mean", "std"):
-            if getattr(arguments, name, None) is not None:
-                raise UserError(f"--resume takes --{name} from its run; leave it out")
-        given = {n: getattr(arguments, n) for n in FIXED if getattr(arguments, n) is not None}
-        if arguments.no_int8:
-            given["no_int8"] = True
-        _refuse_changes(arguments.resume, given)
-        if arguments.student and (arguments.generations or arguments.finalists):
-            raise UserError("--student does not search; leave out --generations and --finalists")
-        budget = Budget(
-            arguments.preset, arguments.generations, arguments.finalists, arguments.distill_steps,
-            tuple(dict.fromkeys(s.removesuffix(SUFFIX) for s in arguments.student or ())),
-        )  # fmt: skip
-        folder = resume_run(arguments.resume, budget, places, reporter, cluster=cluster)
-    else:
-        if arguments.student:
-            raise UserError("--student takes the students of a finished run: give --resume RUN too")
-        own = _own_task(arguments)
-        model = arguments.teacher if own else arguments.model
-        if model is None:
-            raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
-        latency = LatencyConfig(
-            arguments.threads or 1, arguments.batch or 1, arguments.provider or CPU
-        )
-        remote = cluster if cluster is not None and cluster.config.latency_on else None
-        if remote is None:
-            check_provider(latency.provider)
-        if arguments.simd_step:
-            step = arguments.simd_step
-        elif remote is not None:
-            step = remote.probe_step(latency)
-        else:
-            step = probe_simd(latency, default_cache_dir()).step
-        loss = arguments.int8_max_loss
-        config = new_config(
-            model,
-            step,
-            preset=arguments.preset,
-            generations=arguments.generations,
-            finalists=arguments.finalists,
-            distill_steps=arguments.distill_steps,
-            population=arguments.population,
-            seed=arguments.seed,
-            objectives=arguments.objectives.split(",") if arguments.objectives else None,
-            algorithm=arguments.algorithm,
-            screen=arguments.screen,
-            connections=_connections(arguments.connections),
-            limits=Limits(
-                arguments.min_accuracy, **{name: getattr(arguments, name) for name in LIMITS}
-            ),
-            latency=latency,
-            int8=Int8Config(not arguments.no_int8, 0.01 if loss is None else loss),
-            rules=LayerRules(
-                tuple(arguments.keep or ()),
-                dict(arguments.min_width or ()),
-                dict(arguments.max_width or ()),
-            ),
-            own=own,
-        )
-        stem = model.rpartition(":")[2] if own else Path(model).stem
-        out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = start_run(config, out, places, reporter, cluster=cluster)
+    act = _start if arguments.resume is None else _resume
+    folder = act(arguments, places, reporter, cluster)
     if arguments.json:
         print(json.dumps({"event": "finished", "run": str(folder)}))
         return
@@ -279,52 +202,104 @@ def _run(arguments: argparse.Namespace, reporter: Reporter, cluster: Cluster | N
     print(f"choose a student: moodistill choose {shlex.quote(str(folder))} --knee")
 
 
-def _refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
-    """Refuse options of a resume that differ from what the run was started with."""
-    from moodistill.run_config import RunConfig
+def _searched(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is given of the search's settings; None is not given."""
+    plain = ("population", "seed", "algorithm", "screen", "simd_step")
+    return {
+        **{name: getattr(arguments, name) for name in plain},
+        "objectives": _names(arguments.objectives),
+        "connections": [] if arguments.connections == "none" else _names(arguments.connections),
+    }
+
+
+def _resume(
+    arguments: argparse.Namespace, places: Places, reporter: Reporter, cluster: Cluster | None
+) -> Path:
+    from moodistill.int8 import SUFFIX
+    from moodistill.run import resume_run
+    from moodistill.run_config import Budget, RunConfig, flat_settings, refuse_changes
     from moodistill.run_folder import read_run
 
-    config = RunConfig.from_dict(read_run(folder).get("config", {}))
-    stored = {
-        "model": config.model,
-        "seed": config.search.seed,
-        "population": config.search.population,
-        "objectives": ",".join(config.search.objectives),
-        "algorithm": config.search.algorithm,
-        "screen": config.search.screen,
-        "connections": ",".join(config.search.connections) or "none",
-        "simd_step": config.search.simd_step,
-        "threads": config.latency.threads,
-        "batch": config.latency.batch,
-        "provider": config.latency.provider,
-        "int8_max_loss": config.int8.max_loss,
-        **asdict(config.search.limits),
-        "no_int8": not config.int8.wanted,
-        "keep": list(config.rules.keep),
-        "min_width": list(config.rules.least.items()),
-        "max_width": list(config.rules.most.items()),
-    }
-    changed = [
-        f"--{name.replace('_', '-')} {stored[name]} -> {value}"
-        for name, value in given.items()
-        if not _same(name, stored[name], value)
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} was started with other settings ({', '.join(changed)}); leave them out, or "
-            "start a new run with another --out"
+    if arguments.out is not None:
+        raise UserError("--resume continues in its own folder; leave out --out")
+    for name in ("teacher", "data", "size", "channels", "mean", "std"):
+        if getattr(arguments, name, None) is not None:
+            raise UserError(f"--resume takes --{name} from its run; leave it out")
+    plain = ("model", "threads", "batch", "provider", "int8_max_loss", "min_accuracy", *LIMITS)
+    given = flat_settings(
+        **_searched(arguments),
+        **{name: getattr(arguments, name) for name in plain},
+        int8_twins=False if arguments.no_int8 else None,
+        keep=tuple(arguments.keep) if arguments.keep else None,
+        min_width=dict(arguments.min_width) if arguments.min_width else None,
+        max_width=dict(arguments.max_width) if arguments.max_width else None,
+    )
+    config = RunConfig.from_dict(read_run(arguments.resume).get("config", {}))
+    refuse_changes(config, given, arguments.resume)
+    if arguments.student and (arguments.generations or arguments.finalists):
+        raise UserError("--student does not search; leave out --generations and --finalists")
+    budget = Budget(
+        arguments.preset, arguments.generations, arguments.finalists, arguments.distill_steps,
+        tuple(dict.fromkeys(s.removesuffix(SUFFIX) for s in arguments.student or ())),
+    )  # fmt: skip
+    return resume_run(arguments.resume, budget, places, reporter, cluster=cluster)
+
+
+def _start(
+    arguments: argparse.Namespace, places: Places, reporter: Reporter, cluster: Cluster | None
+) -> Path:
+    from moodistill.context import default_cache_dir
+    from moodistill.device import check_provider, probe_simd
+    from moodistill.int8 import Int8Config
+    from moodistill.layout import LayerRules
+    from moodistill.objectives import Limits
+    from moodistill.run import start_run
+    from moodistill.run_config import new_config
+
+    if arguments.student:
+        raise UserError("--student takes the students of a finished run: give --resume RUN too")
+    own = _own_task(arguments)
+    model = arguments.teacher if own else arguments.model
+    if model is None:
+        raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
+    latency = LatencyConfig(arguments.threads or 1, arguments.batch or 1, arguments.provider or CPU)
+    remote = cluster if cluster is not None and cluster.config.latency_on else None
+    if remote is None:
+        check_provider(latency.provider)
+    searched = _searched(arguments)
+    if searched["simd_step"] is None:
+        searched["simd_step"] = (
+            remote.probe_step(latency)
+            if remote is not None
+            else probe_simd(latency, default_cache_dir()).step
         )
+    loss = arguments.int8_max_loss
+    config = new_config(
+        model,
+        preset=arguments.preset,
+        generations=arguments.generations,
+        finalists=arguments.finalists,
+        distill_steps=arguments.distill_steps,
+        **searched,
+        limits=Limits(
+            arguments.min_accuracy, **{name: getattr(arguments, name) for name in LIMITS}
+        ),
+        latency=latency,
+        int8=Int8Config(not arguments.no_int8, 0.01 if loss is None else loss),
+        rules=LayerRules(
+            tuple(arguments.keep or ()),
+            dict(arguments.min_width or ()),
+            dict(arguments.max_width or ()),
+        ),
+        own=own,
+    )
+    stem = model.rpartition(":")[2] if own else Path(model).stem
+    out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return start_run(config, out, places, reporter, cluster=cluster)
 
 
-def _same(name: str, stored: object, given: object) -> bool:
-    """Whether a setting is what it was; names in another order are."""
-    if name in ("objectives", "connections"):
-        return set(str(stored).split(",")) == set(str(given).split(","))
-    return stored == given
-
-
-def _connections(text: str | None) -> list[str] | None:
-    return [] if text == "none" else text.split(",") if text is not None else None
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else text.split(",")
 
 
 def _width(text: str) -> tuple[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from moodistill.distill import DistillConfig
@@ -172,6 +173,73 @@ def new_config(
         own=own,
         rules=rules or LayerRules(),
     )
+
+
+def flat_settings(
+    limits: Limits | None = None,
+    latency: LatencyConfig | None = None,
+    int8: Int8Config | None = None,
+    rules: LayerRules | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """What decides a run's result, one plain value an option; what is None is left out."""
+    named = {
+        **others,
+        **(asdict(limits) if limits else {}),
+        **(asdict(latency) if latency else {}),
+        **({"int8_twins": int8.wanted, "int8_max_loss": int8.max_loss} if int8 else {}),
+    }
+    if rules:
+        named |= {"keep": rules.keep, "min_width": rules.least, "max_width": rules.most}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def refuse_changes(config: RunConfig, given: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a resume of the run in `folder` by settings other than it was started with.
+
+    Args:
+        given: as `flat_settings` has them; what is not in it stays as it is.
+
+    Raises:
+        UserError: names each setting, with both values.
+    """
+    stored = flat_settings(
+        config.search.limits,
+        config.latency,
+        config.int8,
+        config.rules,
+        model=config.model,
+        **{name: getattr(config.search, name) for name in _SEARCH},
+    )
+    changed = [
+        f"{name} {_shown(stored.get(name))}, not {_shown(value)}"
+        for name, value in given.items()
+        if _comparable(name, stored.get(name)) != _comparable(name, value)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} was started with {'; with '.join(changed)}; leave that out, or start a new "
+            "run in another folder"
+        )
+
+
+# Fields of SearchConfig that a resume cannot change.
+_SEARCH = (
+    "population", "seed", "objectives", "algorithm", "screen", "connections", "simd_step",
+)  # fmt: skip
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """Objectives and connections are the same in any order."""
+    return set(value) if name in ("objectives", "connections") else value
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        value = [f"{name}={bound}" for name, bound in value.items()]
+    return (",".join(value) or "none") if isinstance(value, list | tuple) else str(value)
 
 
 def _rules(stored: dict[str, Any]) -> LayerRules:

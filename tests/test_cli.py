@@ -512,14 +512,18 @@ def test_a_run_that_stops_for_a_reason_says_so_in_its_record(call, tmp_path, mon
 def test_resume_refuses_other_settings(finished, call):
     before = (finished / "run.json").read_bytes()
     done = call("run", "--resume", finished, "--seed", "5", "--population", "9", code=2)
-    assert "--seed 0 -> 5" in done.stderr and "--population 6 -> 9" in done.stderr
+    assert "seed 0, not 5" in done.stderr and "population 6, not 9" in done.stderr
     done = call("run", "--resume", finished, "--no-int8", "--threads", "1", code=2)
-    assert "--no-int8 False -> True" in done.stderr and "--threads" not in done.stderr
+    assert "int8_twins True, not False" in done.stderr and "threads" not in done.stderr
     done = call("run", "--resume", finished, "--connections", "none", code=2)
-    assert "--connections blocks,merges,bypasses -> none" in done.stderr
+    assert "connections blocks,merges,bypasses, not none" in done.stderr
+    options = ["--keep", "hidden", "--min-width", "hidden=16", "--max-macs", "1e6"]
+    done = call("run", "--resume", finished, *options, code=2)
+    for difference in ("keep none, not hidden", "min_width none, not hidden=16", "max_macs none"):
+        assert difference in done.stderr
     options = ["--connections", "bypasses,merges,blocks", "--seed", "5"]
     done = call("run", "--resume", finished, *options, code=2)
-    assert "--seed" in done.stderr and "--connections" not in done.stderr  # their order is nothing
+    assert "seed" in done.stderr and "connections" not in done.stderr  # their order is nothing
     assert (finished / "run.json").read_bytes() == before
 
 
@@ -533,7 +537,7 @@ def test_a_least_accuracy_that_is_given_is_kept(call, tmp_path):
     assert stored["config"]["search"]["limits"]["min_accuracy"] == 0.2
     call("run", "--resume", folder, *given)
     assert (
-        "--min-accuracy 0.2 -> 0.1"
+        "min_accuracy 0.2, not 0.1"
         in call("run", "--resume", folder, "--min-accuracy", "0.1", code=2).stderr
     )
 

@@ -298,11 +298,18 @@ def test_a_run_goes_on_and_opens_again(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown model"):
         moodistill.open_run(tmp_path / "run")
     # What decides the result is that of the run; nothing that is given is left unheard.
-    for name, value in {
-        "seed": 1, "objectives": ("accuracy", "macs"), "limits": moodistill.Limits(max_macs=1e6),
-        "rules": moodistill.LayerRules(keep=("output",)),
-    }.items():  # fmt: skip
-        with pytest.raises(UserError, match=f"started with {name}"):
+    for name, value, said in (
+        ("seed", 1, "seed 0, not 1"),
+        (
+            "objectives",
+            ("accuracy", "macs"),
+            "objectives accuracy,parameters,latency, not accuracy",
+        ),
+        ("limits", moodistill.Limits(max_macs=1e6), "max_macs none, not 1000000.0"),
+        ("latency", moodistill.LatencyConfig(batch=2), "batch 1, not 2"),
+        ("rules", moodistill.LayerRules(keep=("output",)), "keep none, not output"),
+    ):
+        with pytest.raises(UserError, match=f"started with {said}"):
             moodistill.search(network, *splits, generations=2, **settings, **{name: value})
     asked = dict(
         seed=0, objectives=("accuracy", "latency", "parameters"), limits=moodistill.Limits()
