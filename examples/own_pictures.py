@@ -70,6 +70,7 @@ def main() -> None:
         teacher.eval(), *splits, out=arguments.out, labels=data.labels, mean=data.mean,
         std=data.std, population=16, generations=arguments.generations,
         distill_steps=arguments.distill_steps,
+        flip=False,  # a mirrored digit is none
     )  # fmt: skip
     student = run.choose(knee=True)
     print(f"\n{student.row.student}: {student.reason}")

@@ -181,6 +181,7 @@ def search(
     latency: LatencyConfig | None = None,
     int8: Int8Config | None = None,
     rules: LayerRules | None = None,
+    flip: bool | None = None,
     progress: Mode = "auto",
 ) -> Run:
     """Search for a front of smaller networks than `teacher`; carries on a run that `out` holds.
@@ -214,6 +215,7 @@ def search(
         latency: threads, batch and execution provider.
         int8: whether and when finalists get an INT8 twin.
         rules: layers to leave alone, and bounds of widths.
+        flip: whether finalists are distilled on mirrored pictures, too (yes); not for text.
         progress: `auto`, `plain`, `json` or `quiet`.
 
     Raises:
@@ -234,7 +236,7 @@ def search(
     given: dict[str, Any] = {
         "population": population, "seed": seed, "objectives": objectives, "algorithm": algorithm,
         "screen": screen, "connections": connections, "simd_step": simd_step, "limits": limits,
-        "latency": latency, "int8": int8, "rules": rules,
+        "latency": latency, "int8": int8, "rules": rules, "flip": flip,
     }  # fmt: skip
     if (folder / RUN_FILE).is_file():
         config = RunConfig.from_dict(read_run(folder).get("config", {}))

@@ -78,6 +78,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--finalists", type=int, help="instead of the preset's")
     parser.add_argument("--distill-steps", type=int, help="instead of the preset's")
     parser.add_argument(
+        "--no-flip", action="store_true",
+        help="distil on no mirrored pictures (default: as a problem's teacher was trained)",
+    )  # fmt: skip
+    parser.add_argument(
         "--student", action="append", metavar="ID",
         help="with --resume of a finished run: distil and export this one; may be repeated",
     )  # fmt: skip
@@ -230,6 +234,7 @@ def _resume(
         **_searched(arguments),
         **{name: getattr(arguments, name) for name in plain},
         int8_twins=False if arguments.no_int8 else None,
+        flip=False if arguments.no_flip else None,
         keep=tuple(arguments.keep) if arguments.keep else None,
         min_width=dict(arguments.min_width) if arguments.min_width else None,
         max_width=dict(arguments.max_width) if arguments.max_width else None,
@@ -255,6 +260,7 @@ def _start(
     from moodistill.objectives import Limits
     from moodistill.run import start_run
     from moodistill.run_config import new_config
+    from moodistill.task import load_task
 
     if arguments.student:
         raise UserError("--student takes the students of a finished run: give --resume RUN too")
@@ -262,6 +268,7 @@ def _start(
     model = arguments.teacher if own else arguments.model
     if model is None:
         raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
+    task = load_task(model, own)
     latency = LatencyConfig(arguments.threads or 1, arguments.batch or 1, arguments.provider or CPU)
     remote = cluster if cluster is not None and cluster.config.latency_on else None
     if remote is None:
@@ -291,11 +298,12 @@ def _start(
             dict(arguments.min_width or ()),
             dict(arguments.max_width or ()),
         ),
+        flip=False if arguments.no_flip else task.mirrored,
         own=own,
     )
     stem = model.rpartition(":")[2] if own else Path(model).stem
     out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return start_run(config, out, places, reporter, cluster=cluster)
+    return start_run(config, out, places, reporter, task, cluster)
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -92,7 +92,8 @@ class SoftTargets:
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images `(B, C, H, W)` and labels `(B,)` of view batch `index`; always the same."""
         rng = np.random.default_rng([self.config.seed, index])
-        chosen = rng.choice(len(self.data.train), self.config.batch_size, replace=False)
+        count, size = len(self.data.train), self.config.batch_size
+        chosen = rng.choice(count, size, replace=count < size)
         images = augment(self.data.train.images[chosen], self.config.pad, self.config.flip, rng)
         labels = torch.from_numpy(self.data.train.labels[chosen])
         return self.data.normalise(images), labels

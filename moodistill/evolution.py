@@ -238,7 +238,7 @@ class Search:
             # Only what is scored is repaired, in `_screened`.
             settings["repair"] = _Keeping(self.unsearched, NoRepair())
         self.algorithm = ALGORITHMS[config.algorithm](settings, self.problem)
-        self.surrogate = Surrogate(layout, config.seed)
+        self.surrogate = Surrogate(layout)
         self.algorithm.setup(
             self.problem, termination=("n_gen", config.generations), seed=config.seed, verbose=False
         )
@@ -287,11 +287,8 @@ class Search:
             for index, answer, from_store in self._answers(genomes, places):
                 evaluations[index] = answer
                 evaluated += 1
-                if places[index] == 1 and answer.failure is not None:
-                    raise UserError(
-                        f"the teacher itself could not be scored ({answer.failure}); "
-                        "expected a network that runs in ONNX Runtime on this machine"
-                    )
+                if places[index] == 1:
+                    self._check_teacher(answer)
                 replayed += from_store
                 failures.add(answer.failure, from_store)
                 front = _extended(front, self.problem.score([answer]))
@@ -309,6 +306,20 @@ class Search:
                     self._tell(offspring, ordered, number, digests, began, len(front), volume)
                 found = self.surrogate.correlation
                 yield Progress(number, evaluated, replayed, len(front), volume, last, answer, found)
+
+    def _check_teacher(self, answer: Evaluation) -> None:
+        """Stop a search that could find nothing: the first genome is the teacher's."""
+        if answer.failure is not None:
+            raise UserError(
+                f"the teacher itself could not be scored ({answer.failure}); "
+                "expected a network that runs in ONNX Runtime on this machine"
+            )
+        floor = self.config.limits.min_accuracy or 0.0
+        if answer.accuracy < floor:
+            raise UserError(
+                f"the teacher itself reaches {answer.accuracy:.4f} on the validation images, less "
+                f"than the {floor} asked for by --min-accuracy; give a smaller one"
+            )
 
     def _screened(
         self, offspring: Population, generation: int, reference: np.ndarray | None
@@ -351,7 +362,7 @@ class Search:
             best = self.surrogate.order(genomes, reference, most, 2 * count)
             if best is None or len(genomes) >= total:
                 return genomes, best
-            matings = min(ROUND * count, total - len(genomes)) // 2
+            matings = (min(ROUND * count, total - len(genomes)) + 1) // 2  # two children each
             pairs = rng.integers(min(count, len(best)), size=(2, matings))
             children = self.operators.crossover._do(
                 self.problem, genomes[best[pairs]], random_state=rng

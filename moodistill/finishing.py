@@ -201,7 +201,7 @@ def package_finalists(
 
 def changed_places(searched: Searched, confirmed: Mapping[str, Latency]) -> dict[str, list[str]]:
     """Ids that the second measurement put out of the front (`lost`) and into it (`gained`)."""
-    if not searched.confirmed(confirmed).students:
+    if not confirmed.keys() & searched.students.keys():
         return {"lost": [], "gained": []}
     before, after = set(searched.front()), set(exported_front(searched, confirmed))
     return {"lost": sorted(before - after), "gained": sorted(after - before)}

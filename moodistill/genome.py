@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -144,6 +144,15 @@ class GenomeLayout:
         needed |= {layer.reads[0] for layer in self.layers if len(layer.reads) == 1}
         read = {name for layer in self.layers for name in layer.reads}
         return frozenset(read - needed)
+
+    @cached_property
+    def unbounded(self) -> GenomeLayout:
+        """The same layout without bounds of widths."""
+        bounded = any(g.least is not None or g.most is not None for g in self.groups.values())
+        if not bounded:
+            return self
+        free = {n: replace(g, least=None, most=None) for n, g in self.groups.items()}
+        return GenomeLayout(free, self.nodes)
 
     def teacher(self) -> np.ndarray:
         """The genome of the teacher: all True, `(length,)`."""

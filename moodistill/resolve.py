@@ -107,8 +107,11 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
     Every Add keeps an input, every layer and every output block reads something, what nobody reads
     is dropped with what feeds only that (blocks, whole groups, layers), and widths are whole
     multiples of `step` channels (or the full width): per block in groups with missing connections,
-    else per group.
+    else per group. The teacher's own genome is resolved without bounds of widths: it is what
+    students are compared with.
     """
+    if genome.all():
+        layout = layout.unbounded
     wiring = _wire(layout, genome)
     active = [n for n in layout.layers if n.name in wiring.live and n.name not in wiring.bypassed]
     source = {n.name: wiring.groups[n.inputs[0]] for n in active}

@@ -40,11 +40,13 @@ class Searched:
         teacher: the first evaluation.
         students: name to evaluation, in order, without failed and infeasible ones.
         objectives: what the search minimised, `accuracy` first.
+        limits: hard ones, which a latency that is measured again is held to as well.
     """
 
     teacher: Evaluation
     students: dict[str, Evaluation]
     objectives: tuple[str, ...] = DEFAULT
+    limits: Limits = Limits()
 
     @staticmethod
     def read(store: Store, limits: Limits, objectives: tuple[str, ...]) -> Searched | None:
@@ -54,7 +56,7 @@ class Searched:
         if teacher is None or teacher.latency is None:
             return None
         students = {student_id(n): e for n, e in evaluations.items() if n > 0 and limits.keeps(e)}
-        return Searched(teacher, students, objectives)
+        return Searched(teacher, students, objectives, limits)
 
     def values(self) -> np.ndarray:
         """`(n, m)` objectives of the students, in order, all minimised."""
@@ -78,13 +80,19 @@ class Searched:
         return {name: one for (name, one), keep in pairs if keep}
 
     def confirmed(self, latencies: Mapping[str, Latency]) -> Searched:
-        """Only the students that were measured again, with their new latency."""
+        """Only the students that were measured again, with their new latency, within the limits."""
         students = {
             name: replace(one, latency=latencies[name])
             for name, one in self.students.items()
             if name in latencies
         }
-        return replace(self, students=students)
+        kept = {name: one for name, one in students.items() if self.limits.keeps(one)}
+        return replace(self, students=kept)
+
+    def beyond(self, latencies: Mapping[str, Latency]) -> list[str]:
+        """Students that a latency measured again has put beyond the limits."""
+        kept = self.confirmed(latencies).students
+        return [name for name in self.students if name in latencies and name not in kept]
 
     def finalists(self, folder: Path) -> dict[str, Finalist]:
         """Distilled students whose results are complete on disk, whatever their budget."""
@@ -269,8 +277,8 @@ def current_rows(folder: Path, store: Store) -> list[front.FrontRow]:
 
 def exported_front(searched: Searched, confirmed: Mapping[str, Latency]) -> dict[str, Evaluation]:
     """The front by the latencies that were measured again, or the search's own without them."""
-    again = searched.confirmed(confirmed)
-    return (again if again.students else searched).front()
+    known = confirmed.keys() & searched.students.keys()
+    return (searched.confirmed(confirmed) if known else searched).front()
 
 
 def int8_row(floating: front.FrontRow, twin: Int8Result, latency: Latency) -> front.FrontRow:

@@ -70,6 +70,12 @@ def start_run(
     use_threads(places.threads)
     task = task or load_task(config.model, config.own)
     context = _context(task, config, places)
+    if not context.layout.length:
+        whole = "; ".join(f"{name} ({why})" for name, why in context.graph.uncut().items())
+        raise UserError(
+            f"nothing of this network can be left out ({whole or 'all layers are kept'}); expected "
+            "a convolutional network with layers whose widths may change"
+        )
     floor = _least_accuracy(context, config)
     limits = config.search.limits
     if limits.min_accuracy is None:
@@ -300,6 +306,13 @@ def _execute(
         write_results(folder, store, rows, title)
         package_finalists(folder, rows, searched, context, device)
         reporter.say(report.front_table(rows))
+        finalists = searched.finalists(folder)
+        for name in searched.beyond(confirmed):
+            if name in finalists:
+                reporter.say(
+                    f"{name} takes {confirmed[name].latency_ms:.3f} ms measured again, more than "
+                    "--max-latency-ms; it is listed because it is distilled"
+                )
         changes = changed_places(searched, confirmed)
         if changes["lost"] or changes["gained"]:
             reporter.say(
@@ -317,7 +330,7 @@ def _execute(
     write_run(folder, stored)
     if searched is not None:
         write_report(folder, store, rows)
-        for name in searched.finalists(folder):
+        for name in finalists:
             genome = context.layout.unpack(searched.students[name].genome)
             structure = structure_data(context.layout, genome)
             path = folder / f"structure-{name}.png"
@@ -347,12 +360,6 @@ def _search(search: Search, config: RunConfig, reporter: Reporter) -> None:
             if failure:
                 facts["last failure"] = failure
             stage.update(progress.evaluated, **facts)
-            floor = config.search.limits.min_accuracy or 0.0
-            if progress.evaluated == 1 and progress.last.accuracy < floor:
-                raise UserError(
-                    f"the teacher itself reaches {progress.last.accuracy:.4f} on the validation "
-                    f"images, less than the {floor} asked for by --min-accuracy; give a smaller one"
-                )
             if progress.generation_done:
                 reporter.say(
                     f"generation {progress.generation}: {progress.evaluated} evaluated "

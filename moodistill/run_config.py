@@ -145,18 +145,25 @@ def new_config(
     latency: LatencyConfig | None = None,
     int8: Int8Config | None = None,
     rules: LayerRules | None = None,
+    flip: bool | None = None,
     own: OwnTask | None = None,
 ) -> RunConfig:
-    """The configuration of a new run; whatever is None has its default, or its preset's value."""
+    """The configuration of a new run; whatever is None has its default, or its preset's value.
+
+    Raises:
+        UserError: if a setting cannot be used.
+    """
+    distill = DistillConfig()
+    budget = Budget(preset, generations, finalists, distill_steps)
     settings = get_preset(preset or "quick")
     defaults = SearchConfig()
     return RunConfig(
         model=model,
         preset=preset or "quick",
         search=SearchConfig(
-            population=population or defaults.population,
-            generations=generations or settings.generations,
-            seed=seed or defaults.seed,
+            population=defaults.population if population is None else population,
+            generations=budget.generations or settings.generations,
+            seed=defaults.seed if seed is None else seed,
             simd_step=simd_step,
             limits=limits or Limits(),
             objectives=check_objectives(DEFAULT if objectives is None else objectives),
@@ -166,8 +173,12 @@ def new_config(
         ),
         recipe=Recipe(simd_step=simd_step),
         calibration=CalibrationConfig(),
-        distill=replace(DistillConfig(), steps=distill_steps or settings.distill_steps),
-        finalists=finalists or settings.finalists,
+        distill=replace(
+            distill,
+            steps=budget.distill_steps or settings.distill_steps,
+            flip=distill.flip if flip is None else flip,
+        ),
+        finalists=budget.finalists or settings.finalists,
         latency=latency or LatencyConfig(),
         int8=int8 or Int8Config(),
         own=own,
@@ -209,6 +220,7 @@ def refuse_changes(config: RunConfig, given: Mapping[str, Any], folder: Path) ->
         config.int8,
         config.rules,
         model=config.model,
+        flip=config.distill.flip,
         **{name: getattr(config.search, name) for name in _SEARCH},
     )
     changed = [
@@ -230,8 +242,10 @@ _SEARCH = (
 
 
 def _comparable(name: str, value: Any) -> Any:
-    """Objectives and connections are the same in any order."""
-    return set(value) if name in ("objectives", "connections") else value
+    """Objectives and connections are the same in any order, a list is as good as a tuple."""
+    if name in ("objectives", "connections"):
+        return set(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _shown(value: Any) -> str:

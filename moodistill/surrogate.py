@@ -128,9 +128,8 @@ class Surrogate:
             measured one; None before there is any.
     """
 
-    def __init__(self, layout: GenomeLayout, seed: int) -> None:
+    def __init__(self, layout: GenomeLayout) -> None:
         self.layout = layout
-        self.seed = seed
         self.correlation: float | None = None
         self._known: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
@@ -216,7 +215,7 @@ class Surrogate:
             self._front = known, _undominated_points(known, most, reference)
         known, points = self._front
         first = most_volume(predicted, points, most, reference)
-        if len(first) >= count:
+        if len(first) >= min(count, len(genomes)):
             return first
         known = np.vstack([known, predicted[first]])
         others = np.setdiff1d(np.arange(len(genomes)), first)

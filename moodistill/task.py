@@ -49,6 +49,11 @@ class Task:
     weights: Path
     train: TrainConfig | None = TrainConfig()
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether the teacher saw mirrored pictures; taken for granted where that is not known."""
+        return self.train is None or self.train.flip
+
 
 def available_tasks() -> list[str]:
     """Names of the modules in `problems/`."""

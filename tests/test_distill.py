@@ -100,3 +100,20 @@ def test_longer_distillations_are_warmer():
     rates = [DistillConfig(steps=steps).peak_lr for steps in (100, 1000, 8000)]
     assert rates == pytest.approx([0.01, 0.01, 0.02])
     assert [DistillConfig(steps=steps).view_count for steps in (100, 8000)] == [1000, 4000]
+
+
+def test_fewer_pictures_than_a_batch_are_enough(digits, students):
+    data = replace(digits.data, train=digits.data.train.head(5))
+    images, labels = SoftTargets(digits.graph.module, data, CONFIG, None, "").batch(0)
+    assert len(images) == len(labels) == 8
+
+
+def test_pictures_are_mirrored_only_where_it_is_wanted(digits):
+    def views(flip):
+        config = replace(CONFIG, batch_size=64, pad=0, flip=flip)
+        targets = SoftTargets(digits.graph.module, digits.data, config, None, "")
+        return {tuple(image.flatten().tolist()) for image in targets.batch(0)[0]}
+
+    train = digits.data.train
+    known = {tuple(image.flatten().tolist()) for image in digits.data.normalise(train.images)}
+    assert views(False) <= known and not views(True) <= known

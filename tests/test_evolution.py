@@ -12,7 +12,7 @@ from moodistill.executor import SerialExecutor
 from moodistill.genome import CONNECTIONS, INPUT, GenomeLayout, Group, Node
 from moodistill.objectives import Limits
 from moodistill.problem import StructuralDistillationProblem
-from moodistill.results import Searched
+from moodistill.results import Searched, exported_front
 from moodistill.store import ReplayDiverged, Store
 
 
@@ -91,6 +91,55 @@ def test_first_is_the_teacher_and_every_genome_is_new(tmp_path):
         assert np.array_equal(LAYOUT.unpack(done[0].genome), LAYOUT.teacher())
         assert len({e.genome_hash for e in done}) == 72
         assert [g.number for g in store.generations()] == [1, 2, 3, 4, 5, 6]
+
+
+class Backwards(SerialExecutor):
+    """Answers in the order of finishing, the teacher last."""
+
+    def map(self, genomes):
+        yield from list(super().map(genomes))[::-1]
+
+
+@pytest.mark.parametrize("floor", [0.9, 0.99999])
+def test_who_finishes_first_is_not_taken_for_the_teacher(tmp_path, floor):
+    store, search = make(tmp_path, replace(CONFIG, generations=2, limits=Limits(floor)))
+    search.executor = Backwards(recorded)
+    with store:
+        assert list(search.run())[-1].evaluated == 24
+
+
+def test_a_teacher_below_the_least_accuracy_is_refused(tmp_path):
+    def evaluate(genome):
+        return replace(recorded(genome), accuracy=0.5)
+
+    store, search = make(tmp_path, replace(CONFIG, limits=Limits(0.6)), evaluate)
+    search.executor = Backwards(evaluate)
+    with store, pytest.raises(UserError, match="the teacher itself reaches 0.5000"):
+        list(search.run())
+
+
+@pytest.mark.parametrize(("population", "screen"), [(9, 9), (5, 11), (9, 1)])
+def test_odd_numbers_breed(tmp_path, population, screen):
+    config = replace(CONFIG, population=population, screen=screen, generations=4)
+    store, search = make(tmp_path, config)
+    with store:
+        assert list(search.run())[-1].evaluated == 4 * population
+
+
+def test_hard_limits_hold_for_what_is_measured_again(tmp_path):
+    limits = Limits(max_latency_ms=0.3)
+    config = replace(CONFIG, limits=limits, generations=8)
+    store, search = make(tmp_path, config)
+    with store:
+        list(search.run())
+        found = Searched.read(store, limits, config.objectives)
+    slower, faster = Latency(0.31, 0.3, 0.32, 5.0), Latency(0.29, 0.28, 0.3, 5.0)
+    first, second, *_ = found.front()
+    again = {first: slower, second: faster}
+    assert list(found.confirmed(again).students) == [second] and found.beyond(again) == [first]
+    assert list(exported_front(found, again)) == [second]
+    assert exported_front(found, {first: slower}) == {}
+    assert exported_front(found, {}) == found.front()
 
 
 def test_search_improves_on_its_first_generation(tmp_path):
@@ -300,14 +349,14 @@ def test_a_student_better_than_the_teacher_is_no_better_than_it(tmp_path):
     assert best.parameters == min(one.parameters for one in students.students.values())
 
 
-@pytest.mark.parametrize("screen", [1, 8])
-def test_a_search_ends_when_every_student_was_scored(tmp_path, screen):
-    layout = chain_layout(layers=2, channels=16)
+@pytest.mark.parametrize(("layers", "screen"), [(2, 1), (2, 8), (6, 24), (7, 24)])
+def test_a_search_ends_when_every_student_was_scored(tmp_path, layers, screen):
+    layout = chain_layout(layers=layers, channels=16)
 
     def evaluate(genome):
         size = int(genome.sum())
         return Evaluation(
-            layout.digest(genome), layout.pack(genome), 0.5, size, size, 1,
+            layout.digest(genome), layout.pack(genome), size / layout.length, size, size, 1,
             Latency(float(size), 1.0, 1.0, 1.0),
         )  # fmt: skip
 

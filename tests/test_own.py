@@ -15,6 +15,7 @@ import moodistill
 from moodistill.data import load_digits
 from moodistill.errors import UserError
 from moodistill.own_data import from_datasets, load_image_folder
+from moodistill.run_config import new_config
 from moodistill.teachers import load_weights, read_state, save_atomic
 
 RNG = np.random.default_rng(0)
@@ -318,6 +319,24 @@ def test_a_run_goes_on_and_opens_again(tmp_path, monkeypatch):
     network.output.weight.data *= 1.5
     with pytest.raises(UserError, match="other weights"):
         moodistill.search(network, *splits, generations=2, **settings)
+
+
+def test_a_network_of_which_nothing_can_be_left_out_is_refused(tmp_path):
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 10),
+    )  # fmt: skip
+    digits = load_digits()
+    splits = [(s.images, s.labels) for s in (digits.train, digits.validation, digits.test)]
+    with pytest.raises(UserError, match="nothing of this network can be left out"):
+        moodistill.search(network, *splits, out=tmp_path / "run", progress="quiet")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["population", "finalists", "distill_steps", "generations"])
+def test_budgets_of_nothing_are_refused_before_anything_is_done(name):
+    with pytest.raises(UserError, match="expected"):
+        new_config("digits", 8, **{name: 0})
 
 
 def test_the_package_is_light_until_it_is_used():

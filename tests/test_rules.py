@@ -1,17 +1,22 @@
 """Layers to leave alone, and bounds of widths."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import random_genome
 
 from moodistill.errors import UserError
+from moodistill.front import read_front
 from moodistill.layout import LayerRules, build_layout
 from moodistill.layout_file import read_layout, write_layout
 from moodistill.operators import DensitySampling
 from moodistill.resolve import canonical, resolve
+from moodistill.store import Store
 from moodistill.student import build_student
 from moodistill.student_file import load_student, save_student
+from moodistill.task import load_task
 
 RULES = LayerRules(("conv3.0",), {"conv4.0": 48, "hidden": 20}, {"block1a.0": 16, "hidden": 40})
 
@@ -81,15 +86,25 @@ def test_impossible_rules_are_refused(digits, rules, words):
 def test_rules_from_the_shell(call, tmp_path):
     budget = ["--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2"]
     rules = ["--keep", "conv3.0", "--keep", "conv4.0", "--min-width", "hidden=32"]
+    rules += ["--max-width", "block2a.0=48"]
     folder = tmp_path / "run"
     call("run", "--model", "digits", "--out", folder, *budget, *rules, "--no-int8")
+    teacher, *rows = read_front(folder)
+    whole = sum(p.numel() for p in load_task("digits").build().parameters())
+    assert teacher.student == "teacher" and teacher.parameters == whole
+    assert json.loads((folder / "run.json").read_text())["config"]["distill"]["flip"] is False
+    read = read_layout(folder)
+    with Store.open(folder) as store:
+        for one in store.all()[1:]:
+            kept = resolve(read, read.unpack(one.genome), 8).kept
+            assert kept.get("block2a.0", np.ones(0)).sum() <= 48
     layout = read_layout(folder)
     assert layout.groups["conv3.0"].frozen and layout.groups["hidden"].least == 32
     student = next((folder / "students").glob("s*")).name
     call("export", folder, student, "--out", tmp_path / "out")
     call("run", "--resume", folder, "--keep", "conv3.0", "--keep", "conv4.0", "--no-int8")
     done = call("run", "--resume", folder, "--keep", "hidden", code=2)
-    assert "--keep ['conv3.0', 'conv4.0'] -> ['hidden']" in done.stderr
+    assert "keep conv3.0,conv4.0, not hidden" in done.stderr
     bad = ["--model", "digits", "--out", tmp_path / "other"]
     assert "unknown layer" in call("run", *bad, "--keep", "nothing", code=2).stderr
     with pytest.raises(SystemExit):

@@ -29,7 +29,7 @@ def students(count, seed):
 
 @pytest.fixture
 def taught():
-    surrogate = Surrogate(LAYOUT, seed=0)
+    surrogate = Surrogate(LAYOUT)
     genomes, values = students(40, seed=1)
     surrogate.learn(genomes, values, np.ones(40, bool))
     return surrogate
@@ -71,7 +71,7 @@ def test_features_hold_what_a_genome_means(network, request):
 
 
 def test_it_says_nothing_before_it_knows_enough():
-    surrogate = Surrogate(LAYOUT, seed=0)
+    surrogate = Surrogate(LAYOUT)
     genomes, values = students(8, seed=1)
     surrogate.learn(genomes, values, np.ones(8, bool))
     assert surrogate.predict(genomes) is None
@@ -94,10 +94,17 @@ def test_failed_students_teach_it_nothing(taught):
     worst = np.array([1.0, 1e12, 1e12])
     broken = np.vstack([values[:10], np.tile(worst, (10, 1))])
     taught.learn(genomes, broken, np.arange(20) < 10)
-    other = Surrogate(LAYOUT, seed=0)
+    other = Surrogate(LAYOUT)
     other.learn(*students(40, seed=1), np.ones(40, bool))
     other.learn(genomes[:10], values[:10], np.ones(10, bool))
     assert np.array_equal(taught.predict(genomes), other.predict(genomes))
+
+
+def test_few_offspring_that_all_add_something_are_put_in_order(taught):
+    genomes, values = students(120, seed=5)
+    reference, free = students(40, seed=1)[1][0], np.full(3, np.inf)
+    best = taught.order(genomes, reference, free, 120)[:1]
+    assert list(taught.order(genomes[best], reference, free, 24)) == [0]
 
 
 def test_what_it_chooses_adds_more_than_what_it_leaves(taught):
@@ -158,7 +165,7 @@ def test_students_beyond_a_limit_are_in_nobodys_way():
     free, offspring = np.full(3, np.inf), students(60, seed=2)[0]
 
     def first(allowed):
-        surrogate = Surrogate(LAYOUT, seed=0)
+        surrogate = Surrogate(LAYOUT)
         surrogate.learn(genomes, ideal, np.ones(60, bool), allowed)
         known = ideal[allowed]
         chosen = surrogate.predict(offspring)[surrogate.order(offspring, values[0], free, 1)[0]]

@@ -47,7 +47,7 @@ class MaskMutation(Mutation):
     def _mutate(self, genome: np.ndarray, rng: np.random.Generator) -> None:
         everywhere = rng.random() < 0.15
         shared = rng.normal() * self.scale
-        rate = 1.0 if everywhere else self.groups / len(self.heritable)
+        rate = 1.0 if everywhere else self.groups / max(1, len(self.heritable))
         for group in self.heritable:
             if rng.random() >= rate:
                 continue
