@@ -310,13 +310,7 @@ def _image_data(
                 "uint8 (N, H, W, C) and N labels"
             )
         splits[name] = Split(images, answers.astype(np.int64))
-    if "test" not in splits:
-        whole = splits["validation"]
-        splits["validation"] = Split(whole.images[::2], whole.labels[::2])
-        splits["test"] = Split(whole.images[1::2], whole.labels[1::2])
-    count = 1 + max(int(split.labels.max()) for split in splits.values())
-    names = labels if labels is not None else [str(i) for i in range(count)]
-    return from_splits("own", splits, names, mean, std, metric)
+    return from_splits("own", splits, labels, mean, std, metric)
 
 
 def _html_table(rows: Sequence[FrontRow]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moodistill import __version__, remote
 from moodistill.errors import UserError
-from moodistill.latency import LatencyConfig
+from moodistill.latency import LatencyConfig, LatencyError
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -197,8 +197,14 @@ class Cluster:
     def result(self, future: Future, resource: str) -> Any:
         """A task's result; refuses or waits while nobody is there to do it."""
         ((_, found),) = self.results([future], [resource])
-        if isinstance(found, Exception):
+        if isinstance(found, UserError | LatencyError):
             raise found
+        if isinstance(found, Exception):
+            lines = str(found).strip().splitlines() or [""]
+            raise LatencyError(
+                f"a worker with the resource {resource!r} failed: {type(found).__name__}: "
+                f"{lines[0][:200]}"
+            ) from found
         return found
 
     def results(
@@ -210,7 +216,7 @@ class Cluster:
             UserError: after `patience_s` without a worker of one of the resources, unless the
                 configuration says to wait.
         """
-        from distributed import wait
+        from distributed import CancelledError, wait
 
         pending = set(futures)
         gone: dict[str, float] = {}
@@ -220,6 +226,11 @@ class Cluster:
                 done = wait(pending, timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done
             except TimeoutError:
                 done = set()
+            except CancelledError as error:
+                raise UserError(
+                    "the scheduler was restarted or its connection lost; everything so far is "
+                    "kept: carry on with --resume"
+                ) from error
             pending -= done
             yield from self._gathered(done)
             if not done:

@@ -65,15 +65,20 @@ def load_context(
         graph, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
     )
     layout = build_layout(graph, samples, rules)
-    check_graph(teacher, graph, layout, data.calibration(CHECKED))
+    answers = check_graph(teacher, graph, layout, data.calibration(CHECKED))
+    if answers.shape[1] != len(data.labels):
+        raise UserError(
+            f"{type(teacher).__name__} gives {answers.shape[1]} logits, the data have "
+            f"{len(data.labels)} classes ({', '.join(data.labels)[:80]}): expected one for each"
+        )
     return TeacherContext(task, graph, samples, layout, data, digest)
 
 
 @torch.no_grad()
 def check_graph(
     teacher: nn.Module, graph: TeacherGraph, layout: GenomeLayout, images: torch.Tensor
-) -> None:
-    """Compare a network with the student of its own genome, on some images.
+) -> torch.Tensor:
+    """Compare a network with the student of its own genome, on some images; returns its logits.
 
     Tracing follows operations, not memory: what a network does by side effects (in-place work on
     views, hooks) may be lost, and would be lost in every student.
@@ -91,6 +96,7 @@ def check_graph(
             f"{apart:.2g} of the largest): expected a network without side effects, such as "
             "in-place operations on slices or views, or forward hooks"
         )
+    return expected
 
 
 def default_threads() -> int:

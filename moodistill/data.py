@@ -16,7 +16,9 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +100,19 @@ class ImageData:
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         return ((pixels.float() / 255.0 - mean) / std).contiguous()
 
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> float:
+        """The metric of logits `(n, classes)` and labels `(n,)`.
+
+        Raises:
+            UserError: if it is not a number from 0 to 1.
+        """
+        found = float(self.metric(logits, labels))
+        if not -1e-6 <= found <= 1 + 1e-6:  # nor NaN
+            raise UserError(
+                f"the metric {metric_name(self)} gives {found:g}; expected a number from 0 to 1"
+            )
+        return min(1.0, max(0.0, found))
+
     def calibration(self, count: int) -> torch.Tensor:
         """`(count, C, H, W)` normalised training images, spread evenly over the split."""
         count = min(count, len(self.train))
@@ -106,8 +121,17 @@ class ImageData:
 
 
 def metric_name(data: ImageData) -> str:
-    """Where the data's metric is defined, for a run's record."""
-    return f"{data.metric.__module__}.{getattr(data.metric, '__qualname__', data.metric)}"
+    """Where the data's metric is defined, for a run's record: the same in every process."""
+    return _callable_name(data.metric)
+
+
+def _callable_name(function: Any) -> str:
+    if isinstance(function, partial):
+        keywords = [f"{name}={value!r}" for name, value in sorted(function.keywords.items())]
+        given = ", ".join([*map(repr, function.args), *keywords])
+        return f"{_callable_name(function.func)}({given})"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def sha256_array(array: np.ndarray) -> str:

@@ -20,6 +20,7 @@ from moodistill.cached import read_cached, save_cached
 from moodistill.checkpoint import Checkpoint
 from moodistill.data import ImageData
 from moodistill.errors import UserError
+from moodistill.teachers import network_digest
 from moodistill.training import augment
 
 CHECKPOINT_SECONDS = 60.0
@@ -77,7 +78,8 @@ class SoftTargets:
         self.teacher = teacher.eval()
         self.data = data
         self.config = config
-        parts = (teacher_digest, data.digest, config.batch_size, config.pad, config.flip)
+        made_of = (teacher_digest, network_digest(teacher), data.digest)
+        parts = (*made_of, config.batch_size, config.pad, config.flip)
         self.key = hashlib.sha256(f"{parts} {config.seed}".encode()).hexdigest()[:16]
         self.path = cache_dir / f"logits-{self.key}.safetensors" if cache_dir else None
         self.logits: dict[str, torch.Tensor] = {}

@@ -90,8 +90,8 @@ class SearchConfig:
                 raise UserError(
                     f"unknown connections {kind!r}; expected some of {', '.join(CONNECTIONS)}"
                 )
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; expected a whole number of at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 4294967295")
         if self.population < 4:
             raise UserError(f"population {self.population} is too small; expected at least 4")
         if self.screen < 1:

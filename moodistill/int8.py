@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moodistill.data import ImageData
+from moodistill.errors import UserError
 from moodistill.evaluation import Latency
 from moodistill.export import Origin, ship
 from moodistill.files import write_atomic, write_json_atomic
@@ -34,6 +35,13 @@ class Int8Config:
 
     wanted: bool = True
     max_loss: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse a loss that is none."""
+        if not -1 <= self.max_loss <= 1:
+            raise UserError(
+                f"max_loss of INT8 is {self.max_loss:g}; expected a fraction: 0.01 is one point"
+            )
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ class Limits:
                 f"min_accuracy is {self.min_accuracy:g}; expected a fraction: 0.85 means 85%"
             )
         for name, limit in asdict(self).items():
-            if name != "min_accuracy" and limit is not None and not limit > 0:
-                raise UserError(f"{name} is {limit:g}; expected a positive number")
+            if name != "min_accuracy" and limit is not None and not 0 < limit < 1e15:
+                raise UserError(f"{name} is {limit:g}; expected a positive number below 1e15")
 
     @property
     def count(self) -> int:

@@ -176,7 +176,9 @@ def _export_with_torch(
     return model
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def _graphs(
+    graph: onnx.GraphProto | onnx.FunctionProto,
+) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
     """The graph and those inside its nodes."""
     yield graph
     for attribute in (a for node in graph.node for a in node.attribute):
@@ -184,14 +186,22 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
             yield from _graphs(inner)
 
 
-def model_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor that a graph stores, in attributes and inner graphs as well."""
-    for part in _graphs(graph):
-        yield from part.initializer
+def model_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a model stores: in attributes, inner graphs, functions, sparse ones too."""
+    for part in (p for whole in (model.graph, *model.functions) for p in _graphs(whole)):
+        sparse: list[onnx.SparseTensorProto] = []
+        if isinstance(part, onnx.GraphProto):
+            yield from part.initializer
+            sparse += part.sparse_initializer
         for attribute in (a for node in part.node for a in node.attribute):
             yield from attribute.tensors
+            sparse += attribute.sparse_tensors
             if attribute.HasField("t"):
                 yield attribute.t
+            if attribute.HasField("sparse_tensor"):
+                sparse.append(attribute.sparse_tensor)
+        for one in sparse:
+            yield from (one.values, one.indices)
 
 
 def _denormals(tensor: onnx.TensorProto) -> tuple[np.ndarray, np.ndarray]:
@@ -201,7 +211,7 @@ def _denormals(tensor: onnx.TensorProto) -> tuple[np.ndarray, np.ndarray]:
 
 def _finish(model: onnx.ModelProto) -> bytes:
     """The checked file, without denormal weights."""
-    floats = [t for t in model_tensors(model.graph) if t.data_type == TensorProto.FLOAT]
+    floats = [t for t in model_tensors(model) if t.data_type == TensorProto.FLOAT]
     for tensor in floats:
         values, tiny = _denormals(tensor)
         if tiny.any():

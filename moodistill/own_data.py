@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moodistill.data import ImageData, Metric, Split, fraction_right, sha256_array
 from moodistill.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -110,26 +113,36 @@ def from_datasets(
     splits = {"train": _collect(train, "train"), "validation": _collect(validation, "validation")}
     if test is not None:
         splits["test"] = _collect(test, "test")
-    else:
-        whole = splits["validation"]
-        splits["validation"] = Split(whole.images[::2], whole.labels[::2])
-        splits["test"] = Split(whole.images[1::2], whole.labels[1::2])
-    count = 1 + max(int(split.labels.max()) for split in splits.values())
-    names = list(labels) if labels is not None else [str(i) for i in range(count)]
-    if len(names) < count:
-        raise UserError(f"labels name {len(names)} classes, the data have {count}; name them all")
-    return from_splits(name, splits, names, mean, std, metric)
+    return from_splits(name, splits, labels, mean, std, metric)
 
 
 def from_splits(
     name: str,
-    splits: dict[str, Split],
-    labels: Sequence[str],
+    splits: Mapping[str, Split],
+    labels: Sequence[str] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     metric: Metric = fraction_right,
 ) -> ImageData:
-    """`ImageData` of `train`, `validation` and `test`, its statistics measured where not given."""
+    """`ImageData` of `train`, `validation` and `test`, its statistics measured where not given.
+
+    Pictures are put in a random order that is always the same: often they come class by class, and
+    a search looks at the first ones.
+
+    Args:
+        name: of the data.
+        splits: without `test` every second picture of `validation` is taken away for it.
+        labels: names of the classes; None numbers them.
+        mean, std, metric: as in `load_image_folder`.
+
+    Raises:
+        UserError: if the splits do not fit together, or there are too few names or statistics.
+    """
+    splits = {part: _shuffled(split) for part, split in splits.items()}
+    if "test" not in splits:
+        whole = splits["validation"]
+        splits["validation"] = Split(whole.images[::2], whole.labels[::2])
+        splits["test"] = Split(whole.images[1::2], whole.labels[1::2])
     images = splits["train"].images
     for part, split in splits.items():
         if len(split) == 0 or split.images.shape[1:] != images.shape[1:]:
@@ -137,9 +150,17 @@ def from_splits(
                 f"the {part} split has pictures of shape {split.images.shape}, expected "
                 f"(n, {', '.join(map(str, images.shape[1:]))}) with n > 0"
             )
-    pixels = images.reshape(-1, images.shape[-1]).astype(np.float32) / 255.0
-    mean = pixels.mean(0).round(4).tolist() if mean is None else mean
-    std = pixels.std(0).round(4).clip(1e-3).tolist() if std is None else std
+    low, high = (f(int(f(split.labels)) for split in splits.values()) for f in (min, max))
+    names = list(labels) if labels is not None else [str(i) for i in range(high + 1)]
+    if low < 0:
+        raise UserError(f"a label is {low}; expected whole numbers from 0")
+    if len(names) <= high:
+        raise UserError(
+            f"labels name {len(names)} classes, the data have {high + 1}; name them all"
+        )
+    measured = _statistics(images)
+    mean = measured[0] if mean is None else mean
+    std = measured[1] if std is None else std
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
     for what, values in (("mean", mean), ("std", std)):
         if len(values) != images.shape[-1]:
@@ -152,8 +173,33 @@ def from_splits(
     digest = hashlib.sha256(f"{''.join(parts)} {mean} {std}".encode()).hexdigest()
     return ImageData(
         name, splits["train"], splits["validation"], splits["test"],
-        mean, std, tuple(labels), digest, metric,
+        mean, std, tuple(names), digest, metric,
     )  # fmt: skip
+
+
+def _shuffled(split: Split) -> Split:
+    order = np.random.default_rng(0).permutation(len(split))
+    return Split(split.images[order], split.labels[order])
+
+
+def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 `(N, H, W, C)`, in [0, 1].
+
+    From how often each byte occurs: exact, and without a copy as floats.
+    """
+    found = []
+    values = np.arange(256) / 255.0
+    for channel in range(images.shape[-1]):
+        counts = sum(
+            np.bincount(part[..., channel].ravel(), minlength=256)
+            for part in np.array_split(images, max(1, len(images) // 1000))
+        )
+        shares = counts / np.sum(counts)
+        mean = float(shares @ values)
+        found.append(
+            (round(mean, 4), max(1e-3, round(float(shares @ (values - mean) ** 2) ** 0.5, 4)))
+        )
+    return [mean for mean, _ in found], [std for _, std in found]
 
 
 def _classes(folder: Path) -> list[str]:
@@ -189,11 +235,26 @@ def _read(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
     if mode is None:
         raise UserError(f"channels is {channels}; expected 1, 3 or 4")
     try:
-        with Image.open(path) as picture:
+        with Image.open(path) as opened:
+            picture = _eight_bits(opened, path)
             resized = picture.convert(mode).resize((size[1], size[0]), Image.Resampling.BILINEAR)
             return np.asarray(resized, np.uint8).reshape(*size, channels)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no readable picture ({error}); mend or delete it") from error
+
+
+def _eight_bits(picture: Image.Image, path: Path) -> Image.Image:
+    """Grey pictures of 16 bits as bytes: Pillow itself would make white of all above 255."""
+    from PIL import Image
+
+    if picture.mode == "F":
+        raise UserError(f"{path} has floating-point pixels; expected 8 or 16 bits: convert it")
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(f"{path} has pixels of more than 16 bits; expected 8 or 16: convert it")
+    return Image.fromarray((values / 257.0).round().astype(np.uint8))
 
 
 def _collect(dataset: Any, part: str) -> Split:

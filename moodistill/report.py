@@ -24,7 +24,7 @@ def plot_front(rows: Sequence[FrontRow], path: Path, title: str) -> None:
     """Write a PNG of accuracy against latency and against parameters, finalists marked."""
     figure = _figure(11.0, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
-    _panel(left, rows, "latency_ms", "latency at batch 1 (ms, log scale)")
+    _panel(left, rows, "latency_ms", "latency (ms, log scale)")
     _panel(right, rows, "parameters", "parameters (log scale)")
     left.set_ylabel("validation accuracy (%)")
     handles, labels = left.get_legend_handles_labels()

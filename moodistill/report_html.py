@@ -93,7 +93,8 @@ def report_data(
         "changes": run.get("changed_by_confirmation") if finished else None,
         "rejected_windows": run.get("rejected_latency_windows", 0),
         "provenance": dict(run),
-        "command": f"moodistill export {shlex.quote(str(folder))} STUDENT --out OUT",
+        # The student's id goes in between.
+        "command": [f"moodistill export {shlex.quote(str(folder))} ", " --out ", ""],
     }
 
 

@@ -304,7 +304,7 @@ def _round_widths(group: Group, kept: np.ndarray, step: int, split: bool) -> boo
     for member, count in zip(members, counts, strict=True):
         full = count == len(member)
         targets.append(count if full else min(len(member), int(count / step + 0.5) * step))
-    targets = _bounded(group, targets, [len(m) for m in members], step)
+    targets = _bounded(group, targets, counts, [len(m) for m in members], step)
     if not any(targets):
         # Something of the group must stay: the part with most channels gets one step.
         first = int(np.argmax(counts))
@@ -330,8 +330,13 @@ def _is_round(group: Group, kept: np.ndarray, step: int, split: bool) -> bool:
     return bool(total % step == 0 or total == group.block_sizes[counts > 0].sum())
 
 
-def _bounded(group: Group, targets: list[int], sizes: list[int], step: int) -> list[int]:
-    """Widths of a group's parts with their sum within the group's bounds, in whole steps."""
+def _bounded(
+    group: Group, targets: list[int], counts: list[int], sizes: list[int], step: int
+) -> list[int]:
+    """Widths of a group's parts with their sum within the group's bounds.
+
+    In whole steps where whole steps can meet the bounds.
+    """
     targets = list(targets)
     while group.most is not None and sum(targets) > group.most and max(targets) > step:
         place = int(np.argmax(targets))
@@ -342,6 +347,10 @@ def _bounded(group: Group, targets: list[int], sizes: list[int], step: int) -> l
         if room[place] == 0:
             break
         targets[place] = min(sizes[place], targets[place] + step)
+    while group.most is not None and sum(targets) > group.most:
+        # From the part that rounding has widened most, so that the same comes out once more.
+        place = max(range(len(targets)), key=lambda i: (targets[i] - counts[i], targets[i]))
+        targets[place] -= min(targets[place], sum(targets) - group.most)
     return targets
 
 

@@ -22,6 +22,7 @@ from moodistill.recipe import Recipe, inherited_accuracy, make_student, student_
 from moodistill.run_config import RunConfig
 from moodistill.run_folder import read_run
 from moodistill.store import Store
+from moodistill.teachers import network_digest
 from moodistill.typed import parse_json
 
 CONFIRMED_FILE = "confirmed.json"  # the latencies that were measured again
@@ -131,7 +132,7 @@ def measure_teacher(known: Accuracies, context: TeacherContext, cache_dir: Path)
     another metric than accuracy, which no name tells for certain.
     """
     data, teacher = context.data, context.graph.module
-    key = f"{context.teacher_digest[:16]}-{data.digest[:16]}"
+    key = f"{context.teacher_digest[:16]}-{network_digest(teacher)}-{data.digest[:16]}"
     usual = data.metric is fraction_right
     cached = Accuracies(cache_dir / f"accuracy-{key}.json") if usual else known
     for name, split in (("teacher", data.validation), ("teacher_test", data.test)):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moodistill import report
-from moodistill.confirmation import still_confirmed
+from moodistill.confirmation import SLACK, still_confirmed
 from moodistill.context import (
     TeacherContext,
     default_cache_dir,
@@ -31,18 +31,26 @@ from moodistill.progress import Reporter
 from moodistill.report_html import structure_data, write_report
 from moodistill.results import Accuracies, Searched, make_rows, write_results
 from moodistill.run_config import Budget, RunConfig
-from moodistill.run_folder import RUN_FILE, new_run_folder, read_run, versions, write_run
+from moodistill.run_folder import (
+    LOCK_FILE,
+    RUN_FILE,
+    new_run_folder,
+    read_run,
+    versions,
+    write_run,
+)
 from moodistill.scoring import (
     HERE,
     Places,
     calibration,
+    compare_devices,
     make_distiller,
     make_executor,
     make_meter,
     timing_device,
     timing_devices,
 )
-from moodistill.store import LOCK_FILE, Store
+from moodistill.store import Store
 from moodistill.surrogate import TRUSTED
 from moodistill.task import Task, load_task
 from moodistill.training import accuracy
@@ -82,7 +90,7 @@ def start_run(
         limits = replace(limits, min_accuracy=floor)
         config = replace(config, search=replace(config.search, limits=limits))
     folder = new_run_folder(out)
-    with make_meter(context, config, None, cluster) as meter:
+    with Store.create(folder) as store, make_meter(context, config, None, cluster) as meter:
         write_run(
             folder,
             {
@@ -102,12 +110,9 @@ def start_run(
             },
         )
         write_layout(folder, context.layout)
-        with Store.create(folder) as store:
-            executor = make_executor(context, config, places, meter, cluster)
-            distil = make_distiller(context, config, places, cluster)
-            _execute(
-                folder, store, config, context, meter, reporter or Reporter(), executor, distil
-            )
+        executor = make_executor(context, config, places, meter, cluster)
+        distil = make_distiller(context, config, places, cluster)
+        _execute(folder, store, config, context, meter, reporter or Reporter(), executor, distil)
     return folder
 
 
@@ -168,14 +173,18 @@ def resume_run(
                 f"{folder} has teacher_latencies_ms {str(scales)[:40]!r} in run.json, expected "
                 f"positive numbers for {', '.join(devices)}: restore run.json from a copy"
             )
-        if not budget.students:  # else the run stays as it was until they are done
-            write_run(folder, {**stored, "config": asdict(config), "status": "running"})
-        write_layout(folder, context.layout)
+        reporter = reporter or Reporter()
         with make_meter(context, config, scales, cluster) as meter:
+            note = compare_devices(folder, stored.get("devices"), timing_devices(meter, config))
+            if note:
+                reporter.say(note)
+            if not budget.students:  # else the run stays as it was until they are done
+                write_run(folder, {**stored, "config": asdict(config), "status": "running"})
+            write_layout(folder, context.layout)
             executor = make_executor(context, config, places, meter, cluster)
             distil = make_distiller(context, config, places, cluster)
             _execute(
-                folder, store, config, context, meter, reporter or Reporter(), executor, distil,
+                folder, store, config, context, meter, reporter, executor, distil,
                 budget.students,
             )  # fmt: skip
     return folder
@@ -298,9 +307,11 @@ def _execute(
     searched = Searched.read(store, config.search.limits, config.search.objectives)
     changes: dict[str, list[str]] = {}
     if searched is not None:
-        if students and not confirmed:
-            # Nothing was searched: what was measured before is still all there is to show.
-            confirmed = still_confirmed(folder, searched)
+        if not confirmed:
+            # Where the front is what it was, what was measured before is still all there is.
+            before = still_confirmed(folder, searched)
+            if students or before.keys() >= searched.near_front(SLACK).keys():
+                confirmed = before
         rows = make_rows(folder, searched, known.known, confirmed, meter.teacher_latency_ms)
         title = f"{config.model}: {len(store)} students searched, {config.preset} preset"
         write_results(folder, store, rows, title)

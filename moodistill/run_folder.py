@@ -13,6 +13,8 @@ from moodistill.files import TEMPORARY, remove_orphans, write_json_atomic
 from moodistill.typed import parse_json
 
 RUN_FILE = "run.json"
+DATABASE = "evaluations.sqlite"
+LOCK_FILE = ".lock"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -58,7 +60,9 @@ def new_run_folder(out: Path) -> Path:
 
 
 def _is_unfinished(path: Path) -> bool:
-    return path.name.startswith(f".{RUN_FILE}.") and path.name.endswith(TEMPORARY)
+    """Whether a file may lie in a folder in which no run has begun."""
+    draft = path.name.startswith(f".{RUN_FILE}.") and path.name.endswith(TEMPORARY)
+    return draft or path.name == LOCK_FILE or path.name.startswith(DATABASE)
 
 
 def versions() -> dict[str, Any]:

@@ -56,4 +56,4 @@ def outputs(
 def onnx_accuracy(model: bytes, data: ImageData, split: Split, threads: int) -> float:
     """The data's metric of an ONNX file on `split`: accuracy unless another is given."""
     found = np.concatenate(list(outputs(model, data, split, threads)))
-    return float(data.metric(found, split.labels))
+    return data.score(found, split.labels)

@@ -94,6 +94,35 @@ def timing_device(meter: Meter, config: RunConfig) -> dict[str, Any]:
     return device_fingerprint(config.latency) if isinstance(meter, LatencyMeter) else meter.device
 
 
+def compare_devices(folder: Path, before: Any, now: Mapping[str, Mapping[str, Any]]) -> str:
+    """Compare fingerprints by name with those that a run in `folder` was started on.
+
+    Returns what is to be said of a smaller difference, empty if there is none.
+
+    Raises:
+        UserError: if a processor is another: ratios of two to the teacher's time cannot be mixed.
+    """
+    notes = []
+    for name, device in now.items():
+        known = before.get(name) if isinstance(before, Mapping) else None
+        if not isinstance(known, Mapping):
+            continue
+        for part in ("cpu", "simd", "machine"):
+            if known.get(part) != device.get(part):
+                raise UserError(
+                    f"{folder} has latencies of {known.get('cpu')!r}, {name} is now "
+                    f"{device.get('cpu')!r} ({part} differs), and the two cannot be mixed: resume "
+                    "it there, or start a new run here"
+                )
+        old, new = known.get("onnxruntime"), device.get("onnxruntime")
+        if old != new:
+            notes.append(
+                f"{name} has ONNX Runtime {new}, {old} when the run was started: latencies may "
+                "differ a little"
+            )
+    return "; ".join(notes)
+
+
 def make_executor(
     context: TeacherContext,
     config: RunConfig,

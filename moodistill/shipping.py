@@ -15,6 +15,7 @@ from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.export import Origin, Parity, export_onnx
 from moodistill.files import write_atomic
+from moodistill.finalists import RESULT_FILE, Finalist, read_finalist
 from moodistill.front import FrontRow, read_front
 from moodistill.int8 import SUFFIX, judge_speed, quantise_student
 from moodistill.latency import LatencyMeter
@@ -44,11 +45,12 @@ class Exported:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A run's student made again, and what it was made with."""
+    """A run's student made again, and what it was made with; what distillation reached, if any."""
 
     student: Student
     evaluation: Evaluation
     data: ImageData
+    finalist: Finalist | None = None
 
 
 def rebuild_student(
@@ -75,8 +77,15 @@ def rebuild_student(
     evaluation = _evaluation(run, name)
     path = run / "students" / name / "student.safetensors"
     if path.exists():
+        finalist = read_finalist(path.parent)
+        if finalist is None or finalist.genome_hash != evaluation.genome_hash:
+            raise UserError(
+                f"{path.parent / RESULT_FILE} is missing or not of {name}: its distillation was "
+                f"interrupted; carry on with --resume {run}"
+            )
         data = task.load_data(data_dir)
-        return Rebuilt(load_student(path, task.build(), data.input_shape)[0], evaluation, data)
+        student = load_student(path, task.build(), data.input_shape)[0]
+        return Rebuilt(student, evaluation, data, finalist)
     if any(row.student == name and row.stage == "distilled" for row in read_front(run)):
         # Inherited weights would go under the accuracy of the distilled ones.
         there = (path.parent / MODEL).is_file()
@@ -140,6 +149,16 @@ def export_student(
     made, evaluation, data = rebuilt.student, rebuilt.evaluation, rebuilt.data
     origin = Origin(task.name, str(stored.get("teacher_digest")), evaluation.genome)
     row = rows.get(name) or _searched_row(name, evaluation, teacher)
+    if rebuilt.finalist is not None:
+        known = row
+        row = replace(
+            row,
+            stage="distilled",
+            accuracy=rebuilt.finalist.accuracy,
+            test_accuracy=rebuilt.finalist.test_accuracy,
+        )
+        if row != known:  # distilled since the table was written: so is its twin of other weights
+            rows.pop(name + SUFFIX, None)
     if row.accuracy is None:
         row = replace(row, accuracy=student_accuracy(made.module, data, data.validation))
     device = stored.get("device")

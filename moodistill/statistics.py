@@ -13,9 +13,12 @@ from moodistill.cached import read_cached, save_cached
 from moodistill.data import ImageData
 from moodistill.errors import UserError
 from moodistill.graph import TeacherGraph
+from moodistill.teachers import network_digest
 
 FEW_PIXELS = 8000  # sampled however large the network is
 MOST_BYTES = 512 * 2**20  # of the samples of a network that is content with fewer than it asks
+FEW_IMAGES = 64  # however large they are
+MOST_MAP_BYTES = 2 * 2**30  # of the largest map of all images, several of which are held at once
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,16 @@ class TeacherSamples:
 
 
 def affordable(graph: TeacherGraph, config: CalibrationConfig) -> CalibrationConfig:
-    """The configuration with `pixels` halved until the samples of all layers fit in `MOST_BYTES`.
+    """The configuration with what fits into memory: `images` and `pixels` halved as need be.
 
-    Never below `FEW_PIXELS`.
+    Until the largest map of all images takes no more than `MOST_MAP_BYTES` and the samples of all
+    layers no more than `MOST_BYTES`; never below `FEW_IMAGES` and `FEW_PIXELS`.
     """
+    largest = 4 * max(step.form.area * step.form.channels for step in graph.steps)
+    images = config.images
+    while images * largest > MOST_MAP_BYTES and images > FEW_IMAGES:
+        images = max(images // 2, FEW_IMAGES)
+    config = replace(config, images=images)
     forms = [graph.step(layer.inputs[0]).form for layer in graph.layers]
 
     def size(pixels: int) -> int:
@@ -100,7 +109,8 @@ def collect_samples(
     """
     config = affordable(graph, config)
     images = data.calibration(config.images)
-    key = hashlib.sha256(f"{teacher_digest} {data.digest} {config}".encode()).hexdigest()[:16]
+    made_of = f"{teacher_digest} {network_digest(graph.module)} {data.digest} {config}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     path = cache_dir / f"samples-{key}.safetensors" if cache_dir else None
     if path is not None and path.exists():
         try:

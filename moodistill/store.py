@@ -21,11 +21,9 @@ from typing import Any
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.files import TEMPORARY
-from moodistill.run_folder import RUN_FILE
+from moodistill.run_folder import DATABASE, LOCK_FILE, RUN_FILE
 from moodistill.typed import typed
 
-DATABASE = "evaluations.sqlite"
-LOCK_FILE = ".lock"
 SCHEMA_VERSION = 2
 _COLUMNS = (
     "genome_hash, genome, accuracy, parameters, macs, size_bytes, latency_ms, latency_ms_low, "
@@ -102,7 +100,10 @@ class Store:
         try:
             database = folder / DATABASE
             if database.exists():
-                raise UserError(f"{database} exists; continue it with --resume")
+                if (folder / RUN_FILE).exists() or not _is_empty(database):
+                    raise UserError(f"{database} exists; continue it with --resume")
+                for path in folder.glob(f"{DATABASE}*"):  # of a start that was killed at once
+                    path.unlink()
             with _guard(database):
                 _make_database(database)
                 connection = _connect(database, readonly=False)
@@ -287,6 +288,18 @@ def _make_database(database: Path) -> None:
         os.replace(temporary, database)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_empty(database: Path) -> bool:
+    """Whether a store holds nothing; one that cannot be read may hold something."""
+    try:
+        connection = _connect(database, readonly=True)
+        try:
+            return not connection.execute("SELECT 1 FROM evaluations LIMIT 1").fetchall()
+        finally:
+            connection.close()
+    except sqlite3.Error:
+        return False
 
 
 def _connect(database: Path, readonly: bool) -> sqlite3.Connection:

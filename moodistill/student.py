@@ -398,8 +398,10 @@ class _Builder:
         call = self.graph.call_function
         if old.kind == new.kind:
             return node
-        if (old.kind, new.kind) == ("last", "map"):
-            return call(torch.permute, (node, (0, 3, 1, 2)))
+        if old.kind == "last":
+            node = call(torch.permute, (node, (0, 3, 1, 2)))
+            if new.kind == "map":
+                return node
         if new.kind in ("flat", "vector"):
             return call(torch.flatten, (node, 1))
         if old.kind in ("flat", "vector"):

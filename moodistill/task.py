@@ -18,7 +18,7 @@ from moodistill.errors import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a teacher is trained; `phases` are `(epochs, picture size)` in order."""
+    """How a teacher is trained; `phases` are `(epochs, height of the pictures)` in order."""
 
     phases: tuple[tuple[int, int], ...] = ((3, 16), (3, 24), (2, 32))
     batch_size: int = 512

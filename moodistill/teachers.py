@@ -21,6 +21,14 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def network_digest(network: nn.Module) -> str:
+    """Hex digest of what a network computes, as far as code and modules tell; not its weights.
+
+    What is cached of a teacher hangs on it too: a corrected `forward` may have the same weights.
+    """
+    return hashlib.sha256(f"{getattr(network, 'code', '')}{network}".encode()).hexdigest()[:16]
+
+
 def save_atomic(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:

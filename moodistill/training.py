@@ -101,7 +101,7 @@ def accuracy(model: nn.Module, data: ImageData, split: Split, batch: int = 500) 
     for start in range(0, len(split), batch):
         images = data.normalise(split.images[start : start + batch]).to(device)
         answers.append(model(images).cpu().numpy())
-    return float(data.metric(np.concatenate(answers), split.labels))
+    return data.score(np.concatenate(answers), split.labels)
 
 
 def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -> dict:
@@ -113,13 +113,21 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
         UserError: if the checkpoint belongs to another configuration, or the task has none.
     """
     config = task.train
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"--device {device} cannot be used ({reason}); expected cpu or cuda"
+        ) from error
     if config is None:
         raise UserError(f"{task.name} does not say how it is trained: its TASK has train=None")
     torch.manual_seed(config.seed)
     # Convolutions run up to a tenth faster on pictures whose channels lie together.
     model = task.build().to(device).to(memory_format=torch.channels_last)
     optimizer = Optimizer(model, config)
-    steps_per_epoch = len(data.train) // config.batch_size
+    # Of fewer pictures than a batch all are one.
+    steps_per_epoch = max(1, len(data.train) // config.batch_size)
     sizes = [size for epochs, size in config.phases for _ in range(epochs * steps_per_epoch)]
     checkpoint = out.with_suffix(".checkpoint")
     signature = json.dumps({"task": task.name, "data": data.digest, **asdict(config)})
@@ -149,7 +157,7 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
             device
         )
         if sizes[step] != full:
-            shape = (sizes[step], sizes[step])
+            shape = (sizes[step], max(1, round(sizes[step] * data.input_shape[2] / full)))
             images = F.interpolate(images, shape, mode="bilinear", antialias=True)
         labels = torch.from_numpy(data.train.labels[index]).to(device)
         images = images.contiguous(memory_format=torch.channels_last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def checked_onnx(path: Path) -> bytes:
         model = onnx.load_model_from_string(data)
         external = [
             tensor.name
-            for tensor in model_tensors(model.graph)
+            for tensor in model_tensors(model)
             if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data
         ]
         if not external:
@@ -134,7 +135,14 @@ def _check_digest(path: Path, digest: str) -> None:
 def _run_sample(folder: Path, model: bytes, manifest: dict[str, Any]) -> float:
     """Largest difference between the sample's answer here and the expected one."""
     entry, sample = manifest["input"], manifest["sample"]
-    picture = np.load(folder / "sample.npy", allow_pickle=False)
+    try:
+        picture = np.load(folder / "sample.npy", allow_pickle=False, max_header_size=1000)
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{folder / 'sample.npy'} is no readable array ({error}); export the student again"
+        ) from error
+    if not isinstance(picture, np.ndarray):
+        raise UserError(f"{folder / 'sample.npy'} is an archive, expected one array")
     images = pixels(picture[None])
     if entry["kind"] != "uint8":
         images = images.astype(np.float32)

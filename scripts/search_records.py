@@ -61,7 +61,7 @@ def table(records: Records) -> str:
         "| arm | seeds | hypervolume (range) | "
         + "".join(f"of students of {least:.0%} and more | " for least in LEAST)
         + " | ".join(f"1/{round(1 / s)}" for s in SHARES) + " | 1/4 distilled |",
-        "| --- |" + " --- |" * (len(LEAST) + len(SHARES) + 4),
+        "| --- |" + " --- |" * (len(LEAST) + len(SHARES) + 3),
     ]  # fmt: skip
     for arm in ARMS:
         runs = runs_of(records, arm)

@@ -527,6 +527,63 @@ def test_resume_refuses_other_settings(finished, call):
     assert (finished / "run.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("part", ["cpu", "simd"])
+def test_latencies_of_two_processors_are_not_mixed(finished, call, tmp_path, part):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    run = json.loads((folder / "run.json").read_text())
+    for device in (run["device"], *run["devices"].values()):
+        device[part] = "another"
+    (folder / "run.json").write_text(json.dumps(run))
+    before = (folder / "run.json").read_bytes()
+    for options in ((), ("--generations", "3"), ("--student", distilled(folder)[0]["student"])):
+        done = call("run", "--resume", folder, *options, code=2)
+        assert "cannot be mixed" in done.stderr and part in done.stderr
+        assert (folder / "run.json").read_bytes() == before
+
+
+def test_an_interrupted_distillation_of_a_finished_run_loses_no_row(
+    finished, call, tmp_path, monkeypatch
+):
+    from moodistill import finalists
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = rows(folder)
+    assert any(row["precision"] == "int8" for row in before)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finalists, "distill", interrupted)
+    call("run", "--resume", folder, "--distill-steps", "500", code=130)
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    assert rows(folder) == before
+
+
+def test_export_says_what_the_weights_reach_not_what_the_table_did(finished, call, tmp_path):
+    """Distilled since the table was written, or killed before it was."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    name = distilled(folder)[0]["student"]
+    result = json.loads((folder / "students" / name / "result.json").read_text())
+    table = (folder / "pareto.csv").read_text()
+    (folder / "pareto.csv").write_text(
+        "".join(
+            line.replace(",distilled,", ",searched,", 1) if line.startswith(f"{name},") else line
+            for line in table.splitlines(keepends=True)
+            if not line.startswith(f"{name}-int8,")
+        )
+    )
+    call("export", folder, name, "--out", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["stage"] == "distilled"
+    assert manifest["accuracy"]["test"]["fraction"] == result["test_accuracy"]
+    (folder / "students" / name / "result.json").unlink()
+    done = call("export", folder, name, "--out", tmp_path / "other", code=2)
+    assert "was interrupted; carry on with --resume" in done.stderr
+
+
 def test_a_least_accuracy_that_is_given_is_kept(call, tmp_path):
     """Below the one that a run sets itself, too; and a resume takes it as it was given."""
     folder, given = tmp_path / "run", ("--min-accuracy", "0.2")

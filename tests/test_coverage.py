@@ -440,7 +440,15 @@ def reordered(net, x):
     return y + w + torch.cat([k, k], 1)
 
 
+def taken_apart(net, x):
+    """Channels last, then places, then features: only the order of axes changes."""
+    y = net.a(x).permute(0, 2, 3, 1)
+    y = y.flatten(1, 2).transpose(1, 2).flatten(1)
+    return net.b(y)[:, :, None, None]
+
+
 ODD = {
+    "taken apart": lambda: Odd(taken_apart, a=conv(32, 24, stride=4), b=nn.Linear(24 * 4, 32)),
     "overwritten": lambda: Odd(overwritten, a=conv(32, 24), b=conv(24, 32)),
     "reordered": lambda: Odd(
         reordered, p=conv(32, 16), q=conv(32, 16), c=conv(32, 32), z=conv(32, 16)

@@ -9,6 +9,7 @@ from conftest import random_genome
 from torch import nn
 
 from moodistill import statistics
+from moodistill.distill import DistillConfig, SoftTargets
 from moodistill.genome import GenomeLayout, Group
 from moodistill.graph import trace
 from moodistill.inherit import InheritConfig, estimate_inputs, inherit
@@ -16,6 +17,7 @@ from moodistill.layout import build_layout, skeleton
 from moodistill.resolve import canonical
 from moodistill.statistics import CalibrationConfig, collect_samples, sample_pixels
 from moodistill.student import build_student
+from moodistill.teachers import load_weights
 from moodistill.training import accuracy
 
 MODES = ("slice", "teacher", "student")
@@ -321,6 +323,32 @@ def test_a_large_network_gets_fewer_pixels_but_never_too_few(digits, monkeypatch
         assert max(len(values) for values in samples.inputs.values()) == pixels
     few = replace(wanted, pixels=1000)
     assert statistics.affordable(digits.graph, few) == few
+    largest = 4 * 32 * 16 * 16  # the stem's map
+    for limit, images in ((64 * largest, 64), (64 * largest - 1, 32), (0, 8)):
+        monkeypatch.setattr(statistics, "FEW_IMAGES", 8)
+        monkeypatch.setattr(statistics, "MOST_MAP_BYTES", limit)
+        samples = collect_samples(digits.graph, digits.data, few, None, "")
+        assert samples.config.images == len(samples.images) == images
+
+
+def test_a_corrected_forward_does_not_get_what_was_cached_of_the_other(digits, tmp_path):
+    """With the same weights, and so the same digest of their file."""
+    config = CalibrationConfig(images=8, pixels=500)
+
+    class Corrected(type(digits.task.build())):
+        def forward(self, x):
+            return super().forward(torch.relu(x))
+
+    network = Corrected()
+    network.load_state_dict(load_weights(digits.task.build(), digits.task.weights).state_dict())
+    other = trace(network.eval(), (1, 32, 32))
+    for graph in (digits.graph, other):
+        found = collect_samples(graph, digits.data, config, tmp_path, "same").inputs
+        fresh = collect_samples(graph, digits.data, config, None, "same").inputs
+        assert all(torch.equal(found[name], fresh[name]) for name in fresh)
+    keys = {SoftTargets(g.module, digits.data, DistillConfig(), None, "same").key
+            for g in (digits.graph, other)}  # fmt: skip
+    assert len(keys) == 2
 
 
 def test_batch_statistics_are_those_of_the_calibration_images(digits):

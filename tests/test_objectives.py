@@ -50,7 +50,8 @@ def test_limits():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"min_accuracy": 85}, {"max_latency_ms": 0}, {"max_macs": -1}, {"max_parameters": math.nan}]
+    "settings", [{"min_accuracy": 85}, {"max_latency_ms": 0}, {"max_macs": -1}, {"max_parameters": math.nan},
+     {"max_latency_ms": math.inf}, {"max_macs": 1e15}]
 )  # fmt: skip
 def test_impossible_limits_are_refused(settings):
     with pytest.raises(UserError, match="expected"):

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +14,15 @@ from PIL import Image
 from torch import nn
 
 import moodistill
-from moodistill.data import load_digits
+from moodistill.data import Split, load_digits, metric_name
 from moodistill.errors import UserError
-from moodistill.own_data import from_datasets, load_image_folder
+from moodistill.own_data import (
+    _read,
+    _statistics,
+    from_datasets,
+    from_splits,
+    load_image_folder,
+)
 from moodistill.run_config import new_config
 from moodistill.teachers import load_weights, read_state, save_atomic
 
@@ -125,6 +133,76 @@ def test_a_problem_file_may_be_called_like_a_module(tmp_path):
     (tmp_path / "random.py").write_text("from problems.digits import TASK\n")
     assert load_task(str(tmp_path / "random.py")).name == "digits"
     assert sys.modules["random"] is random
+
+
+def test_pictures_that_come_class_by_class_are_mixed(folder):
+    """A search scores the first validation pictures: they must be of all classes."""
+    train = load_image_folder(folder).train
+    assert 0.3 < train.labels[: len(train) // 2].mean() < 0.7
+    images = np.zeros((200, 4, 4, 3), np.uint8)
+    ordered, in_turn = np.arange(200) // 100, np.arange(200) % 2
+    for labels in (ordered, in_turn):  # every second one would be of one class
+        images[:, 0, 0, 0] = labels
+        data = from_splits("own", {"train": Split(images, labels), "validation": Split(images, labels)},
+                           None, None, None)  # fmt: skip
+        for split in (data.validation, data.test):
+            assert len(split) == 100 and 0.3 < split.labels.mean() < 0.7
+            assert np.array_equal(split.images[:, 0, 0, 0], split.labels)
+
+
+def test_measured_statistics_are_exact():
+    images = RNG.integers(0, 256, (2100, 3, 5, 2), dtype=np.uint8)
+    images[..., 1] //= 4
+    pixels = images.reshape(-1, 2).astype(np.float64) / 255
+    mean, std = _statistics(images)
+    assert mean == pixels.mean(0).round(4).tolist() and std == pixels.std(0).round(4).tolist()
+    assert _statistics(np.full((3, 2, 2, 1), 255, np.uint8)) == ([1.0], [1e-3])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_pictures_of_16_bits(folder, channels):
+    deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+    Image.fromarray(deep.astype(np.uint16)).save(folder / "dark" / "deep.png")
+    found = _read(folder / "dark" / "deep.png", (32, 32), channels)
+    assert np.abs(found - (deep / 257)[..., None]).max() < 0.51
+    Image.fromarray(deep.astype(np.float32)).save(folder / "dark" / "deep.tif")
+    with pytest.raises(UserError, match="floating-point"):
+        load_image_folder(folder)
+
+
+def test_a_picture_too_large_to_be_opened_is_named(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"0\.png is no readable picture"):
+        load_image_folder(folder)
+
+
+@pytest.mark.parametrize("classes", [9, 11])
+def test_as_many_logits_as_classes(classes, tmp_path):
+    digits = load_digits()
+    splits = [(s.images, s.labels) for s in (digits.train, digits.validation, digits.test)]
+    with pytest.raises(UserError, match=f"gives {classes} logits, the data have 10 classes"):
+        moodistill.search(small(1, classes), *splits, out=tmp_path / "run", progress="quiet")
+    with pytest.raises(UserError, match="labels name 9 classes, the data have 10"):
+        moodistill.search(small(1, 10), *splits, out=tmp_path / "run", labels=list("abcdefghi"))
+
+
+def test_a_metric_that_is_no_number_is_said_and_named(folder):
+    data = load_image_folder(folder, metric=partial(fixed, value=float("nan")))
+    assert metric_name(data).endswith("fixed(value=nan)")
+    with pytest.raises(UserError, match=r"fixed\(value=nan\) gives nan; expected a number from 0"):
+        data.score(np.zeros((2, 2)), np.zeros(2))
+    assert metric_name(replace(data, metric=Always())) == f"{__name__}.Always"
+
+
+def fixed(logits, labels, value):
+    return value
+
+
+class Always:
+    """A metric that is an object."""
+
+    def __call__(self, logits, labels):
+        return 1.0
 
 
 def test_datasets_of_many_forms():

@@ -1,5 +1,6 @@
 """The shipped folder: what it holds, that it runs without torch, and what `verify` refuses."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -260,6 +261,39 @@ def test_external_data_is_refused(bare, tmp_path):
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UserError, match="in another file"):
         checked_onnx(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("place", ["graph", "attribute", "function"])
+def test_external_data_of_a_sparse_tensor_is_refused(bare, tmp_path, place):
+    model = onnx.load_from_string(bare)
+    sparse = onnx.SparseTensorProto(dims=[4])
+    sparse.values.CopyFrom(onnx.numpy_helper.from_array(np.ones(1, np.float32), "v"))
+    sparse.indices.CopyFrom(onnx.numpy_helper.from_array(np.zeros(1, np.int64), "i"))
+    sparse.values.ClearField("raw_data")
+    sparse.values.data_location = TensorProto.EXTERNAL
+    sparse.values.external_data.add(key="location", value="secret")
+    if place == "graph":
+        model.graph.sparse_initializer.append(sparse)
+    else:
+        where = model.graph if place == "attribute" else model.functions.add(name="f", domain="d")
+        node = where.node.add(op_type="Constant", output=["c"])
+        node.attribute.append(onnx.helper.make_attribute("sparse_value", sparse))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="in another file"):
+        checked_onnx(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00\x76\x00", b"x"])
+def test_verify_refuses_a_sample_that_is_no_array(copy, content):
+    """Also where the manifest has its digest."""
+    if content.startswith(b"\x93"):
+        header = "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999999, 9), }"
+        content += header.ljust(117).encode() + b"\n"
+    (copy / "sample.npy").write_bytes(content)
+    files = json.loads((copy / "manifest.json").read_text())["files"]
+    change_manifest(copy, files={**files, "sample.npy": hashlib.sha256(content).hexdigest()})
+    with pytest.raises(UserError, match=r"sample\.npy is no readable array"):
+        verify_package(copy)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])

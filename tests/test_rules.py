@@ -55,6 +55,25 @@ def test_widths_stay_within_bounds(layout, step):
     assert len(seen) > 1
 
 
+@pytest.mark.parametrize("step", [8, 16])
+@pytest.mark.parametrize(("least", "most"), [(1, 4), (1, 12), (10, 12), (1, 20), (33, 35)])
+def test_bounds_that_whole_steps_cannot_meet_hold_too(digits, step, least, most, tmp_path):
+    names = ("conv3.0", "conv4.0", "hidden")
+    rules = LayerRules((), dict.fromkeys(names, least), dict.fromkeys(names, most))
+    layout = build_layout(digits.graph, digits.samples, rules)
+    rng = np.random.default_rng(0)
+    for place in range(25):
+        genome = canonical(layout, random_genome(layout, rng), step)
+        assert np.array_equal(canonical(layout, genome, step), genome)
+        kept = resolve(layout, genome, step).kept
+        assert all(least <= kept[name].sum() <= most for name in names if name in kept)
+        if place < 3:  # what is built is what the genome says
+            student = build_student(digits.graph, layout, genome)
+            save_student(student, layout, genome, tmp_path / "s.safetensors", "digits")
+            found = load_student(tmp_path / "s.safetensors", digits.task.build(), (1, 32, 32))[1]
+            assert np.array_equal(found, genome)
+
+
 def test_files_know_the_rules(layout, digits, tmp_path):
     genome = canonical(layout, random_genome(layout, np.random.default_rng(3)), 8)
     student = build_student(digits.graph, layout, genome)

@@ -50,6 +50,51 @@ def test_interrupted_training_ends_with_the_same_weights(small, tmp_path, monkey
     assert 0 <= report["test_accuracy"] <= 1 and (tmp_path / "part.json").exists()
 
 
+def test_fewer_pictures_than_a_batch_train_too(small, tmp_path):
+    task, data = small
+    task = replace(task, train=replace(task.train, batch_size=500))
+    report = train_teacher(task, data, tmp_path / "t.safetensors")
+    trained, _ = read_safetensors(tmp_path / "t.safetensors")
+    torch.manual_seed(task.train.seed)
+    fresh = half_precision(task.build().state_dict())
+    assert not torch.equal(trained["output.weight"], fresh["output.weight"])
+    assert report["recipe"]["batch_size"] == 500
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta:3x", "cuda:77"])
+def test_a_device_that_is_not_there_is_refused(small, tmp_path, device):
+    with pytest.raises(UserError, match=f"--device {device} cannot be used"):
+        train_teacher(*small, tmp_path / "t.safetensors", device)
+
+
+def test_pictures_that_are_not_square_keep_their_shape(small, tmp_path, monkeypatch):
+    task, data = small
+    task = replace(task, train=replace(task.train, phases=((1, 16), (1, 32))))
+    task = replace(task, build=lambda: Wide(seen))
+    wide = {
+        part: replace(split, images=np.concatenate([split.images, split.images], 2))
+        for part, split in (("train", data.train), ("validation", data.validation),
+                            ("test", data.test))
+    }  # fmt: skip
+    seen = set()
+    train_teacher(task, replace(data, **wide), tmp_path / "t.safetensors")
+    assert seen == {(16, 32), (32, 64)}
+
+
+class Wide(torch.nn.Module):
+    """Notes the size of what it reads."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+        self.conv = torch.nn.Conv2d(1, 4, 3)
+        self.last = torch.nn.Linear(4, 10)
+
+    def forward(self, x):
+        self.seen.add(tuple(x.shape[2:]))
+        return self.last(self.conv(x).mean((2, 3)))
+
+
 def test_checkpoint_of_another_configuration_is_refused(small, tmp_path):
     task, data = small
     Checkpoint("other", 1, {"x": torch.zeros(1)}, {}).save(tmp_path / "t.checkpoint")
