@@ -99,7 +99,7 @@ def test_scores_foretell_what_distillation_reaches(monkeypatch, model):
     found, again = (
         [r["scores"][name] for r in records] for name in (list(MODES)[-1], "other seed")
     )
-    assert len(reached) >= {"vgg16": 24, "resnet18": 15}[model]
+    assert len(reached) >= {"vgg16": 24, "resnet18": 24}[model]
     assert kendalltau(found, reached).statistic >= 0.8
     assert np.abs(np.subtract(found, again)).max() <= 0.01
 
