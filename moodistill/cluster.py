@@ -180,7 +180,10 @@ class Cluster:
         for name in names if self.config.worst_latency else names[:1]:
             resource = remote.DEVICE + name
             future = self.submit(remote.probe_step, resource, __version__, config)
-            steps.append(int(self.result(future, resource)))
+            try:
+                steps.append(int(self.result(future, resource)))
+            except LatencyError as error:
+                raise UserError(f"{name} cannot be timed: {error}") from error
         return max(steps)
 
     def submit(self, function: Callable[..., Any], resource: str, *arguments: Any) -> Future:

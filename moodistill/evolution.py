@@ -287,7 +287,7 @@ class Search:
             for index, answer, from_store in self._answers(genomes, places):
                 evaluations[index] = answer
                 evaluated += 1
-                if places[index] == 1:
+                if places[index] == 1 and genomes[index].all():
                     self._check_teacher(answer)
                 replayed += from_store
                 failures.add(answer.failure, from_store)
@@ -308,7 +308,7 @@ class Search:
                 yield Progress(number, evaluated, replayed, len(front), volume, last, answer, found)
 
     def _check_teacher(self, answer: Evaluation) -> None:
-        """Stop a search that could find nothing: the first genome is the teacher's."""
+        """Stop a search that could find nothing."""
         if answer.failure is not None:
             raise UserError(
                 f"the teacher itself could not be scored ({answer.failure}); "

@@ -112,7 +112,13 @@ def _bounds(graph: TeacherGraph, rules: LayerRules, group: str) -> tuple[int | N
                 least.append(math.ceil(rules.least[layer.name] * share))
             if layer.name in rules.most:
                 most.append(max(1, math.floor(rules.most[layer.name] * share)))
-    return max(least, default=None), min(most, default=None)
+    bounds = max(least, default=None), min(most, default=None)
+    if bounds[0] is not None and bounds[1] is not None and bounds[0] > bounds[1]:
+        raise UserError(
+            f"layers that share their width with {group} are to keep at least {bounds[0]} and at "
+            f"most {bounds[1]} channels; expected bounds that can both be kept"
+        )
+    return bounds
 
 
 def _parts(graph: TeacherGraph, groups: tuple[str, ...]) -> dict[str, slice]:

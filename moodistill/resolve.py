@@ -349,7 +349,8 @@ def _bounded(
         targets[place] = min(sizes[place], targets[place] + step)
     while group.most is not None and sum(targets) > group.most:
         # From the part that rounding has widened most, so that the same comes out once more.
-        place = max(range(len(targets)), key=lambda i: (targets[i] - counts[i], targets[i]))
+        there = [i for i, target in enumerate(targets) if target]
+        place = max(there, key=lambda i: (targets[i] - counts[i], targets[i]))
         targets[place] -= min(targets[place], sum(targets) - group.most)
     return targets
 

@@ -16,7 +16,7 @@ from moodistill.context import (
     load_context,
     use_threads,
 )
-from moodistill.data import fraction_right, metric_name
+from moodistill.data import metric_name
 from moodistill.errors import UserError
 from moodistill.estimate import estimate_seconds
 from moodistill.evaluation import Latency
@@ -30,6 +30,7 @@ from moodistill.layout_file import LAYOUT_FILE, write_layout
 from moodistill.progress import Reporter
 from moodistill.report_html import structure_data, write_report
 from moodistill.results import Accuracies, Searched, make_rows, write_results
+from moodistill.run_checks import check_resumed, check_students, compare_devices, least_accuracy
 from moodistill.run_config import Budget, RunConfig
 from moodistill.run_folder import (
     LOCK_FILE,
@@ -40,20 +41,18 @@ from moodistill.run_folder import (
     write_run,
 )
 from moodistill.scoring import (
-    HERE,
     Places,
     calibration,
-    compare_devices,
     make_distiller,
     make_executor,
     make_meter,
     timing_device,
     timing_devices,
 )
-from moodistill.store import Store
+from moodistill.store import Store, writer_lock
 from moodistill.surrogate import TRUSTED
 from moodistill.task import Task, load_task
-from moodistill.training import accuracy
+from moodistill.teachers import network_digest
 
 if TYPE_CHECKING:
     from moodistill.cluster import Cluster
@@ -84,18 +83,20 @@ def start_run(
             f"nothing of this network can be left out ({whole or 'all layers are kept'}); expected "
             "a convolutional network with layers whose widths may change"
         )
-    floor = _least_accuracy(context, config)
+    floor = least_accuracy(context, config)
     limits = config.search.limits
     if limits.min_accuracy is None:
         limits = replace(limits, min_accuracy=floor)
         config = replace(config, search=replace(config.search, limits=limits))
     folder = new_run_folder(out)
-    with Store.create(folder) as store, make_meter(context, config, None, cluster) as meter:
+    with writer_lock(folder) as lock, make_meter(context, config, None, cluster) as meter:
+        new_run_folder(folder)  # nobody has begun a run in it since
         write_run(
             folder,
             {
                 "config": asdict(config),
                 "teacher_digest": context.teacher_digest,
+                "network_digest": network_digest(context.graph.module),
                 "data_digest": context.data.digest,
                 "metric": metric_name(context.data),
                 "genome_bits": context.layout.length,
@@ -110,9 +111,12 @@ def start_run(
             },
         )
         write_layout(folder, context.layout)
-        executor = make_executor(context, config, places, meter, cluster)
-        distil = make_distiller(context, config, places, cluster)
-        _execute(folder, store, config, context, meter, reporter or Reporter(), executor, distil)
+        with Store.create(folder, lock) as store:
+            executor = make_executor(context, config, places, meter, cluster)
+            distil = make_distiller(context, config, places, cluster)
+            _execute(
+                folder, store, config, context, meter, reporter or Reporter(), executor, distil
+            )
     return folder
 
 
@@ -140,39 +144,14 @@ def resume_run(
         if budget.students:
             config = replace(kept, distill=config.distill, finalists=len(budget.students))
             ended = stored.get("status") == "finished" or finished >= kept.search.generations
-            _check_students(folder, store, kept, budget.students, ended)
+            check_students(folder, store, kept, budget.students, ended)
         elif config.search.generations < finished:
             raise UserError(
                 f"{folder} has {finished} finished generations, more than the "
                 f"{config.search.generations} asked for: resume it with a larger budget or none"
             )
         context = _context(task or load_task(config.model, config.own), config, places)
-        for key, found in (
-            ("teacher_digest", context.teacher_digest),
-            ("data_digest", context.data.digest),
-            ("metric", metric_name(context.data)),
-            ("genome_bits", context.layout.length),
-        ):
-            if stored.get(key) != found:
-                raise UserError(
-                    f"{folder} was started with {key} {stored.get(key)}, found {found}; "
-                    "resume it with the same teacher, data and metric"
-                )
-        place = cluster.config.place if cluster is not None else None
-        if stored.get("latency_on") != place:
-            raise UserError(
-                f"{folder} has latencies of {stored.get('latency_on') or 'this machine'}, not of "
-                f"{place or 'this machine'}; resume it with the same --latency-on"
-            )
-        scales = stored.get("teacher_latencies_ms")
-        devices = (cluster.config.latency_on if cluster is not None else ()) or (HERE,)
-        if not isinstance(scales, dict) or not all(
-            type(scales.get(name)) in (int, float) and 0 < scales[name] < 1e15 for name in devices
-        ):
-            raise UserError(
-                f"{folder} has teacher_latencies_ms {str(scales)[:40]!r} in run.json, expected "
-                f"positive numbers for {', '.join(devices)}: restore run.json from a copy"
-            )
+        scales = check_resumed(folder, stored, context, cluster)
         reporter = reporter or Reporter()
         with make_meter(context, config, scales, cluster) as meter:
             note = compare_devices(folder, stored.get("devices"), timing_devices(meter, config))
@@ -196,48 +175,6 @@ def _writer(folder: Path) -> Store:
     return (
         Store.create(folder) if names <= {RUN_FILE, LOCK_FILE, LAYOUT_FILE} else Store.open(folder)
     )
-
-
-def _check_students(
-    folder: Path, store: Store, config: RunConfig, names: Sequence[str], ended: bool
-) -> None:
-    """Refuse to distil what is no student of a search that has ended."""
-    if not ended:
-        raise UserError(
-            f"the search in {folder} has not ended: --resume it without --student first"
-        )
-    searched = Searched.read(store, config.search.limits, config.search.objectives)
-    for name in names:
-        if searched is None or name not in searched.students:
-            raise UserError(
-                f"{folder} has no student {name!r} that works and is within the limits; expected "
-                "one of those in pareto.csv"
-            )
-
-
-def _least_accuracy(context: TeacherContext, config: RunConfig) -> float:
-    """Two fifths of the way from chance to the teacher, a fraction.
-
-    From below, distillation brings no student to where it is of use. Where chance lies for another
-    metric than accuracy is not known: 0.
-
-    Raises:
-        UserError: if the teacher itself has learnt next to nothing.
-    """
-    data = context.data
-    if data.metric is not fraction_right:
-        return 0.0
-    chance = 1.0 / len(data.labels)
-    images = data.validation.head(config.recipe.validation_images)
-    reached = accuracy(context.graph.module, data, images)
-    expected = chance + 0.2 * (1.0 - chance)
-    if reached < expected:
-        raise UserError(
-            f"the teacher itself reaches {reached:.4f} on the validation images, expected at least "
-            f"{expected:.4f}: are weights, size, mean, std and the order of the classes those that "
-            "it was trained with?"
-        )
-    return round(chance + 0.4 * (reached - chance), 4)
 
 
 def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:

@@ -13,7 +13,6 @@ from moodistill.files import TEMPORARY, remove_orphans, write_json_atomic
 from moodistill.typed import parse_json
 
 RUN_FILE = "run.json"
-DATABASE = "evaluations.sqlite"
 LOCK_FILE = ".lock"
 
 
@@ -62,7 +61,7 @@ def new_run_folder(out: Path) -> Path:
 def _is_unfinished(path: Path) -> bool:
     """Whether a file may lie in a folder in which no run has begun."""
     draft = path.name.startswith(f".{RUN_FILE}.") and path.name.endswith(TEMPORARY)
-    return draft or path.name == LOCK_FILE or path.name.startswith(DATABASE)
+    return draft or path.name == LOCK_FILE
 
 
 def versions() -> dict[str, Any]:

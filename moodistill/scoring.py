@@ -57,11 +57,11 @@ def make_meter(
         UserError: if the teacher cannot be timed there.
     """
     teacher, shape = teacher_onnx(context), context.data.input_shape
-    if cluster is not None and cluster.config.latency_on:
-        from moodistill.remote_meter import DeviceMeters
-
-        return DeviceMeters(cluster, teacher, shape, config.latency, calibrated)
     try:
+        if cluster is not None and cluster.config.latency_on:
+            from moodistill.remote_meter import DeviceMeters
+
+            return DeviceMeters(cluster, teacher, shape, config.latency, calibrated)
         return LatencyMeter(
             teacher,
             shape,
@@ -71,7 +71,7 @@ def make_meter(
     except LatencyError as error:
         raise UserError(
             f"the teacher cannot be timed in ONNX Runtime ({error}); expected a network that runs "
-            "there on this machine"
+            "there"
         ) from error
 
 
@@ -92,35 +92,6 @@ def timing_devices(meter: Meter, config: RunConfig) -> dict[str, dict[str, Any]]
 def timing_device(meter: Meter, config: RunConfig) -> dict[str, Any]:
     """Fingerprint of the device that latencies are of, the first of several."""
     return device_fingerprint(config.latency) if isinstance(meter, LatencyMeter) else meter.device
-
-
-def compare_devices(folder: Path, before: Any, now: Mapping[str, Mapping[str, Any]]) -> str:
-    """Compare fingerprints by name with those that a run in `folder` was started on.
-
-    Returns what is to be said of a smaller difference, empty if there is none.
-
-    Raises:
-        UserError: if a processor is another: ratios of two to the teacher's time cannot be mixed.
-    """
-    notes = []
-    for name, device in now.items():
-        known = before.get(name) if isinstance(before, Mapping) else None
-        if not isinstance(known, Mapping):
-            continue
-        for part in ("cpu", "simd", "machine"):
-            if known.get(part) != device.get(part):
-                raise UserError(
-                    f"{folder} has latencies of {known.get('cpu')!r}, {name} is now "
-                    f"{device.get('cpu')!r} ({part} differs), and the two cannot be mixed: resume "
-                    "it there, or start a new run here"
-                )
-        old, new = known.get("onnxruntime"), device.get("onnxruntime")
-        if old != new:
-            notes.append(
-                f"{name} has ONNX Runtime {new}, {old} when the run was started: latencies may "
-                "differ a little"
-            )
-    return "; ".join(notes)
 
 
 def make_executor(

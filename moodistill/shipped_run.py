@@ -25,7 +25,10 @@ def load(path, shape):
             from PIL import Image
         except ImportError:
             sys.exit(f"error: {path}: install Pillow to read pictures, or give a .npy array")
-        picture = Image.open(path).convert({3: "RGB", 4: "RGBA"}.get(channels, "L"))
+        picture = Image.open(path)
+        if picture.mode.startswith("I"):  # grey of 16 bits, of which Pillow would cut off the top
+            picture = Image.fromarray((np.asarray(picture) / 257.0).round().astype(np.uint8))
+        picture = picture.convert({3: "RGB", 4: "RGBA"}.get(channels, "L"))
         pixels = np.asarray(picture.resize((width, height), Image.BILINEAR), np.uint8)
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]

@@ -21,9 +21,10 @@ from typing import Any
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.files import TEMPORARY
-from moodistill.run_folder import DATABASE, LOCK_FILE, RUN_FILE
+from moodistill.run_folder import LOCK_FILE, RUN_FILE
 from moodistill.typed import typed
 
+DATABASE = "evaluations.sqlite"
 SCHEMA_VERSION = 2
 _COLUMNS = (
     "genome_hash, genome, accuracy, parameters, macs, size_bytes, latency_ms, latency_ms_low, "
@@ -92,18 +93,18 @@ class Store:
         self._lock = lock
 
     @classmethod
-    def create(cls, folder: Path) -> Store:
-        """Start an empty store in `folder` (made if needed) and become its writer."""
+    def create(cls, folder: Path, lock: int | None = None) -> Store:
+        """Start an empty store in `folder` (made if needed) and become its writer.
+
+        `lock` is that of `writer_lock`, None to take it.
+        """
         with _guard(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(folder)
+        lock = _take_lock(folder) if lock is None else lock
         try:
             database = folder / DATABASE
             if database.exists():
-                if (folder / RUN_FILE).exists() or not _is_empty(database):
-                    raise UserError(f"{database} exists; continue it with --resume")
-                for path in folder.glob(f"{DATABASE}*"):  # of a start that was killed at once
-                    path.unlink()
+                raise UserError(f"{database} exists; continue it with --resume")
             with _guard(database):
                 _make_database(database)
                 connection = _connect(database, readonly=False)
@@ -290,18 +291,6 @@ def _make_database(database: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _is_empty(database: Path) -> bool:
-    """Whether a store holds nothing; one that cannot be read may hold something."""
-    try:
-        connection = _connect(database, readonly=True)
-        try:
-            return not connection.execute("SELECT 1 FROM evaluations LIMIT 1").fetchall()
-        finally:
-            connection.close()
-    except sqlite3.Error:
-        return False
-
-
 def _connect(database: Path, readonly: bool) -> sqlite3.Connection:
     address = f"{database.resolve().as_uri()}?mode={'ro' if readonly else 'rwc'}"
     writable = os.access(database.parent, os.W_OK)
@@ -365,6 +354,20 @@ def is_written(folder: Path) -> bool:
     finally:
         os.close(lock)
     return False
+
+
+@contextmanager
+def writer_lock(folder: Path) -> Iterator[int]:
+    """Holds the lock of a folder's writer, for who writes to it before there is a store.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    lock = _take_lock(folder)
+    try:
+        yield lock
+    finally:
+        _release_lock(lock)  # unless the store that took it over has
 
 
 def _take_lock(folder: Path) -> int:

@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+from moodistill.store import writer_lock
+
 
 def distilled(folder):
     """The float finalists."""
@@ -540,6 +542,32 @@ def test_latencies_of_two_processors_are_not_mixed(finished, call, tmp_path, par
         done = call("run", "--resume", folder, *options, code=2)
         assert "cannot be mixed" in done.stderr and part in done.stderr
         assert (folder / "run.json").read_bytes() == before
+
+
+def test_a_start_does_not_touch_what_another_has_begun(call, tmp_path):
+    """The folder looks empty while the first one still calibrates."""
+    (tmp_path / "run").mkdir()
+    with writer_lock(tmp_path / "run"):
+        done = call("run", "--model", "digits", "--out", tmp_path / "run", *TINY, code=2)
+    assert "is being written by process" in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_changed_forward_is_not_carried_on(call, tmp_path):
+    """The weights, and so their digest, are the same."""
+    (tmp_path / "mine.py").write_text("from problems.digits import TASK\n")
+    model = ["--model", tmp_path / "mine.py", "--out", tmp_path / "run", "--no-int8"]
+    tiny = ["--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2"]
+    call("run", *model, *tiny)
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nimport torch\nfrom problems.digits import TASK, DigitsNet\n"
+        "class Other(DigitsNet):\n"
+        "    def forward(self, x):\n        return super().forward(torch.relu(x))\n"
+        "TASK = replace(TASK, build=Other)\n"
+    )
+    name = distilled(tmp_path / "run")[0]["student"]
+    done = call("run", "--resume", tmp_path / "run", "--student", name, code=2)
+    assert "another network of the same weights" in done.stderr
 
 
 def test_an_interrupted_distillation_of_a_finished_run_loses_no_row(

@@ -202,6 +202,9 @@ def test_run_py_reads_pictures(tmp_path, channels):
     Image.fromarray(values.squeeze()).save(tmp_path / "picture.png")
     found = load(tmp_path / "picture.png", (channels, 6, 9))
     assert (found == values.transpose(2, 0, 1)).all()
+    if channels == 1:  # of 16 bits, read as a search reads them
+        Image.fromarray(values.squeeze().astype(np.uint16) * 257).save(tmp_path / "deep.png")
+        assert (load(tmp_path / "deep.png", (1, 6, 9)) == found).all()
 
 
 def test_verify(package):

@@ -24,7 +24,7 @@ from moodistill.run_folder import (
     write_json_atomic,
     write_run,
 )
-from moodistill.store import ReplayDiverged, Store
+from moodistill.store import ReplayDiverged, Store, writer_lock
 
 FLOATS = st.floats(allow_nan=False)
 COUNTS = st.integers(0, 2**62)
@@ -285,11 +285,6 @@ def test_no_run_is_a_user_error(tmp_path):
             read_run(tmp_path)
 
 
-def run_json(folder):
-    write_run(folder, {})
-    return folder
-
-
 def test_new_run_folder(tmp_path):
     folder = run_folder(tmp_path / "a" / "run", 1)
     with pytest.raises(UserError, match="exists; continue it with --resume or give another --out"):
@@ -299,12 +294,21 @@ def test_new_run_folder(tmp_path):
     assert Store.open(folder, readonly=True).all() == [evaluation(0)]
     (tmp_path / "empty").mkdir()
     assert new_run_folder(tmp_path / "empty").is_dir()
-    Store.create(tmp_path / "empty").close()  # a start that was killed before run.json
-    Store.create(new_run_folder(tmp_path / "empty")).close()
+    with writer_lock(tmp_path / "empty") as lock:
+        with pytest.raises(UserError, match="is being written by process"):
+            Store.create(tmp_path / "empty")
+        with (
+            Store.create(tmp_path / "empty", lock),
+            pytest.raises(UserError, match="being written"),
+        ):
+            Store.create(tmp_path / "empty")
+    (tmp_path / "killed").mkdir()
+    with writer_lock(tmp_path / "killed"):
+        pass  # a start that was killed before run.json leaves its lock
+    assert new_run_folder(tmp_path / "killed").is_dir()
     (folder / "run.json").unlink()  # what was evaluated is not thrown away for a new run
     with pytest.raises(UserError, match="exists; continue it with --resume"):
-        Store.create(new_run_folder(folder))
-    assert Store.open(run_json(folder), readonly=True).all() == [evaluation(0)]
+        new_run_folder(folder)
     (tmp_path / "file").write_text("x")
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="another --out"):
