@@ -15,7 +15,7 @@ from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.export import Origin, checked_onnx
-from moodistill.files import TEMPORARY, write_atomic, write_json_atomic
+from moodistill.files import TEMPORARY, move, write_atomic, write_json_atomic
 from moodistill.onnx_writer import to_onnx
 from moodistill.recipe import Recipe, inherited_accuracy, make_student, student_accuracy
 from moodistill.runtime import onnx_accuracy
@@ -140,7 +140,7 @@ def finish(
     write_atomic(drafts["model.onnx"], model)
     (folder / RESULT_FILE).unlink(missing_ok=True)
     for name, draft in drafts.items():
-        draft.replace(folder / name)
+        move(draft, folder / name)
     write_json_atomic(folder / RESULT_FILE, asdict(result))
     checkpoint.unlink(missing_ok=True)
     return result
