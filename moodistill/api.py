@@ -224,7 +224,8 @@ def search(
     """
     data = _image_data(train, validation, test, labels, mean, std, metric)
     folder = Path(out)
-    weights = folder.with_name(f"{folder.name}.{TEACHER_FILE}")
+    place = folder.resolve()
+    weights = place.with_name(f"{place.name}.{TEACHER_FILE}")
     task = Task(
         name=type(teacher).__name__,
         build=_copies_of(teacher),

@@ -229,10 +229,11 @@ def _resume(
     for name in ("teacher", "data", "size", "channels", "mean", "std"):
         if getattr(arguments, name, None) is not None:
             raise UserError(f"--resume takes --{name} from its run; leave it out")
-    plain = ("model", "threads", "batch", "provider", "int8_max_loss", "min_accuracy", *LIMITS)
+    plain = ("threads", "batch", "provider", "int8_max_loss", "min_accuracy", *LIMITS)
     given = flat_settings(
         **_searched(arguments),
         **{name: getattr(arguments, name) for name in plain},
+        model=_absolute(arguments.model),
         int8_twins=False if arguments.no_int8 else None,
         flip=False if arguments.no_flip else None,
         keep=tuple(arguments.keep) if arguments.keep else None,
@@ -265,7 +266,7 @@ def _start(
     if arguments.student:
         raise UserError("--student takes the students of a finished run: give --resume RUN too")
     own = _own_task(arguments)
-    model = arguments.teacher if own else arguments.model
+    model = _absolute(arguments.teacher if own else arguments.model)
     if model is None:
         raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
     task = load_task(model, own)
@@ -301,9 +302,16 @@ def _start(
         flip=False if arguments.no_flip else task.mirrored,
         own=own,
     )
-    stem = model.rpartition(":")[2] if own else Path(model).stem
+    stem = model.rpartition(":")[2] if own else Path(model).stem  # of a file's path its name
     out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return start_run(config, out, places, reporter, task, cluster)
+
+
+def _absolute(model: str | None) -> str | None:
+    """A model with the whole path of its file: a run is carried on from anywhere."""
+    file, separator, builder = (model or "").partition(".py")
+    is_file = separator and (not builder or builder.startswith(":"))
+    return f"{Path(file + separator).resolve()}{builder}" if is_file else model
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -10,11 +10,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,16 +123,23 @@ class ImageData:
 
 def metric_name(data: ImageData) -> str:
     """Where the data's metric is defined, for a run's record: the same in every process."""
-    return _callable_name(data.metric)
+    return _name_of(data.metric)
 
 
-def _callable_name(function: Any) -> str:
-    if isinstance(function, partial):
-        keywords = [f"{name}={value!r}" for name, value in sorted(function.keywords.items())]
-        given = ", ".join([*map(repr, function.args), *keywords])
-        return f"{_callable_name(function.func)}({given})"
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+def _name_of(value: Any) -> str:
+    """What a metric, or something that it is made with, is called; without addresses in memory."""
+    if isinstance(value, partial):
+        return f"{_name_of(value.func)}({_named(value.args, value.keywords)})"
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    if callable(value):
+        return f"{_name_of(type(value))}({_named((), getattr(value, '__dict__', {}))})"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _named(values: Sequence[Any], keywords: Mapping[str, Any]) -> str:
+    named = [f"{name}={_name_of(value)}" for name, value in sorted(keywords.items())]
+    return ", ".join([*map(_name_of, values), *named])
 
 
 def sha256_array(array: np.ndarray) -> str:

@@ -18,9 +18,10 @@ from moodistill.files import write_atomic
 from moodistill.onnx_writer import IR_VERSION, to_onnx
 from moodistill.runtime import outputs
 from moodistill.ship import ShipOptions, shipped_model
+from moodistill.training import AT_ONCE
 
 MAX_LOGIT_DIFFERENCE = 1e-3
-COMPARED = 100  # images at once
+COMPARED = 100  # images at once, fewer if they are large
 OPSET = 17  # with IR version 8: read by every ONNX Runtime since 1.12
 
 
@@ -87,9 +88,11 @@ def compare(
 ) -> Parity:
     """Run both on the images of `split`; outputs are compared absolutely."""
     worst, same = 0.0, 0
-    answers = outputs(model, data, split, torch.get_num_threads(), batch=COMPARED)
+    _, height, width = data.input_shape
+    batch = max(1, min(COMPARED, AT_ONCE // (height * width)))
+    answers = outputs(model, data, split, torch.get_num_threads(), batch)
     for place, found in enumerate(answers):
-        images = data.normalise(split.images[place * COMPARED : (place + 1) * COMPARED])
+        images = data.normalise(split.images[place * batch : (place + 1) * batch])
         answer = student(images)
         expected = (answer.softmax(1) if softmax else answer).numpy()
         difference = np.abs(expected - found).max()

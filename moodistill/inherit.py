@@ -78,8 +78,14 @@ def inherit(
             module = student.module.get_submodule(str(node.target))
             source = values[node.args[0]]
             unit = units.get(str(node.target))
-            # A shared layer is solved where it is first called, from samples of that call.
-            if unit is not None and config.mode != "slice" and unit.target not in solved:
+            # A shared layer is solved where it is first called, from samples of that call. If the
+            # teacher's first call is gone and this one has another resolution it stays sliced.
+            if (
+                unit is not None
+                and config.mode != "slice"
+                and unit.target not in solved
+                and _sampled_like(source, module, unit, graph)
+            ):
                 solved.add(unit.target)
                 assert isinstance(module, nn.Conv2d | nn.Linear)
                 _solve_unit(unit, module, source, graph, samples, config)
@@ -94,6 +100,13 @@ def inherit(
                 values[node] = getattr(first, str(node.target))(*rest, **keywords)
         for done in last_use.get(node, ()):
             del values[done]
+
+
+def _sampled_like(source: torch.Tensor, module: nn.Module, unit: Unit, graph: TeacherGraph) -> bool:
+    """Whether the teacher's samples for a unit are of the places that this input has."""
+    layer = next(step for step in graph.layers if step.target == unit.layer)
+    sampled = graph.step(layer.inputs[0]).form.area
+    return source.ndim == 2 or as_map(source, module)[0, 0].numel() == sampled
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -130,6 +130,9 @@ def timed_together(
         yield {name: models[name]() for name in names[start : start + CONFIRMED_TOGETHER]}
 
 
+CALIBRATION_PATIENCE = 5  # times the longest time of a request: how slow it is is not known yet
+
+
 class LatencyMeter:
     """Times models against a reference, the teacher, in rounds that hold both.
 
@@ -161,7 +164,8 @@ class LatencyMeter:
             config: threads, batch and execution provider.
             teacher_latency_ms: an earlier calibration, to keep its scale; None measures.
             seed: of the order within the rounds and of the bootstrap.
-            timeout_s: longest time of one request; `confirm` has as much for each model.
+            timeout_s: longest time of one request; `confirm` has as much for each model, a
+                calibration five times as much, and all have more where the reference is slow.
 
         Raises:
             LatencyError: if the reference cannot be run.
@@ -219,7 +223,7 @@ class LatencyMeter:
         if self._worker is None or not self._worker.alive:
             self._discard_worker()
             self._worker = self._start()
-        answer = self._worker.request(request, model, self._timeout_s)
+        answer = self._worker.request(request, model, self._allowed_s)
         self.rejected_windows += answer["rejected_windows"]
         latency = self._latency(answer["samples_ms"], answer["reference_ms"])
         if key is not None:
@@ -255,7 +259,7 @@ class LatencyMeter:
                     "op": "confirm", "models": [[n, len(file)] for n, file in files.items()],
                     "min_rounds": rounds, "max_rounds": rounds, "target": 0.0, "max_seconds": 0.0,
                 }  # fmt: skip
-                timeout_s = self._timeout_s * (len(files) + 1)
+                timeout_s = self._allowed_s * (len(files) + 1)
                 answer = worker.request(request, b"".join(files.values()), timeout_s)
                 self.rejected_windows += answer["rejected_windows"]
                 reference, *samples = answer["times_ms"]
@@ -266,6 +270,11 @@ class LatencyMeter:
         finally:
             worker.stop()
         return {name: found[name] for name in models}
+
+    @property
+    def _allowed_s(self) -> float:
+        """The longest time of a request: 150 runs of the reference, if that is more."""
+        return max(self._timeout_s, 150 * (self._teacher_latency_ms or 0.0) / 1000)
 
     def close(self) -> None:
         """End the worker; a later `measure` starts another."""
@@ -287,7 +296,8 @@ class LatencyMeter:
         calibrate = self._teacher_latency_ms is None
         request = {"op": "start", "seed": self._seed, "calibrate": calibrate, **self._settings}
         try:
-            answer = worker.request(request, self._reference, self._timeout_s)
+            timeout_s = self._allowed_s * (CALIBRATION_PATIENCE if calibrate else 1)
+            answer = worker.request(request, self._reference, timeout_s)
         except LatencyError as error:
             worker.stop(kill=True)
             raise LatencyError(f"the reference model cannot be timed: {error}") from error

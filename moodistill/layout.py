@@ -116,7 +116,8 @@ def _bounds(graph: TeacherGraph, rules: LayerRules, group: str) -> tuple[int | N
     if bounds[0] is not None and bounds[1] is not None and bounds[0] > bounds[1]:
         raise UserError(
             f"layers that share their width with {group} are to keep at least {bounds[0]} and at "
-            f"most {bounds[1]} channels; expected bounds that can both be kept"
+            f"most {bounds[1]} of its channels (a layer that writes several groups shares its "
+            "bounds among them); expected bounds that can both be kept"
         )
     return bounds
 

@@ -91,9 +91,11 @@ def count_macs(student: Student, graph: TeacherGraph) -> int:
         path = str(node.target)
         module = student.module.get_submodule(path)
         if isinstance(module, nn.Conv2d | nn.Linear):
-            found = areas.get(path) or areas[path.rpartition(".")[0]]
-            area = found[min(calls[path], len(found) - 1)]
-            calls[path] += 1
+            area = node.meta.get("area")  # of a layer's call; the teacher's first may be gone
+            if area is None:
+                found = areas.get(path) or areas[path.rpartition(".")[0]]
+                area = found[min(calls[path], len(found) - 1)]
+                calls[path] += 1
             total += sum(p.numel() for p in module.parameters()) * area
     return total
 

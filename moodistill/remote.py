@@ -15,11 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import __version__ as TORCH
+
 from moodistill import __version__
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.latency import LatencyConfig, LatencyError, LatencyMeter
 from moodistill.recipe import Evaluator, Scored
+from moodistill.teachers import network_digest
 
 if TYPE_CHECKING:
     from moodistill.context import TeacherContext
@@ -41,6 +44,8 @@ class ScoreSetup:
         version: moodistill's.
         config: the run's configuration as JSON.
         teacher_digest, data_digest: of the driver's teacher and data.
+        network_digest: of its traced network; compared where torch is the same, which tells.
+        torch: its version there.
         data_dir, weights: where to look for them, as on the driver; None for the defaults.
         threads: torch's.
     """
@@ -49,9 +54,11 @@ class ScoreSetup:
     config: str
     teacher_digest: str
     data_digest: str
+    network_digest: str
     data_dir: str | None
     weights: str | None
     threads: int
+    torch: str = TORCH
 
 
 @dataclass(frozen=True)
@@ -98,9 +105,12 @@ def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
         context = load_context(task, data_dir, weights, config.calibration, rules=config.rules)
     except UserError as error:
         raise WorkerMismatch(f"{_name()}: {error}") from error
+    network = network_digest(context.graph.module)
+    same_torch = setup.torch == TORCH
     for what, found, wanted in (
         ("teacher", context.teacher_digest, setup.teacher_digest),
         ("data set", context.data.digest, setup.data_digest),
+        ("forward", network, setup.network_digest if same_torch else network),
     ):
         if found != wanted:
             raise WorkerMismatch(

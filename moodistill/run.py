@@ -90,7 +90,7 @@ def start_run(
         config = replace(config, search=replace(config.search, limits=limits))
     folder = new_run_folder(out)
     with writer_lock(folder) as lock, make_meter(context, config, None, cluster) as meter:
-        new_run_folder(folder)  # nobody has begun a run in it since
+        new_run_folder(folder, locked=True)  # nobody has begun a run in it since
         write_run(
             folder,
             {

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moodistill.context import TeacherContext
-from moodistill.data import fraction_right, metric_name
+from moodistill.data import ImageData, fraction_right, metric_name
 from moodistill.errors import UserError
+from moodistill.graph import TeacherGraph
 from moodistill.results import Searched
 from moodistill.run_config import RunConfig
 from moodistill.run_folder import versions
@@ -56,18 +57,7 @@ def check_resumed(
     Raises:
         UserError: if the run cannot be carried on with them.
     """
-    for key, found in (
-        ("teacher_digest", context.teacher_digest),
-        ("data_digest", context.data.digest),
-        ("metric", metric_name(context.data)),
-        ("genome_bits", context.layout.length),
-    ):
-        if stored.get(key) != found:
-            raise UserError(
-                f"{folder} was started with {key} {stored.get(key)}, found {found}; "
-                "resume it with the same teacher, data and metric"
-            )
-    _same_network(folder, stored, context)
+    check_origin(folder, stored, context)
     place = cluster.config.place if cluster is not None else None
     if stored.get("latency_on") != place:
         raise UserError(
@@ -86,7 +76,36 @@ def check_resumed(
     return scales
 
 
-def _same_network(folder: Path, stored: Mapping[str, Any], context: TeacherContext) -> None:
+def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContext) -> None:
+    """Compare teacher and data with those that `run.json` (`stored`) names.
+
+    Raises:
+        UserError: if one of them is another.
+    """
+    check_data(folder, stored, context.data)
+    for key, found in (
+        ("teacher_digest", context.teacher_digest),
+        ("genome_bits", context.layout.length),
+    ):
+        if stored.get(key) != found:
+            raise UserError(
+                f"{folder} was started with {key} {stored.get(key)}, found {found}; "
+                "give the same teacher"
+            )
+    check_network(folder, stored, context.graph)
+
+
+def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None:
+    """Refuse other pictures, normalisation or metric than `run.json` (`stored`) names."""
+    for key, found in (("data_digest", data.digest), ("metric", metric_name(data))):
+        if stored.get(key) != found:
+            raise UserError(
+                f"{folder} was started with {key} {stored.get(key)}, found {found}; "
+                "give the same data and metric"
+            )
+
+
+def check_network(folder: Path, stored: Mapping[str, Any], graph: TeacherGraph) -> None:
     """Refuse a network that computes something else by the same weights.
 
     Another version of torch may describe the same network in other words: then nobody can tell.
@@ -94,10 +113,10 @@ def _same_network(folder: Path, stored: Mapping[str, Any], context: TeacherConte
     known = stored.get("network_digest")
     then = stored.get("versions")
     same_torch = isinstance(then, Mapping) and then.get("torch") == versions()["torch"]
-    if known and same_torch and known != network_digest(context.graph.module):
+    if known and same_torch and known != network_digest(graph.module):
         raise UserError(
             f"{folder} was started with another network of the same weights (its forward or its "
-            "layers' options have changed): resume it with the old one, or start a new run"
+            "layers' options have changed): give the old one, or start a new run"
         )
 
 

@@ -41,15 +41,16 @@ def write_run(folder: Path, run: dict[str, Any]) -> None:
     write_json_atomic(folder / RUN_FILE, run)
 
 
-def new_run_folder(out: Path) -> Path:
-    """Make the folder of a new run.
+def new_run_folder(out: Path, locked: bool = False) -> Path:
+    """Make the folder of a new run; who has `locked` it may delete what a killed start left.
 
     Raises:
         UserError: if `out` exists and is not an empty folder, or cannot be made.
     """
     try:
         if out.is_dir() and all(_is_unfinished(path) for path in out.iterdir()):
-            remove_orphans(out)  # a start that was killed at once
+            if locked:
+                remove_orphans(out)
         elif out.exists():
             raise UserError(f"{out} exists; continue it with --resume or give another --out")
         out.mkdir(parents=True, exist_ok=True)

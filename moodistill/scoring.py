@@ -17,6 +17,7 @@ from moodistill.finalists import Distiller, distil_here
 from moodistill.latency import LatencyError, LatencyMeter
 from moodistill.recipe import Evaluator, teacher_onnx
 from moodistill.run_config import RunConfig
+from moodistill.teachers import network_digest
 
 if TYPE_CHECKING:
     from moodistill.cluster import Cluster
@@ -136,6 +137,7 @@ def _setup(
         config=json.dumps(asdict(config)),
         teacher_digest=context.teacher_digest,
         data_digest=context.data.digest,
+        network_digest=network_digest(context.graph.module),
         data_dir=None if places.data_dir is None else str(places.data_dir.resolve()),
         weights=None if places.weights is None else str(places.weights.resolve()),
         threads=places.threads or threads,

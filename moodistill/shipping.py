@@ -17,12 +17,14 @@ from moodistill.export import Origin, Parity, export_onnx
 from moodistill.files import write_atomic
 from moodistill.finalists import RESULT_FILE, Finalist, read_finalist
 from moodistill.front import FrontRow, read_front
+from moodistill.graph import trace
 from moodistill.int8 import SUFFIX, judge_speed, quantise_student
 from moodistill.latency import LatencyMeter
 from moodistill.onnx_writer import to_onnx
 from moodistill.package import MODEL, write_package
 from moodistill.recipe import make_student, student_accuracy
 from moodistill.results import int8_row, student_id
+from moodistill.run_checks import check_data, check_network, check_origin
 from moodistill.run_config import RunConfig
 from moodistill.run_folder import RUN_FILE, read_run
 from moodistill.ship import ShipOptions
@@ -73,7 +75,7 @@ def rebuild_student(
         UserError: if there is no such student, its distilled weights are gone, or the teacher is
             not that of the run.
     """
-    name = name.removesuffix(SUFFIX)
+    name, stored = name.removesuffix(SUFFIX), read_run(run)
     evaluation = _evaluation(run, name)
     path = run / "students" / name / "student.safetensors"
     if path.exists():
@@ -84,6 +86,8 @@ def rebuild_student(
                 f"interrupted; carry on with --resume {run}"
             )
         data = task.load_data(data_dir)
+        check_data(run, stored, data)
+        check_network(run, stored, trace(task.build().eval(), data.input_shape))
         student = load_student(path, task.build(), data.input_shape)[0]
         return Rebuilt(student, evaluation, data, finalist)
     if any(row.student == name and row.stage == "distilled" for row in read_front(run)):
@@ -93,7 +97,6 @@ def rebuild_student(
             f"{path} is missing, and with it the distilled weights of {name}: restore it"
             + (f", or take {path.parent}, which is a shipped folder of them" if there else "")
         )
-    stored = read_run(run)
     config = RunConfig.from_dict(stored.get("config", {}))
     context = load_context(
         task, data_dir, weights, calibration=config.calibration, rules=config.rules
@@ -103,6 +106,7 @@ def rebuild_student(
             f"{run} was searched with another teacher than {weights or task.weights}; give the "
             "same with --weights"
         )
+    check_origin(run, stored, context)
     genome = context.layout.unpack(evaluation.genome)
     return Rebuilt(make_student(context, genome, config.recipe), evaluation, context.data)
 

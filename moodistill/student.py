@@ -151,6 +151,7 @@ class _Builder:
                 self.modules[path] = slice_layer(layer, unit)
                 self.units.append(unit)
             node = self.graph.call_module(path, (self.tensors.gather(value, ins),))
+            node.meta["area"] = step.form.area
             outputs.append(Tensor(node, outs))
         return Value(tuple(outputs), step, step.form)
 

@@ -120,6 +120,12 @@ def load_task(name: str, own: OwnTask | None = None) -> Task:
     return task
 
 
+def _importable(folder: Path) -> None:
+    """Let modules in a folder be imported from now on, behind all others of their names."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
 def _module_of_file(name: str) -> ModuleType:
     path = Path(name)
     if not path.is_file():
@@ -130,6 +136,7 @@ def _module_of_file(name: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # so that its classes know where they come from
+    _importable(path.resolve().parent)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -156,12 +163,16 @@ def _own_task(name: str, own: OwnTask) -> Task:
             ) from error
         finally:
             sys.path.remove("")
+            _importable(Path.cwd())
     build = getattr(module, attribute, None)
     if not callable(build):
         raise UserError(f"{place} has no callable {attribute!r}; expected one that gives a network")
 
     def checked_build() -> nn.Module:
-        network = build()
+        try:
+            network = build()
+        except ImportError as error:
+            raise UserError(f"{name} cannot build its network ({error})") from error
         if not isinstance(network, nn.Module):
             raise UserError(f"{name} gives a {type(network).__name__}, expected a torch.nn.Module")
         return network

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -180,10 +181,10 @@ def _is_view(tensor: torch.Tensor, sources: list[Any]) -> bool:
 
 
 def _norm(running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
-          eps=1e-5):  # type: ignore # fmt: skip
+          eps=1e-5, kind=nn.BatchNorm2d):  # type: ignore # fmt: skip
     if training:
         raise ValueError("statistics of the batch, not stored ones")
-    norm = nn.BatchNorm2d(len(running_mean), eps, affine=weight is not None)
+    norm = kind(len(running_mean), eps, affine=weight is not None)
     norm.running_mean, norm.running_var = running_mean, running_var
     return _with(norm, weight, bias)
 
@@ -237,6 +238,8 @@ def _calls_to_modules(module: fx.GraphModule) -> None:
         if node.op != "call_function" or node.target not in _MODULES:
             continue
         suffix, make = _MODULES[node.target]
+        if node.target is F.batch_norm and node.meta["value"].ndim == 2:
+            make = partial(make, kind=nn.BatchNorm1d)
         if not node.args or not isinstance(node.args[0], fx.Node):
             continue
         first, *rest = node.args

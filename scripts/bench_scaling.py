@@ -21,7 +21,7 @@ from moodistill.evolution import Search, SearchConfig
 from moodistill.store import Store
 from moodistill.task import load_task
 
-SETUP = remote.ScoreSetup(remote.__version__, "x" * 2500, "", "", None, None, 1)
+SETUP = remote.ScoreSetup(remote.__version__, "x" * 2500, "", "", "", None, None, 1)
 
 
 def napping(seconds):

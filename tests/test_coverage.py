@@ -447,7 +447,16 @@ def taken_apart(net, x):
     return net.b(y)[:, :, None, None]
 
 
+def own_norm(net, x):
+    """A frozen norm written as a function, behind a layer that gives vectors."""
+    y = net.a(x).mean((2, 3))
+    y = F.batch_norm(net.v(y), net.n.running_mean, net.n.running_var, net.n.weight, net.n.bias)
+    return net.b(F.relu(y))[:, :, None, None]
+
+
 ODD = {
+    "norm of a vector": lambda: Odd(own_norm, a=conv(32, 24), v=nn.Linear(24, 24),
+                                    n=nn.BatchNorm1d(24), b=nn.Linear(24, 32)),
     "taken apart": lambda: Odd(taken_apart, a=conv(32, 24, stride=4), b=nn.Linear(24 * 4, 32)),
     "overwritten": lambda: Odd(overwritten, a=conv(32, 24), b=conv(24, 32)),
     "reordered": lambda: Odd(
@@ -531,6 +540,39 @@ def test_side_effects_that_are_lost_are_found():
 def test_what_is_not_supported_is_refused_when_traced(match, middle, layers):
     with pytest.raises(UserError, match=match):
         trace(Odd(middle, **layers).eval(), (3, SIZE, SIZE))
+
+
+class TwoSizes(nn.Module):
+    """One convolution, called at two resolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.c = conv(3, 32), conv(32, 32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.max_pool2d(x + self.c(x), 2)
+        return self.head(F.relu(x + self.c(x)).mean((2, 3)))
+
+
+def test_a_shared_layer_whose_first_call_is_gone_stays_sliced():
+    """The teacher's samples are of the first call's places, which the second does not have."""
+    prepared = Prepared(TwoSizes())
+    layout, genome = prepared.layout, prepared.layout.teacher()
+    first = layout.merges[0]
+    place = next(i for i, name in enumerate(first.inputs) if "c" in name)
+    layout.view(genome, f"merge/{first.name}")[place] = False
+    student = build_student(prepared.graph, layout, canonical(layout, genome))
+    assert sum(node.target == "c.0" for node in student.module.graph.nodes) == 1
+    before = student.module.get_submodule("c.0").weight.clone()
+    inherit(student, prepared.graph, prepared.samples)
+    assert torch.equal(student.module.get_submodule("c.0").weight, before)
+    whole = build_student(prepared.graph, layout, layout.teacher())
+    height, width = prepared.images.shape[2:]
+    conv_macs = 32 * 32 * 9 * height * width // 4
+    gone = count_macs(whole, prepared.graph) - count_macs(student, prepared.graph)
+    assert gone == pytest.approx(4 * conv_macs, rel=0.05)  # the call at full size
 
 
 def test_a_shared_layer_is_solved_once(monkeypatch):

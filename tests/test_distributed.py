@@ -30,7 +30,7 @@ from moodistill.recipe import Evaluator, Recipe, teacher_onnx
 from moodistill.remote_meter import DeviceMeters
 from moodistill.run_config import RunConfig, new_config
 from moodistill.store import Store
-from moodistill.teachers import read_safetensors
+from moodistill.teachers import network_digest, read_safetensors
 
 pytestmark = pytest.mark.distributed
 
@@ -50,6 +50,7 @@ def score_setup(context, **changes):
     values = {
         "version": remote.__version__, "config": json.dumps(asdict(config)),
         "teacher_digest": context.teacher_digest, "data_digest": context.data.digest,
+        "network_digest": network_digest(context.graph.module),
         "data_dir": None, "weights": None, "threads": 1,
     }  # fmt: skip
     return remote.ScoreSetup(**values | changes)
@@ -190,6 +191,7 @@ def test_a_worker_killed_in_the_middle_is_made_up_for(digits, four, tmp_path):
         ({"version": "0.0.1"}, r"worker \d at tcp://127.0.0.1:\d+ has moodistill .* has 0.0.1"),
         ({"teacher_digest": "abc"}, r"worker \d .* has another teacher"),
         ({"data_digest": "abc"}, r"worker \d .* has another data set"),
+        ({"network_digest": "abc"}, r"worker \d .* has another forward"),
     ],
 )
 def test_another_version_teacher_or_data_set_is_refused_by_name(digits, four, changes, match):

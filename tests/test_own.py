@@ -16,6 +16,7 @@ from torch import nn
 import moodistill
 from moodistill.data import Split, load_digits, metric_name
 from moodistill.errors import UserError
+from moodistill.front import read_front
 from moodistill.own_data import (
     _read,
     _statistics,
@@ -191,7 +192,11 @@ def test_a_metric_that_is_no_number_is_said_and_named(folder):
     assert metric_name(data).endswith("fixed(value=nan)")
     with pytest.raises(UserError, match=r"fixed\(value=nan\) gives nan; expected a number from 0"):
         data.score(np.zeros((2, 2)), np.zeros(2))
-    assert metric_name(replace(data, metric=Always())) == f"{__name__}.Always"
+    one, two = (metric_name(replace(data, metric=Always(value))) for value in (1.0, fixed))
+    assert one == f"{__name__}.Always(value=1.0)" and two.endswith(
+        f"Always(value={__name__}.fixed)"
+    )
+    assert metric_name(replace(data, metric=partial(fixed, value=fixed))).endswith(".fixed)")
 
 
 def fixed(logits, labels, value):
@@ -201,8 +206,11 @@ def fixed(logits, labels, value):
 class Always:
     """A metric that is an object."""
 
+    def __init__(self, value):
+        self.value = value
+
     def __call__(self, logits, labels):
-        return 1.0
+        return self.value
 
 
 def test_datasets_of_many_forms():
@@ -292,6 +300,43 @@ def test_own_network_from_the_shell(folder, call, tmp_path, monkeypatch):
         out = [] if "--resume" in wrong else ["--out", "other"]
         assert words in call("run", *wrong, *out, code=2).stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_is_carried_on_and_exported_from_anywhere(folder, call, tmp_path, monkeypatch):
+    """With a problem file that was named as seen from elsewhere, and a module beside it."""
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    (tmp_path / "project" / "beside_it.py").write_text("from problems.digits import TASK\n")
+    (tmp_path / "project" / "mine.py").write_text("from beside_it import TASK\n")
+    tiny = ["--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2"]
+    call("run", "--model", "mine.py", "--out", tmp_path / "run", *tiny, "--no-int8")
+    monkeypatch.chdir(folder)
+    call("run", "--resume", tmp_path / "run", "--model", tmp_path / "project" / "mine.py")
+    name = next(path.name for path in (tmp_path / "run" / "students").glob("s*"))
+    call("export", tmp_path / "run", name, "--out", tmp_path / "out")
+    done = call("run", "--resume", tmp_path / "run", "--model", "digits", code=2)
+    assert "was started with model" in done.stderr
+
+
+def test_other_pictures_are_not_exported_under_the_runs_accuracy(folder, call, tmp_path):
+    data = load_image_folder(folder)
+    network = train_on(small(), data.normalise(data.train.images),
+                       torch.from_numpy(data.train.labels))  # fmt: skip
+    save_atomic(dict(network.state_dict()), tmp_path / "w.safetensors")
+    (tmp_path / "network_of_mine.py").write_text(NETWORK)
+    call(
+        "run", "--teacher", f"{tmp_path / 'network_of_mine.py'}:build", "--out", tmp_path / "run",
+        "--weights", tmp_path / "w.safetensors", "--data", folder, "--simd-step", "4", "--no-int8",
+        "--population", "6", "--generations", "1", "--finalists", "1", "--distill-steps", "2",
+    )  # fmt: skip
+    rows = read_front(tmp_path / "run")
+    for number in range(40):
+        picture(1).save(folder / "dark" / f"new {number}.png")  # measured mean and std change
+    for stage in ("distilled", "searched"):
+        for row in [row for row in rows if row.stage == stage][:1]:
+            done = call("export", tmp_path / "run", row.student, "--out", tmp_path / "out", code=2)
+            assert "was started with data_digest" in done.stderr
+    assert not (tmp_path / "out" / "model.onnx").exists()
 
 
 def test_a_teacher_that_cannot_classify_is_said_at_once(folder, call, tmp_path, monkeypatch):
