@@ -62,10 +62,10 @@ def test_modes(mode, kind):
     assert type(make_reporter(mode)) is kind  # not a terminal here
 
 
-def run(cache, folder, *arguments, **streams):
+def run(cache, folder, **streams):
     return subprocess.Popen(
         [sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder, *TINY,
-         "--no-int8", *arguments],
+         "--no-int8"],
         env={**os.environ, "MOODISTILL_CACHE": str(cache), "TERM": "xterm"}, **streams,
     )  # fmt: skip
 
@@ -90,14 +90,13 @@ def test_a_terminal_gets_a_live_display_and_files_no_colours(cache, tmp_path):
     assert "\x1b" not in text and "choose a student" in text
 
 
-def test_json_of_a_run(cache, tmp_path):
-    process = run(
-        cache, tmp_path / "run", "--json", "--tensorboard", tmp_path / "board",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def test_json_of_a_run(call, tmp_path):
+    done = call(
+        "run", "--model", "digits", "--out", tmp_path / "run", *TINY, "--no-int8", "--json",
+        "--tensorboard", tmp_path / "board",
     )  # fmt: skip
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0 and error == ""
-    events = [json.loads(line) for line in out.splitlines()]
+    assert done.stderr == ""
+    events = [json.loads(line) for line in done.stdout.splitlines()]
     assert events[-1] == {"event": "finished", "run": str(tmp_path / "run")}
     assert sum(e["event"] == "progress" and e["stage"] == "searching" for e in events) == 12
     measured = [e for e in events if e["event"] == "measured"]

@@ -181,7 +181,7 @@ def test_unknown_task_and_bad_problem_files(tmp_path):
     assert isinstance(load_task(str(tmp_path / "own.py")), Task)
 
 
-def test_accuracy_counts_right_answers():
+def test_accuracy_counts_right_answers(monkeypatch):
     class Constant(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -192,4 +192,5 @@ def test_accuracy_counts_right_answers():
 
     data = load_digits()
     split = Split(data.test.images[:40], np.array([3] * 30 + [1] * 10))
-    assert training.accuracy(Constant(), data, split, batch=7) == 0.75
+    monkeypatch.setattr(training, "AT_ONCE", 7 * 32 * 32)  # in several batches
+    assert training.accuracy(Constant(), data, split) == 0.75
