@@ -309,9 +309,8 @@ def _start(
 
 def _absolute(model: str | None) -> str | None:
     """A model with the whole path of its file: a run is carried on from anywhere."""
-    file, separator, builder = (model or "").partition(".py")
-    is_file = separator and (not builder or builder.startswith(":"))
-    return f"{Path(file + separator).resolve()}{builder}" if is_file else model
+    file, separator, builder = (model or "").partition(":")
+    return f"{Path(file).resolve()}{separator}{builder}" if file.endswith(".py") else model
 
 
 def _names(text: str | None) -> list[str] | None:

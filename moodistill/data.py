@@ -68,6 +68,9 @@ class Split:
         return Split(self.images[count:], self.labels[count:])
 
 
+AT_ONCE = 2**19  # pixels; the maps of more may not fit into a small machine's memory
+
+
 @dataclass(frozen=True)
 class ImageData:
     """A data set in memory with fixed splits, its normalisation and its digest.
@@ -100,6 +103,11 @@ class ImageData:
         std = torch.tensor(self.std).view(1, -1, 1, 1)
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         return ((pixels.float() / 255.0 - mean) / std).contiguous()
+
+    def at_once(self, most: int) -> int:
+        """How many pictures, at most `most`, go through a network together in little memory."""
+        _, height, width = self.input_shape
+        return max(1, min(most, AT_ONCE // (height * width)))
 
     def score(self, logits: np.ndarray, labels: np.ndarray) -> float:
         """The metric of logits `(n, classes)` and labels `(n,)`.

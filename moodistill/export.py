@@ -18,7 +18,6 @@ from moodistill.files import write_atomic
 from moodistill.onnx_writer import IR_VERSION, to_onnx
 from moodistill.runtime import outputs
 from moodistill.ship import ShipOptions, shipped_model
-from moodistill.training import AT_ONCE
 
 MAX_LOGIT_DIFFERENCE = 1e-3
 COMPARED = 100  # images at once, fewer if they are large
@@ -88,8 +87,7 @@ def compare(
 ) -> Parity:
     """Run both on the images of `split`; outputs are compared absolutely."""
     worst, same = 0.0, 0
-    _, height, width = data.input_shape
-    batch = max(1, min(COMPARED, AT_ONCE // (height * width)))
+    batch = data.at_once(COMPARED)
     answers = outputs(model, data, split, torch.get_num_threads(), batch)
     for place, found in enumerate(answers):
         images = data.normalise(split.images[place * batch : (place + 1) * batch])

@@ -29,11 +29,6 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def move(source: Path, target: Path) -> None:
-    """Put a finished file in the place of another, all at once."""
-    os.replace(source, target)
-
-
 def remove_orphans(folder: Path, older_s: float = 0.0) -> int:
     """Delete what killed writers left in `folder` and below; returns how many files.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
 from moodistill.export import Origin, checked_onnx
-from moodistill.files import TEMPORARY, move, write_atomic, write_json_atomic
+from moodistill.files import TEMPORARY, write_atomic, write_json_atomic
 from moodistill.onnx_writer import to_onnx
 from moodistill.recipe import Recipe, inherited_accuracy, make_student, student_accuracy
 from moodistill.runtime import onnx_accuracy
@@ -140,7 +141,7 @@ def finish(
     write_atomic(drafts["model.onnx"], model)
     (folder / RESULT_FILE).unlink(missing_ok=True)
     for name, draft in drafts.items():
-        move(draft, folder / name)
+        os.replace(draft, folder / name)
     write_json_atomic(folder / RESULT_FILE, asdict(result))
     checkpoint.unlink(missing_ok=True)
     return result

@@ -60,7 +60,7 @@ def inherit(
     units = {unit.target: unit for unit in student.units}
     norms = {norm.target for norm in student.norms}
     values: dict[fx.Node, torch.Tensor] = {}
-    solved: set[str] = set()
+    called: set[str] = set()
     last_use = _last_uses(student.module.graph)
 
     def read(argument: Any) -> Any:
@@ -80,15 +80,11 @@ def inherit(
             unit = units.get(str(node.target))
             # A shared layer is solved where it is first called, from samples of that call. If the
             # teacher's first call is gone and this one has another resolution it stays sliced.
-            if (
-                unit is not None
-                and config.mode != "slice"
-                and unit.target not in solved
-                and _sampled_like(source, module, unit, graph)
-            ):
-                solved.add(unit.target)
+            if unit is not None and config.mode != "slice" and unit.target not in called:
+                called.add(unit.target)
                 assert isinstance(module, nn.Conv2d | nn.Linear)
-                _solve_unit(unit, module, source, graph, samples, config)
+                if _sampled_like(source, module, unit, graph):
+                    _solve_unit(unit, module, source, graph, samples, config)
             known = str(node.target) in norms
             values[node] = _recalibrated(module, source) if known else module(source)
         else:

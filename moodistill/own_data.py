@@ -158,9 +158,10 @@ def from_splits(
         raise UserError(
             f"labels name {len(names)} classes, the data have {high + 1}; name them all"
         )
-    measured = _statistics(images)
-    mean = measured[0] if mean is None else mean
-    std = measured[1] if std is None else std
+    if mean is None or std is None:
+        measured = _statistics(images)
+        mean = measured[0] if mean is None else mean
+        std = measured[1] if std is None else std
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
     for what, values in (("mean", mean), ("std", std)):
         if len(values) != images.shape[-1]:

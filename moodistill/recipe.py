@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from torch import fx, nn
 from moodistill.context import TeacherContext
 from moodistill.data import ImageData, Split, fraction_right
 from moodistill.evaluation import Evaluation, Latency
-from moodistill.graph import TeacherGraph
 from moodistill.inherit import InheritConfig, inherit
 from moodistill.memory import peak_memory_bytes
 from moodistill.onnx_writer import structure_hash, to_onnx
@@ -77,26 +75,14 @@ def inherited_accuracy(
     return right / total
 
 
-def count_macs(student: Student, graph: TeacherGraph) -> int:
+def count_macs(student: Student) -> int:
     """Multiply-accumulates of one image, bias additions included, as the literature counts."""
-    areas: dict[str, list[int]] = {}  # pixels of a layer's output, one for each of its calls
-    for step in graph.steps:
-        if step.kind in ("layer", "channelwise") and step.node.op == "call_module":
-            areas.setdefault(step.target, []).append(step.form.area)
-    calls: Counter[str] = Counter()
     total = 0
     for node in student.module.graph.nodes:
-        if node.op != "call_module":
-            continue
-        path = str(node.target)
-        module = student.module.get_submodule(path)
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            area = node.meta.get("area")  # of a layer's call; the teacher's first may be gone
-            if area is None:
-                found = areas.get(path) or areas[path.rpartition(".")[0]]
-                area = found[min(calls[path], len(found) - 1)]
-                calls[path] += 1
-            total += sum(p.numel() for p in module.parameters()) * area
+        if node.op == "call_module":
+            module = student.module.get_submodule(str(node.target))
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                total += sum(p.numel() for p in module.parameters()) * int(node.meta["area"])
     return total
 
 
@@ -146,7 +132,7 @@ class Evaluator:
                 with _timed(seconds, "build"):
                     student = build_student(self.context.graph, layout, genome)
                     parameters = student.parameters
-                    macs = count_macs(student, self.context.graph)
+                    macs = count_macs(student)
                 with _timed(seconds, "inherit"):
                     inherit(student, self.context.graph, self.context.samples, self.recipe.inherit)
                 with _timed(seconds, "export"):

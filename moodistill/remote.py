@@ -15,14 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import __version__ as TORCH
-
 from moodistill import __version__
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation, Latency
 from moodistill.latency import LatencyConfig, LatencyError, LatencyMeter
 from moodistill.recipe import Evaluator, Scored
-from moodistill.teachers import network_digest
+from moodistill.teachers import is_other_network, network_digest
 
 if TYPE_CHECKING:
     from moodistill.context import TeacherContext
@@ -44,8 +42,7 @@ class ScoreSetup:
         version: moodistill's.
         config: the run's configuration as JSON.
         teacher_digest, data_digest: of the driver's teacher and data.
-        network_digest: of its traced network; compared where torch is the same, which tells.
-        torch: its version there.
+        network_digest: of its traced network.
         data_dir, weights: where to look for them, as on the driver; None for the defaults.
         threads: torch's.
     """
@@ -58,7 +55,6 @@ class ScoreSetup:
     data_dir: str | None
     weights: str | None
     threads: int
-    torch: str = TORCH
 
 
 @dataclass(frozen=True)
@@ -106,13 +102,13 @@ def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
     except UserError as error:
         raise WorkerMismatch(f"{_name()}: {error}") from error
     network = network_digest(context.graph.module)
-    same_torch = setup.torch == TORCH
     for what, found, wanted in (
         ("teacher", context.teacher_digest, setup.teacher_digest),
         ("data set", context.data.digest, setup.data_digest),
-        ("forward", network, setup.network_digest if same_torch else network),
+        ("forward", network, setup.network_digest),
     ):
-        if found != wanted:
+        same = not is_other_network(wanted, found) if what == "forward" else found == wanted
+        if not same:
             raise WorkerMismatch(
                 f"{_name()} has another {what} ({found[:12]}, the run has {wanted[:12]}); "
                 "copy it there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,7 +133,8 @@ def measure_teacher(known: Accuracies, context: TeacherContext, cache_dir: Path)
     another metric than accuracy, which no name tells for certain.
     """
     data, teacher = context.data, context.graph.module
-    key = f"{context.teacher_digest[:16]}-{network_digest(teacher)}-{data.digest[:16]}"
+    made_of = f"{context.teacher_digest} {network_digest(teacher)} {data.digest}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     usual = data.metric is fraction_right
     cached = Accuracies(cache_dir / f"accuracy-{key}.json") if usual else known
     for name, split in (("teacher", data.validation), ("teacher_test", data.test)):

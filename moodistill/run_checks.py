@@ -12,10 +12,9 @@ from moodistill.errors import UserError
 from moodistill.graph import TeacherGraph
 from moodistill.results import Searched
 from moodistill.run_config import RunConfig
-from moodistill.run_folder import versions
 from moodistill.scoring import HERE
 from moodistill.store import Store
-from moodistill.teachers import network_digest
+from moodistill.teachers import is_other_network, network_digest
 from moodistill.training import accuracy
 
 if TYPE_CHECKING:
@@ -106,14 +105,9 @@ def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None
 
 
 def check_network(folder: Path, stored: Mapping[str, Any], graph: TeacherGraph) -> None:
-    """Refuse a network that computes something else by the same weights.
-
-    Another version of torch may describe the same network in other words: then nobody can tell.
-    """
-    known = stored.get("network_digest")
-    then = stored.get("versions")
-    same_torch = isinstance(then, Mapping) and then.get("torch") == versions()["torch"]
-    if known and same_torch and known != network_digest(graph.module):
+    """Refuse a network that computes something else by the same weights."""
+    known = str(stored.get("network_digest"))
+    if is_other_network(known, network_digest(graph.module)):
         raise UserError(
             f"{folder} was started with another network of the same weights (its forward or its "
             "layers' options have changed): give the old one, or start a new run"

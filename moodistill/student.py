@@ -117,6 +117,12 @@ class _Builder:
     def _path(target: str, index: int, count: int) -> str:
         return target if count == 1 else f"{target}.{index}"
 
+    def _call(self, path: str, source: fx.Node, step: Step) -> fx.Node:
+        """A call of a module with weights; its node knows the pixels of the output, `area`."""
+        node = self.graph.call_module(path, (source,))
+        node.meta["area"] = step.form.area
+        return node
+
     # Steps
 
     def _as_first(self, target: str, value: Value) -> Value:
@@ -150,9 +156,7 @@ class _Builder:
                 layer = self.teacher.layer_module(step.target)
                 self.modules[path] = slice_layer(layer, unit)
                 self.units.append(unit)
-            node = self.graph.call_module(path, (self.tensors.gather(value, ins),))
-            node.meta["area"] = step.form.area
-            outputs.append(Tensor(node, outs))
+            outputs.append(Tensor(self._call(path, self.tensors.gather(value, ins), step), outs))
         return Value(tuple(outputs), step, step.form)
 
     def _unit_keys(
@@ -219,7 +223,7 @@ class _Builder:
                     made = nn.PReLU(len(channels))
                     made.weight = nn.Parameter(module.weight.detach()[channels].clone())
                     self.modules[path] = made
-            return self.graph.call_module(path, (tensor.node,))
+            return self._call(path, tensor.node, step)
 
         return self._each(value, step, write)
 

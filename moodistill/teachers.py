@@ -25,8 +25,15 @@ def network_digest(network: nn.Module) -> str:
     """Hex digest of what a network computes, as far as code and modules tell; not its weights.
 
     What is cached of a teacher hangs on it too: a corrected `forward` may have the same weights.
+    It begins with torch's version, which describes networks in words of its own.
     """
-    return hashlib.sha256(f"{getattr(network, 'code', '')}{network}".encode()).hexdigest()[:16]
+    described = f"{getattr(network, 'code', '')}{network}"
+    return f"{torch.__version__}/{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+
+
+def is_other_network(known: str, found: str) -> bool:
+    """Whether two digests are of different networks; of two versions of torch nobody can tell."""
+    return known.partition("/")[0] == found.partition("/")[0] and known != found
 
 
 def save_atomic(

@@ -93,15 +93,11 @@ def augment(images: np.ndarray, pad: int, flip: bool, rng: np.random.Generator) 
     return padded[np.arange(count)[:, None, None], top[:, :, None], left[:, None, :]]
 
 
-AT_ONCE = 2**19  # pixels; maps of more do not fit into a small machine's memory
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, data: ImageData, split: Split) -> float:
     """The data's metric of `model` (in eval mode) on `split`: accuracy unless another is given."""
     device = next(model.parameters()).device
-    _, height, width = data.input_shape
-    batch = max(1, min(500, AT_ONCE // (height * width)))
+    batch = data.at_once(500)
     answers = []
     for start in range(0, len(split), batch):
         images = data.normalise(split.images[start : start + batch]).to(device)

@@ -84,7 +84,7 @@ def study(
     return {
         "summary": summary(context.layout, genome),
         "parameters": student.parameters,
-        "macs": count_macs(student, context.graph),
+        "macs": count_macs(student),
         "scores": scores,
         "seconds": seconds,
         "steps": targets.config.steps,
@@ -171,7 +171,7 @@ def main() -> int:
               file=sys.stderr)  # fmt: skip
         return 2
     teacher = make_student(context, layout.teacher(), recipe)
-    text = table(records, count_macs(teacher, context.graph))
+    text = table(records, count_macs(teacher))
     print(text)
     write_atomic(arguments.out / f"proxy-{arguments.model}.md", f"{text}\n".encode())
     return 0

@@ -167,7 +167,7 @@ def install_points():
         # ".run.json.123.tmp" is on the way to "run.json".
         return _HalfStream(open(path, mode), _plain(Path(path).name[1:].rsplit(".", 2)[0]))
 
-    files.open, files.os = hooked_open, _HookedOs()
+    files.open, files.os, finalists.os = hooked_open, _HookedOs(), _HookedOs()
     _around(run.Store, "create", "create", "created")
     _around(recipe, "build_student", "build")
     _around(recipe, "inherit", "inherit")

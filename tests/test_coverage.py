@@ -339,7 +339,7 @@ def test_the_teachers_genome_is_the_teacher(prepared):
     assert worst(student.module(prepared.images), expected) < 1e-4
     assert student.parameters == sum(p.numel() for p in prepared.network.parameters())
     if not isinstance(prepared.network, Functional):  # its convolution is no module
-        macs = count_macs(student, prepared.graph)
+        macs = count_macs(student)
         assert macs == counted(prepared.network, prepared.images)
 
 
@@ -571,7 +571,7 @@ def test_a_shared_layer_whose_first_call_is_gone_stays_sliced():
     whole = build_student(prepared.graph, layout, layout.teacher())
     height, width = prepared.images.shape[2:]
     conv_macs = 32 * 32 * 9 * height * width // 4
-    gone = count_macs(whole, prepared.graph) - count_macs(student, prepared.graph)
+    gone = count_macs(whole) - count_macs(student)
     assert gone == pytest.approx(4 * conv_macs, rel=0.05)  # the call at full size
 
 

@@ -192,5 +192,5 @@ def test_accuracy_counts_right_answers(monkeypatch):
 
     data = load_digits()
     split = Split(data.test.images[:40], np.array([3] * 30 + [1] * 10))
-    monkeypatch.setattr(training, "AT_ONCE", 7 * 32 * 32)  # in several batches
+    monkeypatch.setattr("moodistill.data.AT_ONCE", 7 * 32 * 32)  # in several batches
     assert training.accuracy(Constant(), data, split) == 0.75
