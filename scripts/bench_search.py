@@ -28,12 +28,13 @@ from pymoo.operators.sampling.rnd import BinaryRandomSampling
 from search_records import ARMS, Records, best_within, keep, table
 from tqdm import tqdm
 
+from moodistill.algorithms import Operators, default_operators
 from moodistill.context import TeacherContext, default_cache_dir, load_context, use_threads
 from moodistill.device import device_fingerprint, probe_simd
 from moodistill.distill import DistillConfig, SoftTargets, distill
 from moodistill.errors import UserError
 from moodistill.evaluation import Evaluation
-from moodistill.evolution import Operators, Search, SearchConfig, default_operators
+from moodistill.evolution import Search, SearchConfig
 from moodistill.executor import SerialExecutor
 from moodistill.files import write_json_atomic
 from moodistill.genome import SEARCHED
