@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import moodistill
-from moodistill.own_data import load_image_folder
+from moodistill.data.folders import load_image_folder
 
 
 def write_pictures(folder: Path) -> None:

@@ -1,12 +1,12 @@
-"""Pareto fronts of physically smaller CNNs: accuracy, parameters, measured latency."""
+"""Pareto fronts of physically smaller CNNs: accuracy, parameters, measured latency.
 
+The names below are the whole public interface; docs/architecture.md says which room holds what.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = [
-    "Int8Config", "LatencyConfig", "LayerRules", "Limits", "Run", "RunStudent", "UserError",
-    "open_run", "search",
-]  # fmt: skip
+from moodistill.version import __version__
 
 if TYPE_CHECKING:
     from moodistill.api import (
@@ -20,12 +20,41 @@ if TYPE_CHECKING:
         open_run,
         search,
     )  # fmt: skip
+    from moodistill.data import (
+        ImageData,
+        Split,
+        from_datasets,
+        load_cifar10,
+        load_digits,
+        load_image_folder,
+    )  # fmt: skip
+    from moodistill.teacher.task import Task, TrainConfig
+    from moodistill.teacher.weights import load_weights
+
+# Loaded when asked for: torch and pymoo take seconds, and `moodistill choose` needs neither.
+_HOMES = {
+    **dict.fromkeys(
+        ("Int8Config", "LatencyConfig", "LayerRules", "Limits", "Run", "RunStudent", "UserError",
+         "open_run", "search"),
+        "moodistill.api",
+    ),
+    **dict.fromkeys(
+        ("ImageData", "Split", "from_datasets", "load_cifar10", "load_digits",
+         "load_image_folder"),
+        "moodistill.data",
+    ),
+    "Task": "moodistill.teacher.task",
+    "TrainConfig": "moodistill.teacher.task",
+    "load_weights": "moodistill.teacher.weights",
+}  # fmt: skip
+__all__ = [
+    "ImageData", "Int8Config", "LatencyConfig", "LayerRules", "Limits", "Run", "RunStudent",
+    "Split", "Task", "TrainConfig", "UserError", "__version__", "from_datasets", "load_cifar10",
+    "load_digits", "load_image_folder", "load_weights", "open_run", "search",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    # The interface loads torch and pymoo, which take seconds: only when it is asked for.
-    if name in __all__:
-        from moodistill import api
-
-        return getattr(api, name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'moodistill' has no attribute {name!r}")

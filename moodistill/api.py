@@ -21,26 +21,29 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from moodistill import choose, front
-from moodistill.context import default_cache_dir
-from moodistill.data import ImageData, Metric, Split, fraction_right
-from moodistill.device import check_provider, probe_simd
+from moodistill.bundle.int8 import Int8Config
+from moodistill.bundle.model import ShipOptions
+from moodistill.config import Budget, RunConfig, flat_settings, new_config, refuse_changes
+from moodistill.data.datasets import from_datasets, from_splits
+from moodistill.data.images import ImageData, Metric, Split, fraction_right
 from moodistill.errors import UserError
-from moodistill.front import FrontRow
-from moodistill.int8 import SUFFIX, Int8Config
-from moodistill.latency import LatencyConfig
-from moodistill.layout import LayerRules
-from moodistill.objectives import Limits
-from moodistill.own_data import from_datasets, from_splits
+from moodistill.io.cache import default_cache_dir
+from moodistill.io.tensorfile import save_atomic
+from moodistill.latency.device import check_provider
+from moodistill.latency.meter import LatencyConfig
+from moodistill.latency.simd import probe_simd
+from moodistill.pareto import choose
+from moodistill.pareto import table as front
+from moodistill.pareto.objectives import Limits
+from moodistill.pareto.table import SUFFIX, FrontRow
 from moodistill.progress import Mode, make_reporter
-from moodistill.run import resume_run, start_run
-from moodistill.run_config import Budget, RunConfig, flat_settings, new_config, refuse_changes
-from moodistill.run_folder import RUN_FILE, read_run
-from moodistill.scoring import Places
-from moodistill.ship import ShipOptions
-from moodistill.shipping import export_student, rebuild_student
-from moodistill.task import Task, load_task
-from moodistill.teachers import read_state, save_atomic
+from moodistill.runs.backend import Places
+from moodistill.runs.export import export_student, rebuild_student
+from moodistill.runs.run import resume_run, start_run
+from moodistill.storage.folder import RUN_FILE, read_run
+from moodistill.teacher.blocks import LayerRules
+from moodistill.teacher.task import Task, load_task
+from moodistill.teacher.weights import read_state
 
 TEACHER_FILE = "teacher.safetensors"
 

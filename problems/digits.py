@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moodistill.data import load_digits
-from moodistill.task import Task, TrainConfig
+from moodistill.data.digits import load_digits
+from moodistill.teacher.task import Task, TrainConfig
 
 
 def conv_bn(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:

@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import nn
 from torchvision.models import resnet18
 
-from moodistill.data import load_cifar10
-from moodistill.task import Task, TrainConfig
+from moodistill.data.cifar10 import load_cifar10
+from moodistill.teacher.task import Task, TrainConfig
 
 
 def build() -> nn.Module:

@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from moodistill.context import check_graph
 from moodistill.errors import UserError
-from moodistill.files import write_json_atomic
-from moodistill.graph import trace
-from moodistill.latency import LatencyMeter
-from moodistill.layout import build_layout
-from moodistill.masked import masked_logits
-from moodistill.onnx_graph import OnnxGraph
-from moodistill.onnx_ops import UnsupportedOperation
-from moodistill.onnx_writer import to_onnx
-from moodistill.operators import DensitySampling
-from moodistill.resolve import canonical
-from moodistill.statistics import CalibrationConfig, collect_samples
-from moodistill.student import build_student
+from moodistill.genome.canonical import canonical
+from moodistill.io.atomic import write_json_atomic
+from moodistill.latency.meter import LatencyMeter
+from moodistill.onnx.graph import OnnxGraph
+from moodistill.onnx.ops import UnsupportedOperation
+from moodistill.onnx.writer import to_onnx
+from moodistill.search.operators import DensitySampling
+from moodistill.student.builder import build_student
+from moodistill.student.context import check_graph
+from moodistill.teacher.blocks import build_layout
+from moodistill.teacher.graph import trace
+from moodistill.teacher.samples import CalibrationConfig, collect_samples
+from moodistill.testing.masked import masked_logits
 
 STEP = 8
 IMAGES = 4

@@ -5,37 +5,22 @@ import io
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-TINY = ["--population", "6", "--generations", "2", "--finalists", "2", "--distill-steps", "6"]
+from helpers import ROOT, TINY, TINY_RUN, prepare
 
 # Small networks: more threads cost more than they bring, above all beside other jobs.
 torch.set_num_threads(1)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A teacher with its graph, samples and layout, made without any data set."""
-
-    teacher: Any
-    graph: Any
-    samples: Any
-    layout: Any
-
-
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The `TeacherContext` of the digits task, with the shipped teacher."""
-    from moodistill.context import load_context
-    from moodistill.task import load_task
+    from moodistill.student.context import load_context
+    from moodistill.teacher.task import load_task
 
     return load_context(load_task("digits"), cache_dir=tmp_path_factory.mktemp("cache"))
 
@@ -43,7 +28,7 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def random_images():
     """96 training images of uniform noise as an `ImageData` of CIFAR-10's shape."""
-    from moodistill.data import ImageData, Split
+    from moodistill.data.images import ImageData, Split
 
     rng = np.random.default_rng(5)
     parts = [
@@ -54,22 +39,10 @@ def random_images():
     return ImageData("noise", *parts, (0.5,) * 3, (0.3,) * 3, labels, "noise")
 
 
-def prepare(teacher, data) -> Prepared:
-    """Trace, sample and lay out a teacher."""
-    from moodistill.graph import trace
-    from moodistill.layout import build_layout
-    from moodistill.statistics import CalibrationConfig, collect_samples
-
-    graph = trace(teacher, data.input_shape)
-    config = CalibrationConfig(images=64, pixels=2000)
-    samples = collect_samples(graph, data, config, None, "")
-    return Prepared(teacher, graph, samples, build_layout(graph, samples))
-
-
 @pytest.fixture(scope="session")
 def vgg16(random_images):
     """VGG16 with the shipped CIFAR-10 weights."""
-    from moodistill.teachers import load_weights
+    from moodistill.teacher.weights import load_weights
     from problems.vgg16 import TASK
 
     return prepare(load_weights(TASK.build(), TASK.weights), random_images)
@@ -100,16 +73,10 @@ def resnet18(random_images):
     return prepare(teacher.eval(), random_images)
 
 
-TINY_RUN = (
-    "--model", "digits", "--population", "6", "--generations", "3", "--finalists", "2",
-    "--distill-steps", "6", "--simd-step", "8", "--torch-threads", "1",
-)  # fmt: skip
-
-
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory):
     """A warm process that runs, and kills, whole commands with recorded latencies."""
-    from driver import Driver
+    from helpers.driver import Driver
 
     folder = tmp_path_factory.mktemp("driver")
     driver = Driver(folder, folder / "cache")
@@ -124,50 +91,6 @@ def recorded_run(driver, tmp_path_factory):
     done = driver.call("run", "--out", folder, *TINY_RUN)
     assert done.code == 0, done.stdout + done.stderr
     return folder
-
-
-def train_on(network, images, labels, steps=80):
-    """A few steps of SGD, enough for pictures that differ in brightness; back in eval mode."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    network.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(network(images), labels).backward()
-        optimizer.step()
-    return network.eval()
-
-
-def random_genome(layout, rng: np.random.Generator, bypass: bool = False) -> np.ndarray:
-    """A varied genome: any density, whole blocks gone, block-diagonal layers, dropped edges."""
-    genome = layout.teacher()
-    shared = rng.uniform(0.1, 1.0)
-    style = rng.integers(4)
-    for name in layout.shapes:
-        view = layout.view(genome, name)
-        kind, owner = name.split("/", 1)
-        if kind == "mask":
-            group = layout.groups[owner]
-            density = shared if style != 1 else rng.uniform(0.1, 1.0)
-            if style == 2:  # all or nothing
-                view[:] = (rng.random(group.blocks) < max(0.4, density))[group.block]
-            elif style == 3:  # equal widths in all blocks, so that convolutions can be grouped
-                for block in range(group.blocks):
-                    members = np.flatnonzero(group.block == block)
-                    view[rng.permutation(members)[max(1, int(density * len(members))) :]] = False
-            else:
-                view[:] = rng.random(view.shape) < density
-        elif kind == "block":
-            choice = rng.random()
-            if choice < (0.6 if style == 3 else 0.15) and view.shape[0] == view.shape[1]:
-                view[:] = np.eye(len(view), dtype=bool)[rng.permutation(len(view))]
-            elif choice < 0.7:
-                view[:] = rng.random(view.shape) < rng.uniform(0.2, 1.0)
-        elif kind == "merge":
-            if rng.random() < 0.3:
-                view[rng.integers(len(view))] = False
-        elif bypass:
-            view[0] = rng.random() < 0.7
-    return genome
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def loaded(module):
 
 
 @pytest.mark.parametrize(
-    ("name", "known"), [("genome", {"moodistill.errors"}), ("resolve", {"moodistill.genome"})]
+    ("name", "known"), [("genome", {"moodistill.errors"}), ("resolve", {"moodistill.genome.layout"})]
 )
 def test_the_genome_knows_numpy_alone(name, known):
     path = PACKAGE / f"{name}.py"
@@ -87,7 +87,7 @@ def test_the_search_loads_no_torch(name):
 
 
 def test_the_network_side_loads_no_pymoo():
-    code = "import moodistill.student_file, moodistill.recipe, moodistill.distill as module"
+    code = "import moodistill.student.file, moodistill.student.evaluator, moodistill.training.distill as module"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; {code}; print('pymoo' in sys.modules)"],
         capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
@@ -109,7 +109,7 @@ def test_operators_know_the_genome_only():
     for path in (PACKAGE / "operators").glob("*.py"):
         own = {n for n in imported(path) if n.startswith("moodistill")}
         assert all(
-            n.startswith(("moodistill.genome.", "moodistill.resolve.", "moodistill.operators."))
+            n.startswith(("moodistill.genome.layout.", "moodistill.genome.resolve.", "moodistill.operators."))
             for n in own
         ), path
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY
 
 from moodistill.errors import UserError
 from moodistill.progress import (

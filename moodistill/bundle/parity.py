@@ -1,0 +1,94 @@
+"""A student as an ONNX file that has been compared with torch on real images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import fx
+
+from moodistill.bundle.model import OPSET, Origin, ShipOptions, ship
+from moodistill.data.images import ImageData, Split
+from moodistill.errors import UserError
+from moodistill.io.atomic import write_atomic
+from moodistill.onnx.runtime import outputs
+from moodistill.onnx.writer import to_onnx
+
+MAX_LOGIT_DIFFERENCE = 1e-3
+COMPARED = 100  # images at once, fewer if they are large
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Torch against ONNX Runtime on `images` real images."""
+
+    images: int
+    max_difference: float
+    same_predictions: int
+
+    @property
+    def passed(self) -> bool:
+        """Outputs within 1e-3 and every prediction equal."""
+        return self.max_difference <= MAX_LOGIT_DIFFERENCE and self.same_predictions == self.images
+
+
+@torch.no_grad()
+def compare(
+    model: bytes, student: fx.GraphModule, data: ImageData, split: Split, softmax: bool = False
+) -> Parity:
+    """Run both on the images of `split`; outputs are compared absolutely."""
+    worst, same = 0.0, 0
+    batch = data.at_once(COMPARED)
+    answers = outputs(model, data, split, torch.get_num_threads(), batch)
+    for place, found in enumerate(answers):
+        images = data.normalise(split.images[place * batch : (place + 1) * batch])
+        answer = student(images)
+        expected = (answer.softmax(1) if softmax else answer).numpy()
+        difference = np.abs(expected - found).max()
+        worst = max(worst, float(difference) if np.isfinite(difference) else np.inf)
+        same += int((expected.argmax(1) == found.argmax(1)).sum())
+    return Parity(len(split), worst, same)
+
+
+def checked_onnx(
+    student: fx.GraphModule,
+    data: ImageData,
+    origin: Origin,
+    options: ShipOptions | None = None,
+    images: int = 1000,
+) -> tuple[bytes, Parity]:
+    """The shipped model, if ONNX Runtime agrees with torch on held-out images.
+
+    Raises:
+        UserError: if it does not.
+    """
+    options = options or ShipOptions()
+    model = ship(to_onnx(student, data.input_shape, OPSET), data, origin, options)
+    parity = compare(model, student, data, data.validation.head(images), options.softmax)
+    if not parity.passed:
+        raise UserError(
+            f"the model was not written: ONNX Runtime differs from torch by "
+            f"{parity.max_difference:.2e} in an output (at most {MAX_LOGIT_DIFFERENCE} allowed) "
+            f"and agrees on {parity.same_predictions} of {parity.images} predictions"
+        )
+    return model, parity
+
+
+def export_onnx(
+    student: fx.GraphModule,
+    data: ImageData,
+    origin: Origin,
+    path: Path,
+    options: ShipOptions | None = None,
+    images: int = 1000,
+) -> Parity:
+    """Write `checked_onnx`.
+
+    Raises:
+        UserError: as that does; no file is left then.
+    """
+    model, parity = checked_onnx(student, data, origin, options, images)
+    write_atomic(path, model)
+    return parity

@@ -1,0 +1,219 @@
+"""What runs on a Dask worker: scoring a student, or timing a model on the device that it stands on.
+
+Teacher, statistics and data are loaded once a process; what travels is the genome, digests and ONNX
+files. A worker of another version, teacher or data set refuses by its own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moodistill.errors import UserError
+from moodistill.latency.meter import LatencyConfig, LatencyError, LatencyMeter
+from moodistill.pareto.evaluation import Evaluation, Latency
+from moodistill.student.evaluator import Evaluator, Scored
+from moodistill.teacher.weights import is_other_network, network_digest
+from moodistill.version import __version__
+
+if TYPE_CHECKING:
+    from moodistill.config import RunConfig
+    from moodistill.student.context import TeacherContext
+
+STUDENTS = "student"  # the resource of a worker that scores students; of each it has one
+DEVICE = "latency:"  # and of one that times models, followed by the device's name
+
+
+class WorkerMismatch(UserError):
+    """A worker that cannot take part, and why."""
+
+
+@dataclass(frozen=True)
+class ScoreSetup:
+    """What a worker must have to score students.
+
+    Attributes:
+        version: moodistill's.
+        config: the run's configuration as JSON.
+        teacher_digest, data_digest: of the driver's teacher and data.
+        network_digest: of its traced network.
+        data_dir, weights: where to look for them, as on the driver; None for the defaults.
+        threads: torch's.
+    """
+
+    version: str
+    config: str
+    teacher_digest: str
+    data_digest: str
+    network_digest: str
+    data_dir: str | None
+    weights: str | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class TimeSetup:
+    """How a device times models: as `LatencyMeter`'s arguments."""
+
+    version: str
+    input_shape: tuple[int, int, int]
+    config: LatencyConfig
+    teacher_latency_ms: float | None
+
+
+def _name() -> str:
+    from distributed import get_worker
+
+    try:
+        worker = get_worker()
+    except ValueError:  # called outside a worker
+        return "this process"
+    return f"worker {worker.name} at {worker.address}"
+
+
+def _check_version(version: str) -> None:
+    if version != __version__:
+        raise WorkerMismatch(
+            f"{_name()} has moodistill {__version__}, the run has {version}; install the same there"
+        )
+
+
+@lru_cache(maxsize=1)
+def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
+    from moodistill.config import RunConfig
+    from moodistill.student.context import load_context, use_threads
+    from moodistill.teacher.task import load_task
+
+    _check_version(setup.version)
+    use_threads(setup.threads)
+    config = RunConfig.from_dict(json.loads(setup.config))
+    data_dir, weights = (
+        Path(path) if path is not None else None for path in (setup.data_dir, setup.weights)
+    )
+    try:
+        task = load_task(config.model, config.own)
+        context = load_context(task, data_dir, weights, config.calibration, rules=config.rules)
+    except UserError as error:
+        raise WorkerMismatch(f"{_name()}: {error}") from error
+    network = network_digest(context.graph.module)
+    for what, found, wanted in (
+        ("teacher", context.teacher_digest, setup.teacher_digest),
+        ("data set", context.data.digest, setup.data_digest),
+        ("forward", network, setup.network_digest),
+    ):
+        same = not is_other_network(wanted, found) if what == "forward" else found == wanted
+        if not same:
+            raise WorkerMismatch(
+                f"{_name()} has another {what} ({found[:12]}, the run has {wanted[:12]}); "
+                "copy it there"
+            )
+    return context, config
+
+
+def score(setup: ScoreSetup, genome: bytes) -> Scored:
+    """Score a packed genome, latency aside."""
+    context, config = _prepared(setup)
+    return Evaluator(context, config.recipe, None).score(context.layout.unpack(genome))
+
+
+def distil(setup: ScoreSetup, evaluation: Evaluation, name: str) -> dict[str, bytes]:
+    """Distil one finalist; the files of its folder.
+
+    Raises:
+        FloatingPointError, UserError: as `finalists.finish`.
+    """
+    from moodistill.finalists.distil import distil_here
+
+    context, config = _prepared(setup)
+    with tempfile.TemporaryDirectory() as folder:
+        distiller = distil_here(context, config.recipe, config.distill)
+        for _, result in distiller({name: evaluation}, Path(folder), lambda *_: None):
+            if isinstance(result, Exception):
+                raise result
+        return {path.name: path.read_bytes() for path in (Path(folder) / name).iterdir()}
+
+
+_meters: dict[str, LatencyMeter] = {}
+
+
+def _meter(setup: TimeSetup, reference: bytes) -> LatencyMeter:
+    _check_version(setup.version)
+    key = hashlib.sha256(reference).hexdigest() + repr(setup)
+    if key not in _meters:
+        for meter in _meters.values():
+            meter.close()
+        _meters.clear()
+        try:
+            _meters[key] = LatencyMeter(
+                reference,
+                setup.input_shape,
+                setup.config,
+                teacher_latency_ms=setup.teacher_latency_ms,
+            )
+        except LatencyError as error:
+            raise WorkerMismatch(f"{_name()} cannot time the teacher: {error}") from error
+    return _meters[key]
+
+
+def hold(reference: bytes) -> bytes:
+    """Keep the teacher's file on this worker for the tasks that follow."""
+    return reference
+
+
+def calibrate(setup: TimeSetup, reference: bytes) -> tuple[float, dict[str, Any]]:
+    """The teacher's latency on this device, and the device's fingerprint."""
+    from moodistill.latency.device import check_provider, device_fingerprint
+
+    try:
+        check_provider(setup.config.provider)
+    except UserError as error:
+        raise WorkerMismatch(f"{_name()}: {error}") from error
+    meter = _meter(setup, reference)
+    return meter.teacher_latency_ms, device_fingerprint(setup.config)
+
+
+def probe_step(version: str, config: LatencyConfig) -> int:
+    """Channels per SIMD block of this device."""
+    from moodistill.io.cache import default_cache_dir
+    from moodistill.latency.simd import probe_simd
+
+    _check_version(version)
+    return probe_simd(config, default_cache_dir()).step
+
+
+def time_model(setup: TimeSetup, reference: bytes, scored: Scored) -> Evaluation:
+    """The evaluation with its latency on this device; a model that cannot be timed has failed."""
+    if scored.evaluation.failure is not None:
+        return scored.evaluation
+    began = time.perf_counter()
+    try:
+        latency = _meter(setup, reference).measure(scored.model, scored.key)
+    except LatencyError as error:
+        failure = f"LatencyError: {error}"
+        return replace(scored.evaluation, accuracy=0.0, failure=failure)
+    seconds = scored.evaluation.seconds | {"latency": time.perf_counter() - began}
+    return replace(scored.evaluation, latency=latency, seconds=seconds)
+
+
+def slowest(timed: list[Evaluation]) -> Evaluation:
+    """One student timed on several devices, with the largest latency; it fails if one failed."""
+    for one in timed:
+        if one.latency is None:
+            return one
+    return max(timed, key=lambda one: one.latency.latency_ms if one.latency else 0.0)
+
+
+def confirm_models(
+    setup: TimeSetup, reference: bytes, models: dict[str, bytes], rounds: int
+) -> tuple[dict[str, Latency], int]:
+    """Latencies of several models side by side, and how many windows were timed again."""
+    meter = _meter(setup, reference)
+    before = meter.rejected_windows
+    files = {name: (lambda file=file: file) for name, file in models.items()}
+    return meter.confirm(files, rounds), meter.rejected_windows - before

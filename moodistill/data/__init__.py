@@ -1,0 +1,19 @@
+"""Pictures in memory, in three splits: CIFAR-10, digits, folders, datasets.
+
+Knows nothing of networks or searches. Begin with `images`, whose `ImageData` all others make.
+"""
+
+from moodistill.data.cifar10 import load_cifar10
+from moodistill.data.datasets import from_datasets
+from moodistill.data.digits import load_digits
+from moodistill.data.folders import load_image_folder
+from moodistill.data.images import ImageData, Split
+
+__all__ = [
+    "ImageData",
+    "Split",
+    "from_datasets",
+    "load_cifar10",
+    "load_digits",
+    "load_image_folder",
+]

@@ -1,0 +1,55 @@
+"""A resolved genome: which channels, connections and edges a student really has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moodistill.genome.layout import GenomeLayout, Group
+
+Alive = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a genome means, every dependency resolved.
+
+    Attributes:
+        kept: for every live group, `(size,)` bool.
+        connected: for every live layer, `(blocks of its groups, blocks of its source)` bool; False
+            where one of the two blocks is gone.
+        source: for every live layer, the groups it reads in the student.
+        through: live layers whose input comes past a bypassed layer.
+        bypassed: layers that are left out.
+        merges: for every live Add, the inputs that stay.
+        live: names of all nodes that the output depends on.
+        dropped: groups that nobody reads in this student, though their layers could be there.
+    """
+
+    kept: dict[str, np.ndarray]
+    connected: dict[str, np.ndarray]
+    source: dict[str, tuple[str, ...]]
+    through: frozenset[str]
+    bypassed: frozenset[str]
+    merges: dict[str, tuple[bool, ...]]
+    live: frozenset[str]
+    dropped: frozenset[str] = frozenset()
+
+
+def alive_blocks(group: Group, kept: np.ndarray) -> np.ndarray:
+    """`(blocks,)` bool: blocks with at least one kept channel."""
+    alive = np.zeros(group.blocks, dtype=bool)
+    alive[group.block[kept]] = True
+    return alive
+
+
+def alive_in(layout: GenomeLayout, structure: Structure, groups: Iterable[str]) -> np.ndarray:
+    """`(blocks,)` bool over several groups, one after another."""
+    parts = []
+    for name in groups:
+        group = layout.groups[name]
+        kept = structure.kept.get(name, np.zeros(group.size, dtype=bool))
+        parts.append(alive_blocks(group, kept))
+    return np.concatenate(parts)

@@ -1,0 +1,160 @@
+"""What a run is refused for, before it begins or is carried on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moodistill.config import RunConfig
+from moodistill.data.images import ImageData, fraction_right, metric_name
+from moodistill.errors import UserError
+from moodistill.runs.backend import HERE
+from moodistill.storage.searched import Searched
+from moodistill.storage.store import Store
+from moodistill.student.context import TeacherContext
+from moodistill.teacher.graph import TeacherGraph
+from moodistill.teacher.weights import is_other_network, network_digest
+from moodistill.training.teacher import accuracy
+
+if TYPE_CHECKING:
+    from moodistill.cluster.client import Cluster
+
+
+def least_accuracy(context: TeacherContext, config: RunConfig) -> float:
+    """Two fifths of the way from chance to the teacher, a fraction.
+
+    From below, distillation brings no student to where it is of use. Where chance lies for another
+    metric than accuracy is not known: 0.
+
+    Raises:
+        UserError: if the teacher itself has learnt next to nothing.
+    """
+    data = context.data
+    if data.metric is not fraction_right:
+        return 0.0
+    chance = 1.0 / len(data.labels)
+    images = data.validation.head(config.recipe.validation_images)
+    reached = accuracy(context.graph.module, data, images)
+    expected = chance + 0.2 * (1.0 - chance)
+    if reached < expected:
+        raise UserError(
+            f"the teacher itself reaches {reached:.4f} on the validation images, expected at least "
+            f"{expected:.4f}: are weights, size, mean, std and the order of the classes those that "
+            "it was trained with?"
+        )
+    return round(chance + 0.4 * (reached - chance), 4)
+
+
+def check_resumed(
+    folder: Path, stored: Mapping[str, Any], context: TeacherContext, cluster: Cluster | None
+) -> dict[str, float]:
+    """Compare teacher, data and devices with those that `run.json` (`stored`) names.
+
+    Returns the teacher's calibrated ms by device.
+
+    Raises:
+        UserError: if the run cannot be carried on with them.
+    """
+    check_origin(folder, stored, context)
+    place = cluster.config.place if cluster is not None else None
+    if stored.get("latency_on") != place:
+        raise UserError(
+            f"{folder} has latencies of {stored.get('latency_on') or 'this machine'}, not of "
+            f"{place or 'this machine'}; resume it with the same --latency-on"
+        )
+    scales = stored.get("teacher_latencies_ms")
+    devices = (cluster.config.latency_on if cluster is not None else ()) or (HERE,)
+    if not isinstance(scales, dict) or not all(
+        type(scales.get(name)) in (int, float) and 0 < scales[name] < 1e15 for name in devices
+    ):
+        raise UserError(
+            f"{folder} has teacher_latencies_ms {str(scales)[:40]!r} in run.json, expected "
+            f"positive numbers for {', '.join(devices)}: restore run.json from a copy"
+        )
+    return scales
+
+
+def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContext) -> None:
+    """Compare teacher and data with those that `run.json` (`stored`) names.
+
+    Raises:
+        UserError: if one of them is another.
+    """
+    check_data(folder, stored, context.data)
+    for key, found in (
+        ("teacher_digest", context.teacher_digest),
+        ("genome_bits", context.layout.length),
+    ):
+        if stored.get(key) != found:
+            raise UserError(
+                f"{folder} was started with {key} {stored.get(key)}, found {found}; "
+                "give the same teacher"
+            )
+    check_network(folder, stored, context.graph)
+
+
+def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None:
+    """Refuse other pictures, normalisation or metric than `run.json` (`stored`) names."""
+    for key, found in (("data_digest", data.digest), ("metric", metric_name(data))):
+        if stored.get(key) != found:
+            raise UserError(
+                f"{folder} was started with {key} {stored.get(key)}, found {found}; "
+                "give the same data and metric"
+            )
+
+
+def check_network(folder: Path, stored: Mapping[str, Any], graph: TeacherGraph) -> None:
+    """Refuse a network that computes something else by the same weights."""
+    known = str(stored.get("network_digest"))
+    if is_other_network(known, network_digest(graph.module)):
+        raise UserError(
+            f"{folder} was started with another network of the same weights (its forward or its "
+            "layers' options have changed): give the old one, or start a new run"
+        )
+
+
+def compare_devices(folder: Path, before: Any, now: Mapping[str, Mapping[str, Any]]) -> str:
+    """Compare fingerprints by name with those that a run in `folder` was started on.
+
+    Returns what is to be said of a smaller difference, empty if there is none.
+
+    Raises:
+        UserError: if a processor is another: ratios of two to the teacher's time cannot be mixed.
+    """
+    notes = []
+    for name, device in now.items():
+        known = before.get(name) if isinstance(before, Mapping) else None
+        if not isinstance(known, Mapping):
+            continue
+        for part in ("cpu", "simd", "machine"):
+            if known.get(part) != device.get(part):
+                raise UserError(
+                    f"{folder} has latencies of {known.get('cpu')!r}, {name} is now "
+                    f"{device.get('cpu')!r} ({part} differs), and the two cannot be mixed: resume "
+                    "it there, or start a new run here"
+                )
+        old, new = known.get("onnxruntime"), device.get("onnxruntime")
+        if old != new:
+            notes.append(
+                f"{name} has ONNX Runtime {new}, {old} when the run was started: latencies may "
+                "differ a little"
+            )
+    return "; ".join(notes)
+
+
+def check_students(
+    folder: Path, store: Store, config: RunConfig, names: Sequence[str], ended: bool
+) -> None:
+    """Refuse to distil what is no student of a search that has ended."""
+    if not ended:
+        raise UserError(
+            f"the search in {folder} has not ended: --resume it without --student first"
+        )
+    searched = Searched.read(store, config.search.limits, config.search.objectives)
+    for name in names:
+        if searched is None or name not in searched.students:
+            raise UserError(
+                f"{folder} has no student {name!r} that works and is within the limits; expected "
+                "one of those in pareto.csv"
+            )

@@ -1,0 +1,250 @@
+"""From a run and a student's id to a folder that has been checked and can be shipped."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moodistill.bundle.folder import MODEL, write_package
+from moodistill.bundle.int8 import judge_speed, quantise_student
+from moodistill.bundle.model import Origin, ShipOptions
+from moodistill.bundle.parity import Parity, export_onnx
+from moodistill.config import RunConfig
+from moodistill.data.images import ImageData
+from moodistill.errors import UserError
+from moodistill.finalists.distil import RESULT_FILE, Finalist, read_finalist
+from moodistill.io.atomic import write_atomic
+from moodistill.latency.device import device_fingerprint
+from moodistill.latency.meter import LatencyMeter
+from moodistill.onnx.writer import to_onnx
+from moodistill.pareto.evaluation import Evaluation
+from moodistill.pareto.table import SUFFIX, FrontRow, read_front
+from moodistill.runs.compatibility import check_data, check_network, check_origin
+from moodistill.runs.rows import int8_row
+from moodistill.storage.folder import RUN_FILE, read_run
+from moodistill.storage.searched import student_id
+from moodistill.storage.store import Store
+from moodistill.student.accuracy import student_accuracy
+from moodistill.student.builder import Student
+from moodistill.student.context import load_context
+from moodistill.student.evaluator import make_student
+from moodistill.student.file import load_student
+from moodistill.teacher.graph import trace
+from moodistill.teacher.task import Task, load_task
+
+# What the card says of it.
+DEVICE_KEYS = {"cpu", "onnxruntime", "provider", "threads", "batch"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the model's path, and its comparison with torch (None for INT8)."""
+
+    path: Path
+    parity: Parity | None
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A run's student made again, and what it was made with; what distillation reached, if any."""
+
+    student: Student
+    evaluation: Evaluation
+    data: ImageData
+    finalist: Finalist | None = None
+
+
+def rebuild_student(
+    run: Path,
+    name: str,
+    task: Task,
+    data_dir: Path | None = None,
+    weights: Path | None = None,
+) -> Rebuilt:
+    """A student of a run: distilled weights if it has them, else inherited from the teacher.
+
+    Args:
+        run: a run's folder.
+        name: the student's id; of an INT8 student the float one is made.
+        task: the run's.
+        data_dir: where the data are.
+        weights: the teacher's, where they are not the task's own.
+
+    Raises:
+        UserError: if there is no such student, its distilled weights are gone, or the teacher is
+            not that of the run.
+    """
+    name, stored = name.removesuffix(SUFFIX), read_run(run)
+    evaluation = _evaluation(run, name)
+    path = run / "students" / name / "student.safetensors"
+    if path.exists():
+        finalist = read_finalist(path.parent)
+        if finalist is None or finalist.genome_hash != evaluation.genome_hash:
+            raise UserError(
+                f"{path.parent / RESULT_FILE} is missing or not of {name}: its distillation was "
+                f"interrupted; carry on with --resume {run}"
+            )
+        data = task.load_data(data_dir)
+        check_data(run, stored, data)
+        check_network(run, stored, trace(task.build().eval(), data.input_shape))
+        student = load_student(path, task.build(), data.input_shape)[0]
+        return Rebuilt(student, evaluation, data, finalist)
+    if any(row.student == name and row.stage == "distilled" for row in read_front(run)):
+        # Inherited weights would go under the accuracy of the distilled ones.
+        there = (path.parent / MODEL).is_file()
+        raise UserError(
+            f"{path} is missing, and with it the distilled weights of {name}: restore it"
+            + (f", or take {path.parent}, which is a shipped folder of them" if there else "")
+        )
+    config = RunConfig.from_dict(stored.get("config", {}))
+    context = load_context(
+        task, data_dir, weights, calibration=config.calibration, rules=config.rules
+    )
+    if context.teacher_digest != stored.get("teacher_digest"):
+        raise UserError(
+            f"{run} was searched with another teacher than {weights or task.weights}; give the "
+            "same with --weights"
+        )
+    check_origin(run, stored, context)
+    genome = context.layout.unpack(evaluation.genome)
+    return Rebuilt(make_student(context, genome, config.recipe), evaluation, context.data)
+
+
+def export_student(
+    run: Path,
+    student: str,
+    out: Path,
+    data_dir: Path | None = None,
+    options: ShipOptions | None = None,
+    int8: bool = False,
+    task: Task | None = None,
+    weights: Path | None = None,
+) -> Exported:
+    """Write the shipped folder of a student; a finalist's distilled weights if it has them.
+
+    Args:
+        run: a run's folder.
+        student: its id; `<id>-int8` is the same as `<id>` with `int8`.
+        out: new folder, or one without a model.
+        data_dir: where the data are.
+        options: how the model takes pictures and answers.
+        int8: quantise it; refused if that is not faster here or costs too much accuracy.
+        task: the run's, None to load it by its name.
+        weights: the teacher's, where they are not the task's own.
+
+    Raises:
+        UserError: if there is no such run or student, `out` holds a model already, or the file
+            does not pass the comparison with torch.
+    """
+    options = options or ShipOptions()
+    stored = read_run(run)
+    config = RunConfig.from_dict(stored.get("config", {}))
+    name = student.removesuffix(SUFFIX)
+    int8 = int8 or name != student
+    if (out / MODEL).exists():
+        raise UserError(f"{out / MODEL} exists; give another --out")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder with --out")
+    rows = {row.student: row for row in read_front(run)}
+    teacher = next(row for row in rows.values() if row.stage == "teacher")
+    task = task or load_task(config.model, config.own)
+    rebuilt = rebuild_student(run, name, task, data_dir, weights)
+    made, evaluation, data = rebuilt.student, rebuilt.evaluation, rebuilt.data
+    origin = Origin(task.name, str(stored.get("teacher_digest")), evaluation.genome)
+    row = rows.get(name) or _searched_row(name, evaluation, teacher)
+    if rebuilt.finalist is not None:
+        known = row
+        row = replace(
+            row,
+            stage="distilled",
+            accuracy=rebuilt.finalist.accuracy,
+            test_accuracy=rebuilt.finalist.test_accuracy,
+        )
+        if row != known:  # distilled since the table was written: so is its twin of other weights
+            rows.pop(name + SUFFIX, None)
+    if row.accuracy is None:
+        row = replace(row, accuracy=student_accuracy(made.module, data, data.validation))
+    device = stored.get("device")
+    if not isinstance(device, dict) or DEVICE_KEYS - set(device):
+        raise UserError(f"{run / RUN_FILE} does not say on which device; restore it from a copy")
+    parity = export_onnx(made.module, data, origin, out / MODEL, options)
+    if int8:
+        twin = rows.get(name + SUFFIX)
+        try:
+            row = _quantise(made, row, twin, data, origin, out, device, config, options)
+        except BaseException:
+            (out / MODEL).unlink(missing_ok=True)
+            raise
+    write_package(out, row, teacher, data, origin, device, options)
+    return Exported(out / MODEL, None if int8 else parity)
+
+
+def _evaluation(run: Path, name: str) -> Evaluation:
+    with Store.open(run, readonly=True) as store:
+        evaluations = {student_id(n): e for n, e in store.numbered().items()}
+    if name not in evaluations or evaluations[name].latency is None:
+        known = sorted(p.name for p in (run / "students").glob("s*"))
+        raise UserError(
+            f"unknown student {name!r} in {run}; expected an id from its pareto.csv"
+            + (f", for example {', '.join(known[:6])}" if known else "")
+        )
+    return evaluations[name]
+
+
+def _searched_row(name: str, one: Evaluation, teacher: FrontRow) -> FrontRow:
+    """The row of a student that is not on the front; its latency is the search's."""
+    assert one.latency is not None
+    return FrontRow(
+        student=name, stage="searched", search_accuracy=one.accuracy, accuracy=None,
+        test_accuracy=None, parameters=one.parameters, macs=one.macs,
+        latency_ms=one.latency.latency_ms, latency_ms_low=one.latency.low_ms,
+        latency_ms_high=one.latency.high_ms, teacher_latency_ms=teacher.teacher_latency_ms,
+        size_bytes=one.size_bytes, onnx="", genome_hash=one.genome_hash, summary=one.summary,
+        search_latency_ms=one.latency.latency_ms, latency_samples=len(one.latency.samples_ms),
+    )  # fmt: skip
+
+
+def _quantise(
+    made: Student,
+    row: FrontRow,
+    twin: FrontRow | None,
+    data: ImageData,
+    origin: Origin,
+    out: Path,
+    measured_on: Mapping[str, Any],
+    config: RunConfig,
+    options: ShipOptions,
+) -> FrontRow:
+    """Replace the float model in `out` by its INT8 twin; the twin's row."""
+    device = device_fingerprint(config.latency)
+    if twin is None and device != measured_on:
+        raise UserError(
+            f"the run was measured on {measured_on.get('cpu')!r}, this is {device['cpu']!r}: "
+            "whether INT8 is faster cannot be judged here; export on the device of the run"
+        )
+    floating = (out / MODEL).read_bytes()
+    bare = to_onnx(made.module, data.input_shape)
+    assert row.accuracy is not None
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        result = quantise_student(
+            bare, row.student + SUFFIX, row.accuracy, data, origin, folder,
+            measured_on, config.int8, options,
+        )  # fmt: skip
+        model = b"" if result.refused else (folder / MODEL).read_bytes()
+    if model and twin is None:
+        with LatencyMeter(
+            floating, data.input_shape, config.latency, teacher_latency_ms=row.latency_ms
+        ) as meter:
+            times = meter.confirm({"float": lambda: floating, "int8": lambda: model})
+        result = judge_speed(result, times["int8"], times["float"])
+        twin = int8_row(row, result, times["int8"])
+    if result.refused or twin is None:
+        raise UserError(
+            f"{result.student} was not written: it {result.refused}; export it without --int8"
+        )
+    write_atomic(out / MODEL, model)
+    return twin

@@ -1,0 +1,92 @@
+"""The files of a run folder: `run.json` and what a run was made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from moodistill.errors import UserError
+from moodistill.io.atomic import TEMPORARY, remove_orphans, write_json_atomic
+from moodistill.io.records import parse_json
+
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Raises:
+        UserError: if the folder is no run or the file is not a JSON object.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a run: expected {RUN_FILE} in it; name the folder that a search wrote"
+        )
+    try:
+        run = parse_json(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); restore it from a copy") from error
+    if not isinstance(run, dict):
+        raise UserError(f"{path} holds a {type(run).__name__}, expected an object; restore it")
+    return run
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write `run.json` atomically."""
+    write_json_atomic(folder / RUN_FILE, run)
+
+
+def new_run_folder(out: Path, locked: bool = False) -> Path:
+    """Make the folder of a new run; who has `locked` it may delete what a killed start left.
+
+    Raises:
+        UserError: if `out` exists and is not an empty folder, or cannot be made.
+    """
+    try:
+        if out.is_dir() and all(_is_unfinished(path) for path in out.iterdir()):
+            if locked:
+                remove_orphans(out)
+        elif out.exists():
+            raise UserError(f"{out} exists; continue it with --resume or give another --out")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error}); give another --out") from error
+    return out
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a file may lie in a folder in which no run has begun."""
+    draft = path.name.startswith(f".{RUN_FILE}.") and path.name.endswith(TEMPORARY)
+    return draft or path.name == LOCK_FILE
+
+
+def versions() -> dict[str, Any]:
+    """What a run was made with: library versions, platform, and the git commit if there is one."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("moodistill", "torch", "pymoo", "onnxruntime", "numpy", "onnx"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return {**found, "git": _git()}
+
+
+def _git() -> dict[str, Any] | None:
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent,
+            capture_output=True, text=True, check=True, timeout=30,
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        # Fails in a virtual environment that lies inside some other project's checkout.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,106 @@
+"""A teacher made ready for a search: its graph, samples, layout and data, loaded once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moodistill.data.images import ImageData
+from moodistill.errors import UserError
+from moodistill.genome.layout import GenomeLayout
+from moodistill.io.cache import default_cache_dir
+from moodistill.io.tensorfile import file_digest
+from moodistill.student.builder import build_student
+from moodistill.teacher.blocks import LayerRules, build_layout
+from moodistill.teacher.graph import TeacherGraph, trace
+from moodistill.teacher.samples import CalibrationConfig, TeacherSamples, collect_samples
+from moodistill.teacher.task import Task
+from moodistill.teacher.weights import load_weights
+
+CHECKED = 8  # images that the traced network is compared on
+MOST_APART = 1e-3
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """Everything that scoring a student needs of its teacher."""
+
+    task: Task
+    graph: TeacherGraph
+    samples: TeacherSamples
+    layout: GenomeLayout
+    data: ImageData
+    teacher_digest: str
+
+
+def load_context(
+    task: Task,
+    data_dir: Path | None = None,
+    weights: Path | None = None,
+    calibration: CalibrationConfig | None = None,
+    cache_dir: Path | None = None,
+    rules: LayerRules | None = None,
+) -> TeacherContext:
+    """Load a task's data and teacher and prepare them for a search.
+
+    Raises:
+        UserError: if data or weights are missing, damaged or of another architecture.
+    """
+    path = weights or task.weights
+    if not path.is_file():
+        advice = f"; train them with: moodistill teacher --model {task.name}"
+        raise UserError(f"teacher weights {path} do not exist" + (advice if task.train else ""))
+    teacher = load_weights(task.build(), path)
+    data = task.load_data(data_dir)
+    graph = trace(teacher, data.input_shape)
+    digest = file_digest(path)
+    samples = collect_samples(
+        graph, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
+    )
+    layout = build_layout(graph, samples, rules)
+    answers = check_graph(teacher, graph, layout, data.calibration(CHECKED))
+    if answers.shape[1] != len(data.labels):
+        raise UserError(
+            f"{type(teacher).__name__} gives {answers.shape[1]} logits, the data have "
+            f"{len(data.labels)} classes ({', '.join(data.labels)[:80]}): expected one for each"
+        )
+    return TeacherContext(task, graph, samples, layout, data, digest)
+
+
+@torch.no_grad()
+def check_graph(
+    teacher: nn.Module, graph: TeacherGraph, layout: GenomeLayout, images: torch.Tensor
+) -> torch.Tensor:
+    """Compare a network with the student of its own genome, on some images; returns its logits.
+
+    Tracing follows operations, not memory: what a network does by side effects (in-place work on
+    views, hooks) may be lost, and would be lost in every student.
+
+    Raises:
+        UserError: if their logits differ.
+    """
+    expected = teacher.eval()(images.clone())
+    found = build_student(graph, layout, layout.teacher()).module(images.clone())
+    scale = float(expected.abs().max().clamp_min(1.0))
+    apart = float((found - expected).abs().max()) / scale
+    if not apart < MOST_APART:
+        raise UserError(
+            f"{type(teacher).__name__} computes something else once it is traced (logits differ by "
+            f"{apart:.2g} of the largest): expected a network without side effects, such as "
+            "in-place operations on slices or views, or forward hooks"
+        )
+    return expected
+
+
+def default_threads() -> int:
+    """Threads for torch: the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def use_threads(threads: int | None) -> None:
+    """Set torch's threads for everything but the latency measurement."""
+    torch.set_num_threads(threads or default_threads())

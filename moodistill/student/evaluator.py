@@ -1,0 +1,175 @@
+"""Scoring one genome: student, inheritance, ONNX, latency, accuracy. Never raises."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from moodistill.genome.canonical import canonical
+from moodistill.genome.canonical import summary as describe
+from moodistill.onnx.memory import peak_memory_bytes
+from moodistill.onnx.runtime import onnx_accuracy
+from moodistill.onnx.writer import structure_hash, to_onnx
+from moodistill.pareto.evaluation import Evaluation, Latency
+from moodistill.student.builder import Student, build_student
+from moodistill.student.context import TeacherContext
+from moodistill.student.inherit import InheritConfig, inherit
+
+Measure = Callable[[bytes, str], Latency]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every student of one search is scored.
+
+    Attributes:
+        validation_images: the first so many of the search-validation split.
+        simd_step: widths are whole multiples of it.
+        time_limit_s: a student that takes longer is a failed one.
+    """
+
+    simd_step: int = 8
+    validation_images: int = 1000
+    time_limit_s: float = 600.0
+    inherit: InheritConfig = field(default_factory=InheritConfig)
+
+
+def make_student(context: TeacherContext, genome: np.ndarray, recipe: Recipe) -> Student:
+    """The student of a genome with inherited weights."""
+    student = build_student(context.graph, context.layout, genome)
+    inherit(student, context.graph, context.samples, recipe.inherit)
+    return student
+
+
+def count_macs(student: Student) -> int:
+    """Multiply-accumulates of one image, bias additions included, as the literature counts."""
+    total = 0
+    for node in student.module.graph.nodes:
+        if node.op == "call_module":
+            module = student.module.get_submodule(str(node.target))
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                total += sum(p.numel() for p in module.parameters()) * int(node.meta["area"])
+    return total
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A scored student and its file.
+
+    Attributes:
+        evaluation: without a latency if none was measured.
+        model: the ONNX file; empty if the student failed.
+        key: of the structure, for the latency's cache.
+    """
+
+    evaluation: Evaluation
+    model: bytes = b""
+    key: str = ""
+
+
+class Evaluator:
+    """Scores genomes of one teacher by one recipe.
+
+    `measure(onnx_bytes, structure_hash)` gives the latency: `LatencyMeter.measure`, or a recorded
+    table in tests; None where it is measured elsewhere.
+    """
+
+    def __init__(self, context: TeacherContext, recipe: Recipe, measure: Measure | None) -> None:
+        self.context = context
+        self.recipe = recipe
+        self.measure = measure
+        self.validation = context.data.validation.head(recipe.validation_images)
+
+    def evaluate(self, genome: np.ndarray) -> Evaluation:
+        """Score one genome; whatever goes wrong becomes the evaluation's `failure`."""
+        return self.score(genome).evaluation
+
+    def score(self, genome: np.ndarray) -> Scored:
+        """Score one genome, without a latency if there is no `measure`; never raises."""
+        layout = self.context.layout
+        genome = canonical(layout, genome, self.recipe.simd_step)
+        digest, packed = layout.digest(genome), layout.pack(genome)
+        seconds: dict[str, float] = {}
+        summary = ""
+        parameters = macs = size = memory = 0
+        try:
+            with _limited(self.recipe.time_limit_s):
+                summary = describe(layout, genome)
+                with _timed(seconds, "build"):
+                    student = build_student(self.context.graph, layout, genome)
+                    parameters = student.parameters
+                    macs = count_macs(student)
+                with _timed(seconds, "inherit"):
+                    inherit(student, self.context.graph, self.context.samples, self.recipe.inherit)
+                with _timed(seconds, "export"):
+                    model = to_onnx(student.module, self.context.data.input_shape)
+                    key = structure_hash(student.module)
+                    size, memory = len(model), peak_memory_bytes(model)
+                latency = None
+                if self.measure is not None:
+                    with _timed(seconds, "latency"):
+                        latency = self.measure(model, key)
+                # Behind the latency: a file that brings ONNX Runtime down does so in its process.
+                with _timed(seconds, "accuracy"):
+                    threads = torch.get_num_threads()
+                    reached = onnx_accuracy(model, self.context.data, self.validation, threads)
+        except Exception as error:
+            # One bad student must not end a search of hours: it becomes a row with a reason.
+            lines = str(error).strip().splitlines() or [""]
+            failure = f"{type(error).__name__}: {lines[0][:200]}"
+            return Scored(
+                Evaluation(
+                    digest, packed, 0.0, parameters, macs, size, None, seconds, failure, summary,
+                    memory,
+                )
+            )  # fmt: skip
+        made = Evaluation(
+            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary, memory
+        )
+        return Scored(made, model, key)
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises `TimeoutError` in a block that takes longer; only the main thread can be limited."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def expire(*_: object) -> None:
+        raise TimeoutError(f"scoring took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _timed:
+    """Adds the seconds of a block to `seconds[name]`."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self.name] = time.perf_counter() - self.start
+
+
+def teacher_onnx(context: TeacherContext) -> bytes:
+    """The teacher as ONNX bytes, the reference of every latency."""
+    student = build_student(context.graph, context.layout, context.layout.teacher())
+    return to_onnx(student.module, context.data.input_shape)

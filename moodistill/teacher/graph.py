@@ -1,0 +1,117 @@
+"""From a trained network to channel groups, connection sites and edges, by general rules.
+
+The network is traced to a flat graph (`tracing.py`); every channel is followed through it: layers
+start channels, Add ties them, everything element-wise or spatial passes them on, cat and chunk
+move them. An operation that is not known is refused by name, never taken as element-wise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from torch import fx, nn
+
+from moodistill.errors import UserError
+from moodistill.teacher.channel_flow import Reader
+from moodistill.teacher.channel_groups import Grouping
+from moodistill.teacher.steps import Step
+from moodistill.teacher.tracing import flat_graph
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherGraph:
+    """The traced teacher.
+
+    Attributes:
+        module: the flat graph that was read.
+        steps: its values in topological order.
+        grouping: channel groups, with their sizes and what is frozen.
+        input_shape: `(C, H, W)`.
+    """
+
+    module: fx.GraphModule
+    steps: tuple[Step, ...]
+    grouping: Grouping
+    input_shape: tuple[int, int, int]
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Number of classes (mask bits) of every channel group."""
+        return self.grouping.sizes
+
+    @property
+    def layers(self) -> list[Step]:
+        """Conv and linear layers in topological order, each once."""
+        return [step for step in self.steps if step.kind == "layer" and not step.again]
+
+    def uncut(self) -> dict[str, str]:
+        """Channel groups that cannot be cut, and why; without the network's input and output."""
+        ends = {*self.steps[0].groups, *self.steps[-1].groups}
+        return {name: why for name, why in self.grouping.frozen.items() if name not in ends}
+
+    def layer_module(self, name: str) -> nn.Conv2d | nn.Linear:
+        """The teacher's conv or linear layer at a module path."""
+        module = self.module.get_submodule(name)
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        return module
+
+    @cached_property
+    def _by_name(self) -> dict[str, Step]:
+        return {step.name: step for step in self.steps}
+
+    def step(self, name: str) -> Step:
+        """The step of a name."""
+        return self._by_name[name]
+
+
+def trace(teacher: nn.Module, input_shape: tuple[int, int, int]) -> TeacherGraph:
+    """Trace `teacher` and find its channel groups.
+
+    Raises:
+        UserError: if it cannot be traced or uses an operation that is not supported.
+    """
+    module = flat_graph(teacher, input_shape)
+    reader = Reader(module)
+    for node in module.graph.nodes:
+        reader.read(node)
+    grouping = reader.channels.group()
+    steps = tuple(_placed(step, grouping) for step in reader.steps.values())
+    by_name = {step.name: step for step in steps}
+    for step in steps:
+        _refuse_taken_apart(step, by_name, grouping)
+    shared = {step.target for step in steps if step.again}
+    steps = tuple(
+        replace(s, reads=by_name[s.inputs[0]].groups, shared=s.target in shared)
+        if s.kind == "layer" else s
+        for s in steps
+    )  # fmt: skip
+    return TeacherGraph(module, steps, grouping, input_shape)
+
+
+def _refuse_taken_apart(step: Step, by_name: dict[str, Step], grouping: Grouping) -> None:
+    """Refuse a rearrangement of channels that a grouped convolution keeps side by side."""
+    if step.origin is None:
+        return
+    bound = np.isin(step.owner, [i for i, g in enumerate(step.groups) if g in grouping.together])
+    for owner, place in {*zip(step.owner[bound], step.place[bound], strict=True)}:
+        here = step.origin[(step.owner == owner) & (step.place == place)]
+        source = by_name[step.inputs[here[0, 0]]]
+        group = source.groups.index(step.groups[owner])
+        whole = np.flatnonzero((source.owner == group) & (source.place == place))
+        if len({*here[:, 0]}) > 1 or not np.array_equal(here[:, 1], whole):
+            raise UserError(
+                f"{step.name} takes apart channels that a grouped convolution keeps together: "
+                "not supported"
+            )
+
+
+def _placed(step: Step, grouping: Grouping) -> Step:
+    """The step with its channels' groups."""
+    group = grouping.group[step.channels]
+    numbers, first = np.unique(group, return_index=True)
+    numbers = numbers[np.argsort(first)]
+    owner = np.argsort(numbers)[np.searchsorted(np.sort(numbers), group)]
+    names = tuple(grouping.names[n] for n in numbers)
+    return replace(step, groups=names, owner=owner, place=grouping.index[step.channels])

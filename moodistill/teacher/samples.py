@@ -1,0 +1,140 @@
+"""What inheritance and importance need of the teacher: sampled inputs of every layer, cached."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moodistill.data.images import ImageData
+from moodistill.errors import UserError
+from moodistill.io.cache import read_cached, save_cached
+from moodistill.teacher.graph import TeacherGraph
+from moodistill.teacher.weights import network_digest
+
+FEW_PIXELS = 8000  # sampled however large the network is
+MOST_BYTES = 512 * 2**20  # of the samples of a network that is content with fewer than it asks
+FEW_IMAGES = 64  # however large they are
+MOST_MAP_BYTES = 2 * 2**30  # of the largest map of all images, several of which are held at once
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Images and sampled pixels per layer of the calibration pass (training split only)."""
+
+    images: int = 512
+    pixels: int = 64_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TeacherSamples:
+    """The teacher's layer inputs at fixed pixels of the calibration images.
+
+    Attributes:
+        images: `(n, C, H, W)` normalised calibration images.
+        inputs: for every layer, `(pixels, channels)` sampled inputs (before a flatten).
+        config: how they were drawn; with fewer pixels than asked where a network is large.
+    """
+
+    images: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    config: CalibrationConfig
+
+
+def affordable(graph: TeacherGraph, config: CalibrationConfig) -> CalibrationConfig:
+    """The configuration with what fits into memory: `images` and `pixels` halved as need be.
+
+    Until the largest map of all images takes no more than `MOST_MAP_BYTES` and the samples of all
+    layers no more than `MOST_BYTES`; never below `FEW_IMAGES` and `FEW_PIXELS`.
+    """
+    largest = 4 * max(step.form.area * step.form.channels for step in graph.steps)
+    images = config.images
+    while images * largest > MOST_MAP_BYTES and images > FEW_IMAGES:
+        images = max(images // 2, FEW_IMAGES)
+    config = replace(config, images=images)
+    forms = [graph.step(layer.inputs[0]).form for layer in graph.layers]
+
+    def size(pixels: int) -> int:
+        return 4 * sum(min(pixels, config.images * f.area) * f.channels for f in forms)
+
+    pixels = config.pixels
+    while size(pixels) > MOST_BYTES and pixels > FEW_PIXELS:
+        pixels = max(pixels // 2, FEW_PIXELS)
+    return replace(config, pixels=pixels)
+
+
+def sample_positions(count: int, area: int, config: CalibrationConfig) -> torch.Tensor:
+    """Flat indices into `(count, area)`, equal for all maps of one resolution."""
+    total = count * area
+    if total <= config.pixels:
+        return torch.arange(total)
+    rng = np.random.default_rng([config.seed, area])
+    return torch.from_numpy(np.sort(rng.choice(total, config.pixels, replace=False)))
+
+
+def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) -> torch.Tensor:
+    """Sampled rows `(pixels, channels)` of a map `(n, C, H, W)` or features `(n, C * repeat)`."""
+    if values.ndim == 2:
+        values = values.unflatten(1, (-1, repeat))
+    if values.ndim == 3:
+        values = values.unsqueeze(2)
+    count, _, height, width = values.shape
+    index = sample_positions(count, height * width, config)
+    image, place = index // (height * width), index % (height * width)
+    # Not flattened first: a map whose channels lie together would be copied as a whole.
+    return values[image, :, place // width, place % width]
+
+
+def as_map(values: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    """A layer's input with its channels on the first axis behind the batch's."""
+    last = isinstance(layer, torch.nn.Linear) and values.ndim == 4
+    return values.permute(0, 3, 1, 2) if last else values
+
+
+@torch.no_grad()
+def collect_samples(
+    graph: TeacherGraph,
+    data: ImageData,
+    config: CalibrationConfig,
+    cache_dir: Path | None,
+    teacher_digest: str,
+) -> TeacherSamples:
+    """One pass of the teacher over the calibration images, or its result from the cache.
+
+    The cache file is keyed by teacher, data and configuration; a damaged one is made again.
+    """
+    config = affordable(graph, config)
+    images = data.calibration(config.images)
+    made_of = f"{teacher_digest} {network_digest(graph.module)} {data.digest} {config}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    path = cache_dir / f"samples-{key}.safetensors" if cache_dir else None
+    if path is not None and path.exists():
+        try:
+            stored = read_cached(path)
+            if set(stored) == {layer.name for layer in graph.layers}:
+                return TeacherSamples(images, stored, config)
+        except UserError:
+            path.unlink()
+    inputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for layer in graph.layers:
+        repeat = graph.step(layer.inputs[0]).form.repeat
+
+        def hook(module, args, name=layer.name, repeat=repeat):  # type: ignore
+            if name not in inputs:  # a shared layer is sampled at its first call
+                inputs[name] = sample_pixels(as_map(args[0], module), repeat, config)
+
+        handles.append(graph.layer_module(layer.name).register_forward_pre_hook(hook))
+    try:
+        # All images at once: every layer samples its pixels over the whole set.
+        graph.module(images.clone())  # some networks work in place on their input
+    finally:
+        for handle in handles:
+            handle.remove()
+    if path is not None:
+        save_cached(inputs, path)
+    return TeacherSamples(images, inputs, config)

@@ -1,0 +1,188 @@
+"""What a file in `problems/` describes: a teacher, its data, how it is trained."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+
+from moodistill.data.images import ImageData
+from moodistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a teacher is trained; `phases` are `(epochs, height of the pictures)` in order."""
+
+    phases: tuple[tuple[int, int], ...] = ((3, 16), (3, 24), (2, 32))
+    batch_size: int = 512
+    lr: float = 0.15
+    momentum: float = 0.85
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    pad: int = 3
+    flip: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One search task.
+
+    Attributes:
+        name: also the name of the file in `problems/`.
+        build: the untrained teacher, traceable by `torch.fx`.
+        load_data: from a data folder (or None for the default one) to the data in memory.
+        weights: the trained teacher's safetensors file.
+        train: how `scripts/train_teacher.py` trains it; None if it cannot.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    load_data: Callable[[Path | None], ImageData]
+    weights: Path
+    train: TrainConfig | None = TrainConfig()
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the teacher saw mirrored pictures; taken for granted where that is not known."""
+        return self.train is None or self.train.flip
+
+
+def available_tasks() -> list[str]:
+    """Names of the modules in `problems/`."""
+    spec = importlib.util.find_spec("problems")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """A teacher and pictures that no problem file describes.
+
+    Attributes:
+        weights: path of the teacher's weights.
+        data: folder of pictures, one folder a class (see `own_data.load_image_folder`).
+        size: `(height, width)` that pictures are resized to.
+        channels: 1, 3 or 4.
+        mean, std: that the teacher was trained with; None measures them.
+    """
+
+    weights: str
+    data: str
+    size: tuple[int, int] = (32, 32)
+    channels: int = 3
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def load_task(name: str, own: OwnTask | None = None) -> Task:
+    """The `TASK` of `problems/<name>.py` or of a Python file, or one made from `MODULE:CALLABLE`.
+
+    A problem file or module is code and is executed: load only what you trust.
+
+    Args:
+        name: a problem's name, the path of a file ending in `.py`, or, with `own`, where the
+            teacher's builder is: `package.module:build` or `file.py:build`.
+        own: weights and data for such a builder.
+
+    Raises:
+        UserError: if there is no such problem, or it defines no `TASK` or builder.
+    """
+    if ":" in name:
+        if own is None:
+            raise UserError(
+                f"{name!r} names a teacher without weights and data; give --weights and --data"
+            )
+        return _own_task(name, own)
+    if name.endswith(".py"):
+        module = _module_of_file(name)
+    else:
+        names = available_tasks()
+        if name not in names:
+            raise UserError(
+                f"unknown model {name!r}; expected one of {', '.join(names)}, "
+                "or the path of a problem file ending in .py (a run made by moodistill.search is "
+                "opened from Python)"
+            )
+        module = importlib.import_module(f"problems.{name}")
+    task = getattr(module, "TASK", None)
+    if not isinstance(task, Task):
+        raise UserError(f"problem {name!r} defines no TASK; expected TASK = Task(...)")
+    return task
+
+
+def _importable(folder: Path) -> None:
+    """Let modules in a folder be imported from now on, behind all others of their names."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _module_of_file(name: str) -> ModuleType:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"problem file {name} does not exist; expected a Python file")
+    # A name of our own: a problem file may be called like a module of somebody else.
+    module_name = f"moodistill_problem_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # so that its classes know where they come from
+    _importable(path.resolve().parent)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(
+            f"{name} cannot be loaded ({type(error).__name__}: {error}); run it with python to see "
+            "where it fails"
+        ) from error
+    return module
+
+
+def _own_task(name: str, own: OwnTask) -> Task:
+    from moodistill.data.folders import load_image_folder
+
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        module = _module_of_file(place)
+    else:
+        sys.path.insert(0, "")  # as `python -m` finds modules of the working folder
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise UserError(
+                f"{place} cannot be imported ({error}); expected --teacher MODULE:CALLABLE"
+            ) from error
+        finally:
+            sys.path.remove("")
+            _importable(Path.cwd())
+    build = getattr(module, attribute, None)
+    if not callable(build):
+        raise UserError(f"{place} has no callable {attribute!r}; expected one that gives a network")
+
+    def checked_build() -> nn.Module:
+        try:
+            network = build()
+        except ImportError as error:
+            raise UserError(f"{name} cannot build its network ({error})") from error
+        if not isinstance(network, nn.Module):
+            raise UserError(f"{name} gives a {type(network).__name__}, expected a torch.nn.Module")
+        return network
+
+    return Task(
+        name=attribute,
+        build=checked_build,
+        load_data=lambda _: load_image_folder(
+            Path(own.data), own.size, own.channels, own.mean, own.std
+        ),
+        weights=Path(own.weights),
+        train=None,
+    )

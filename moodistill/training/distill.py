@@ -1,0 +1,226 @@
+"""Distilling a student with the teacher's soft targets, computed once for a fixed set of views."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from moodistill.data.images import ImageData
+from moodistill.errors import UserError
+from moodistill.io.cache import read_cached, save_cached
+from moodistill.teacher.weights import network_digest
+from moodistill.training.augment import augment
+from moodistill.training.checkpoint import Checkpoint
+
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A finalist's budget.
+
+    Attributes:
+        steps: SGD steps of `batch_size` images.
+        lr: peak rate of up to 1,000 steps; a closed-form start wants a small one. Longer
+            distillations take a larger one, by the cube root of their length.
+        temperature: of the soft targets (Hinton et al. 2015).
+        hard: weight of the cross-entropy with the labels beside the soft targets.
+        views: batches of augmented training images whose teacher logits are cached, at least;
+            longer distillations have more and go through them again in another order.
+        pad, flip: the augmentation of the views.
+    """
+
+    steps: int = 100
+    batch_size: int = 64
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    temperature: float = 4.0
+    hard: float = 0.1
+    views: int = 1000
+    pad: int = 4
+    flip: bool = True
+    seed: int = 0
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak rate of this many steps."""
+        return self.lr * float(np.cbrt(max(1.0, self.steps / 1000)))
+
+    @property
+    def view_count(self) -> int:
+        """Batches of views of this many steps."""
+        return max(self.views, self.steps // 2)
+
+
+class SoftTargets:
+    """Augmented training batches and the teacher's logits of them, cached on disk by batch."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        data: ImageData,
+        config: DistillConfig,
+        cache_dir: Path | None,
+        teacher_digest: str,
+    ) -> None:
+        self.teacher = teacher.eval()
+        self.data = data
+        self.config = config
+        made_of = (teacher_digest, network_digest(teacher), data.digest)
+        parts = (*made_of, config.batch_size, config.pad, config.flip)
+        self.key = hashlib.sha256(f"{parts} {config.seed}".encode()).hexdigest()[:16]
+        self.path = cache_dir / f"logits-{self.key}.safetensors" if cache_dir else None
+        self.logits: dict[str, torch.Tensor] = {}
+        self.saved = 0  # how many of them
+        if self.path is not None and self.path.exists():
+            try:
+                self.logits = read_cached(self.path)
+                self.saved = len(self.logits)
+            except UserError:
+                self.path.unlink()
+
+    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images `(B, C, H, W)` and labels `(B,)` of view batch `index`; always the same."""
+        rng = np.random.default_rng([self.config.seed, index])
+        count, size = len(self.data.train), self.config.batch_size
+        chosen = rng.choice(count, size, replace=count < size)
+        images = augment(self.data.train.images[chosen], self.config.pad, self.config.flip, rng)
+        labels = torch.from_numpy(self.data.train.labels[chosen])
+        return self.data.normalise(images), labels
+
+    @torch.no_grad()
+    def soft(self, index: int, images: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits `(B, classes)` of view batch `index`."""
+        key = str(index)
+        if key not in self.logits:
+            device = next(self.teacher.parameters()).device
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision()):
+                self.logits[key] = self.teacher(images.to(device)).float().cpu()
+        return self.logits[key]
+
+    def save(self) -> None:
+        """Write what has been computed, so that the next finalist or run has it."""
+        if self.path is not None and len(self.logits) > self.saved:
+            save_cached(self.logits, self.path)
+            self.saved = len(self.logits)
+
+
+def distill(
+    student: fx.GraphModule,
+    targets: SoftTargets,
+    config: DistillConfig,
+    seed: int = 0,
+    report: Callable[[int, float], None] | None = None,
+    checkpoint: Path | None = None,
+) -> fx.GraphModule:
+    """A distilled copy of `student` in eval mode.
+
+    SGD with Nesterov momentum, 10% warm-up, then a cosine; soft targets at `temperature` with the
+    weight `1 - hard`, scaled by its square. Forward and backward passes run in bfloat16 where the
+    processor has instructions for it. `report(step, loss)` is called after each step. Every minute
+    the file `checkpoint` is written, and what another process left there is carried on to the same
+    end.
+
+    Raises:
+        FloatingPointError: if the loss is not finite.
+    """
+    # Convolutions train up to a third faster on pictures whose channels lie together.
+    model = copy.deepcopy(student).train().to(memory_format=torch.channels_last)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    parameters: list[dict[str, Any]] = [
+        {"params": decay, "weight_decay": config.weight_decay}, {"params": plain},
+    ]  # fmt: skip
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=config.peak_lr, momentum=config.momentum, nesterov=True,
+    )  # fmt: skip
+    views = min(config.view_count, config.steps)
+    warmup = max(1, config.steps // 10)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    signature = f"{asdict(config)} {config.peak_lr} {views} {seed} {targets.key} {shapes}"
+    start = 0 if checkpoint is None else _carry_on(checkpoint, signature, model, optimizer)
+    saved, mixed = time.monotonic(), mixed_precision()
+    with torch.random.fork_rng(devices=[]):  # the caller's draws are not touched
+        for step in range(start, config.steps):
+            torch.manual_seed(seed + step)  # of dropout, also where it is carried on
+            rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = config.peak_lr * rate
+            epoch, place = divmod(step, views)
+            index = int(np.random.default_rng([seed, epoch]).permutation(views)[place])
+            images, labels = targets.batch(index)
+            soft = targets.soft(index, images)
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                logits = model(images.contiguous(memory_format=torch.channels_last)).float()
+            loss = _loss(logits, soft, labels, config)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the distillation loss became {loss.item()} at step {step}"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if report is not None:
+                report(step + 1, loss.item())
+            if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                targets.save()
+                momentum = _momentum(model, optimizer)
+                Checkpoint(signature, step + 1, model.state_dict(), momentum).save(checkpoint)
+                saved = time.monotonic()
+    return model.eval().to(memory_format=torch.contiguous_format)
+
+
+def _loss(
+    logits: torch.Tensor, soft: torch.Tensor, labels: torch.Tensor, config: DistillConfig
+) -> torch.Tensor:
+    """Divergence from the soft targets `(B, classes)`, and cross-entropy with labels `(B,)`."""
+    scale = config.temperature
+    divergence = F.kl_div(
+        F.log_softmax(logits / scale, 1), F.log_softmax(soft / scale, 1),
+        log_target=True, reduction="batchmean",
+    )  # fmt: skip
+    hard = F.cross_entropy(logits, labels)
+    return (1 - config.hard) * scale**2 * divergence + config.hard * hard
+
+
+def _momentum(model: nn.Module, optimizer: torch.optim.SGD) -> dict[str, torch.Tensor]:
+    """SGD's momentum of each parameter by name; zeros before its first step."""
+    return {
+        name: optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _carry_on(path: Path, signature: str, model: nn.Module, optimizer: torch.optim.SGD) -> int:
+    """Restore the checkpoint of this very distillation; steps done, 0 if there is none."""
+    try:
+        found = Checkpoint.read(path) if path.exists() else None
+    except UserError:
+        return 0
+    if found is None or found.signature != signature:
+        return 0
+    found.restore(model, _momentum(model, optimizer))
+    return found.step
+
+
+def mixed_precision() -> bool:
+    """Whether bfloat16 is faster here: with AMX 2 to 2.5 times, with AVX-512 BF16 1.7 times.
+
+    Where neither is there it is slower.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in older versions of torch
+    found = capabilities() if capabilities is not None else {}
+    return bool(found.get("amx_bf16", False) or found.get("avx512_bf16", False))

@@ -1,0 +1,182 @@
+"""Every command of the documentation runs, with tiny budgets put in."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import pytest
+from helpers import ROOT, train_on
+
+from moodistill.cli.program import COMMANDS
+from moodistill.data.folders import load_image_folder
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = {
+    "run_nsga.py": "run", "choose.py": "choose", "export_onnx.py": "export",
+    "train_teacher.py": "teacher",
+}  # fmt: skip
+TINY_RUN = ["--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2"]
+PROBLEM = """
+from dataclasses import replace
+from pathlib import Path
+from moodistill.task import TrainConfig
+from problems.digits import TASK as DIGITS
+TASK = replace(DIGITS, train=TrainConfig(phases=((1, 32),), batch_size=256),
+               weights=Path(__file__).with_name("tiny.safetensors"))
+"""
+
+
+def commands():
+    """Every line in a `sh` block, once."""
+    seen = set()
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.splitlines():
+                command = line.split("  #")[0].strip()
+                if command and command not in seen:
+                    seen.add(command)
+                    yield pytest.param(command, id=f"{page.name}: {command[:70]}")
+
+
+def parts(command):
+    """The command's name among ours and its arguments; None for other programs."""
+    words = shlex.split(command)
+    if words[0] == "moodistill":
+        return words[1], words[2:]
+    if words[0] == "python" and words[1].startswith("scripts/"):
+        script = words[1].removeprefix("scripts/")
+        return SCRIPTS.get(script, script), words[2:]
+    return None
+
+
+@pytest.fixture(scope="module")
+def student(finished):
+    """A finalist's id."""
+    return sorted(p.parent.name for p in finished.glob("students/s*/model.onnx"))[0]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, call, finished, student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    shutil.copytree(finished, tmp_path / "RUN")
+    names = {
+        "RUN": "RUN", "results/mine": "RUN", "vgg16": "digits", "resnet18": "digits",
+        "s0042": student, "s0123": student, "10000": "8", "features.0": "conv3.0", "features.3=32": "hidden=32",
+    }  # fmt: skip
+    found = parts(command)
+    if found is None:
+        return other_program(command, call, student, tmp_path)
+    name, arguments = found
+    arguments = [names.get(word, word) for word in arguments]
+    if name in ("run", "resume") and "--teacher" in arguments or "mine.py" in arguments:
+        own_network(folder=tmp_path)
+        call(name, *arguments, *TINY_RUN, "--no-int8")
+    elif name in ("run", "resume"):
+        if "--out" in arguments:
+            arguments[arguments.index("--out") + 1] = "new"
+        budget = ["--generations", "2", "--finalists", "1", "--distill-steps", "2"]
+        going_on = name == "resume" or "--resume" in arguments
+        limits = ["--max-latency-ms", "400"] if "--max-latency-ms" in arguments else []
+        budget = [] if "--student" in arguments else budget
+        extra = budget if going_on else [*TINY_RUN, "--no-int8", *limits]
+        call(name, *arguments, *extra)
+    elif name == "teacher":
+        (tmp_path / "tiny.py").write_text(PROBLEM)
+        arguments[arguments.index("--model") + 1] = "tiny.py"
+        assert "test accuracy" in call(name, *arguments).stdout
+    elif name == "verify":
+        call("export", "RUN", student, "--out", "my_student")
+        call(name, *arguments)
+    elif name == "choose":
+        words = [w if w not in ("2", "0.85") else {"2": "400", "0.85": "0.1"}[w] for w in arguments]
+        call(name, *words)
+    elif name in COMMANDS:
+        call(name, *arguments)
+    else:  # a benchmark: hours; its options must exist
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / name, "--help"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        for option in (word for word in arguments if word.startswith("--")):
+            assert option in done.stdout, option
+
+
+def test_a_network_that_is_too_narrow_for_whole_simd_blocks(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    own_network(tmp_path)
+    arguments = [
+        "--teacher", "mine:build", "--weights", "best.pt", "--data", "pictures", "--out", "run",
+        "--simd-step", "64", *TINY_RUN,
+    ]  # fmt: skip
+    error = call("run", *arguments, code=2).stderr
+    assert "every student came out as the teacher" in error and "smaller --simd-step" in error
+
+
+def own_network(folder):
+    """A network, its weights, a problem file and pictures, as docs/own_network.md names them."""
+    import torch
+    from PIL import Image
+    from torch import nn
+
+    source = (
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(),\n"
+        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))\n"
+        "from pathlib import Path\n"
+        "from moodistill.data.folders import load_image_folder\n"
+        "from moodistill.teacher.task import Task\n"
+        "TASK = Task('mine', build, lambda _: load_image_folder(Path('pictures')), Path('best.pt'))\n"
+    )
+    (folder / "mine.py").write_text(source)
+    network = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(64, 2),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("dark", "light")):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i in range(50):
+            pixels = rng.integers(0, 100, (40, 40, 3), dtype=np.uint8) + np.uint8(100 * label)
+            Image.fromarray(pixels).save(folder / "pictures" / name / f"{i}.png")
+    data = load_image_folder(folder / "pictures")
+    train_on(network, data.normalise(data.train.images), torch.from_numpy(data.train.labels))
+    torch.save(network.state_dict(), folder / "best.pt")
+
+
+def other_program(command, call, student, folder):
+    words = shlex.split(command)
+    if words[:2] == ["pip", "install"]:
+        extras = re.findall(r"\[(\w+)\]", command)
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert set(extras) <= set(known["optional-dependencies"])
+    elif words[:2] == ["python", "examples/own_pictures.py"]:
+        tiny = ["--epochs", "1", "--generations", "1", "--distill-steps", "2"]
+        done = subprocess.run(
+            [sys.executable, ROOT / words[1], *words[2:], *tiny], capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0 and "exported: " in done.stdout, done.stdout + done.stderr
+    elif words[0] == "python" and words[1] == "my_student/run.py":
+        from PIL import Image
+
+        call("export", "RUN", student, "--out", "my_student")
+        Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(folder / "picture.png")
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
+        assert done.returncode == 0 and len(done.stdout.splitlines()) >= 1, done.stderr
+    else:
+        assert command == "python -m pytest"
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"

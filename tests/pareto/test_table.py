@@ -1,0 +1,111 @@
+"""The front: a strict pareto.csv that is read back exactly."""
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+from helpers.rows import ROWS, TEACHER, student
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moodistill.errors import UserError
+from moodistill.pareto.choose import choose, knee
+from moodistill.pareto.table import FrontRow, read_front, write_front
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+FRACTIONS = st.floats(0, 1).map(abs)
+POSITIVE = st.floats(1e-300, 1e300)
+COUNTS = st.integers(1, 10**17)
+ANY_STUDENT = st.builds(
+    FrontRow, TEXT.filter(bool), st.sampled_from(["searched", "distilled"]), FRACTIONS, FRACTIONS,
+    st.none() | FRACTIONS, COUNTS, COUNTS, POSITIVE, POSITIVE, POSITIVE, POSITIVE, COUNTS,
+    st.sampled_from(["", "students/a b,c.onnx"]), TEXT.filter(bool), TEXT,
+)  # fmt: skip
+ANY_STUDENT |= ANY_STUDENT.map(
+    lambda row: dataclasses.replace(row, accuracy=None, stage="searched")
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(ANY_STUDENT, max_size=4, unique_by=lambda r: (r.student, r.stage)))
+def test_csv_round_trip_is_exact(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("front")
+    rows = [*rows, TEACHER]
+    write_front(folder, rows)
+    assert read_front(folder) == read_front(folder / "pareto.csv") == rows
+    twin = json.loads((folder / "pareto.json").read_text())
+    assert twin == [dataclasses.asdict(row) for row in rows]
+    assert sorted(entry.name for entry in folder.iterdir()) == ["pareto.csv", "pareto.json"]
+
+
+def test_numpy_numbers_are_written_as_numbers(tmp_path):
+    row = student("n", np.float64(0.1), np.int64(5), np.float32(0.5))
+    write_front(tmp_path / "pareto.csv", [TEACHER, row])
+    assert read_front(tmp_path)[1] == row
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("latency_ms_low", "low", "line 1: 0 columns latency_ms_low, expected 1"),
+        ("macs", "student", "line 1: 2 columns student, expected 1"),
+        ("14000000", "many", "line 2, column parameters: 'many'; expected a positive whole number"),
+        ("14000000", "1_0", "line 2, column parameters"),
+        ("14000000", "0", "line 2, column parameters"),
+        ("14000000", "9" * 5000, "line 2, column parameters"),
+        ("0.93", "nan", "line 2, column accuracy: 'nan'; expected a fraction"),
+        ("0.93", "93", "line 2, column accuracy: '93'; expected a fraction between 0 and 1"),
+        ("0.93", "", "line 2, column accuracy: empty"),
+        ("0.92,", ",", "line 4, column accuracy: empty"),
+        ("3.6", "inf", "line 2, column latency_ms_low: 'inf'; expected a positive number"),
+        ("3.6", "1e999", "line 2, column latency_ms_low"),
+        ("3.6", "-3.6", "line 2, column latency_ms_low"),
+        ("teacher,teacher", "teacher,searched", "0 rows have 'teacher' in column stage"),
+        ("teacher,teacher", "teacher,tutor", "line 2, column stage: 'tutor'; expected one of"),
+        ("d1.onnx", "../d1.onnx", "line 4, column onnx"),
+        ("d1.onnx", "/d1.onnx", "line 4, column onnx"),
+        (",0,0\n", ",0,0,more\n", "line 2: 21 cells, expected 20"),
+        ("d2,distilled", "d1,distilled", "line 5, column student: 'd1' was distilled before"),
+        ("s1,searched", "s1,teacher", "2 rows have 'teacher' in column stage, expected 1"),
+        ("a summary", '"a summary', "no readable CSV"),
+    ],
+)
+def test_damaged_csv_names_line_and_column(tmp_path, old, new, message):
+    write_front(tmp_path, ROWS)
+    path = tmp_path / "pareto.csv"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        read_front(tmp_path)
+
+
+def test_a_front_without_a_teacher_or_a_file(tmp_path):
+    with pytest.raises(UserError, match="does not exist; expected the front"):
+        read_front(tmp_path)
+    write_front(tmp_path, ROWS[1:])
+    with pytest.raises(UserError, match="0 rows have 'teacher'"):
+        read_front(tmp_path)
+
+
+def test_mutated_csv_never_raises_anything_else(tmp_path):
+    write_front(tmp_path, ROWS)
+    path = tmp_path / "pareto.csv"
+    healthy = path.read_bytes()
+    pieces = [b'"', b",", b"\n", b"\r", b"\0", b"\xff", b"-", b"e9", b"nan", b"teacher", b"0" * 9]
+    for seed in range(600):
+        rng = random.Random(seed)
+        data = healthy
+        for _ in range(rng.choice([1, 1, 3, 30])):
+            start = rng.randrange(len(data) + 1)
+            end = start + rng.choice([0, 1, 1, 8, 200])
+            data = data[:start] + rng.choice(pieces) * rng.randrange(3) + data[end:]
+        path.write_bytes(data)
+        try:
+            rows = read_front(tmp_path)
+            choose(rows)
+            knee(rows)
+        except UserError as error:
+            assert "\n" not in str(error)
