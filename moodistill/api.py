@@ -308,12 +308,12 @@ def _image_data(
     splits = {}
     for name in arrays:
         images, answers = (np.asarray(part) for part in given[name])
-        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(answers):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:1] != answers.shape[:1]:
             raise UserError(
-                f"{name} is {images.dtype} {images.shape} with {len(answers)} labels; expected "
-                "uint8 (N, H, W, C) and N labels"
+                f"{name} is {images.dtype} {images.shape} with labels {answers.dtype} "
+                f"{answers.shape}; expected uint8 (N, H, W, C) and N labels"
             )
-        splits[name] = Split(images, answers.astype(np.int64))
+        splits[name] = Split(images, answers)
     return from_splits("own", splits, labels, mean, std, metric)
 
 

@@ -69,7 +69,8 @@ def from_splits(
     Raises:
         UserError: if the splits do not fit together, or there are too few names or statistics.
     """
-    splits = {part: _shuffled(split) for part, split in splits.items()}
+    checked = {p: Split(s.images, whole_labels(s.labels, p)) for p, s in splits.items()}
+    splits = {part: _shuffled(split) for part, split in checked.items()}
     if "test" not in splits:
         whole = splits["validation"]
         splits["validation"] = Split(whole.images[::2], whole.labels[::2])
@@ -109,6 +110,29 @@ def from_splits(
     )  # fmt: skip
 
 
+def whole_labels(labels: Any, part: str) -> np.ndarray:
+    """Labels `(N,)` or `(N, 1)`, whole numbers of any type, as int64 `(N,)`.
+
+    Raises:
+        UserError: names what they are instead; `part` says of which split.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    expected = "expected one whole number a picture, the index of its class"
+    if labels.ndim != 1:
+        raise UserError(f"the {part} labels are {labels.dtype} {labels.shape}; {expected}")
+    if labels.dtype.kind not in "biuf":
+        raise UserError(f"the {part} labels are of type {labels.dtype}; {expected}")
+    broken = np.flatnonzero(~np.isfinite(labels) | (labels != np.trunc(labels)))
+    if len(broken):
+        raise UserError(
+            f"the {part} labels are {labels.dtype} {labels.shape}, number {broken[0]} is "
+            f"{labels[broken[0]]:g}; {expected} (targets of a regression are not supported)"
+        )
+    return labels.astype(np.int64)
+
+
 def _shuffled(split: Split) -> Split:
     order = np.random.default_rng(0).permutation(len(split))
     return Split(split.images[order], split.labels[order])
@@ -139,7 +163,7 @@ def _collect(dataset: Any, part: str) -> Split:
     for index in range(len(dataset)):
         picture, label = dataset[index][:2]
         images.append(_pixels(picture, f"{part} picture {index}"))
-        labels.append(int(label))
+        labels.append(_one_label(label, f"{part} picture {index}"))
         if images[-1].shape != images[0].shape:
             raise UserError(
                 f"{part} picture {index} is {images[-1].shape}, the first {images[0].shape}; "
@@ -147,7 +171,18 @@ def _collect(dataset: Any, part: str) -> Split:
             )
     if not images:
         raise UserError(f"the {part} dataset is empty; expected pictures")
-    return Split(np.stack(images), np.array(labels, np.int64))
+    return Split(np.stack(images), np.array(labels))
+
+
+def _one_label(label: Any, where: str) -> Any:
+    """A label as a plain number (of whatever type it is), out of an array of one."""
+    array = label.detach().cpu().numpy() if hasattr(label, "detach") else np.asarray(label)
+    if array.shape not in ((), (1,)):
+        raise UserError(
+            f"{where} has a label of type {array.dtype} and shape {array.shape}; expected one "
+            "whole number, the index of its class"
+        )
+    return array.reshape(()).item()
 
 
 def _pixels(picture: Any, where: str) -> np.ndarray:
