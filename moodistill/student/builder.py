@@ -22,7 +22,7 @@ from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.resolve import resolve
 from moodistill.student.partition import Parts
-from moodistill.student.slicing import Unit, slice_grouped, slice_layer, slice_norm
+from moodistill.student.slicing import Unit, opaque_copy, slice_grouped, slice_layer, slice_norm
 from moodistill.student.values import Key, Tensor, Tensors, Value
 from moodistill.teacher.graph import TeacherGraph
 from moodistill.teacher.operations import JOINS
@@ -80,6 +80,8 @@ class _Builder:
         self.tensors = Tensors(graph, self.parts, self.graph, self.modules)
         self.norm_calls = Counter(s.target for s in graph.steps if s.kind == "norm")
         self.first_cut: dict[str, tuple[tuple[Key, ...], ...]] = {}
+        self.step_of = {step.node: step for step in graph.steps}
+        self.whole: dict[fx.Node, fx.Node] = {}  # the student's node for one of the teacher's
         self.readers: dict[str, list[Step]] = {}
         for step in graph.steps:
             for name in step.inputs:
@@ -107,6 +109,8 @@ class _Builder:
                 value = self._joint(step)
             elif step.kind == "rearrange":
                 value = self._rearrange(step)
+            elif step.kind == "opaque":
+                value = self._opaque(step)
             else:
                 value = write[step.kind](step, self.values[step.inputs[0]])
             self.values[step.name] = value
@@ -333,6 +337,34 @@ class _Builder:
             return self.graph.call_method(method, arguments, keywords)
         return self.graph.call_function(source.target, arguments, keywords)  # type: ignore
 
+    def _opaque(self, step: Step) -> Value:
+        """What is not understood, as it is: its inputs whole and in the teacher's order."""
+        arguments, keywords = fx.node.map_arg((step.node.args, step.node.kwargs), self._whole)
+        if step.node.op == "call_module":
+            if step.target not in self.modules:
+                self.modules[step.target] = opaque_copy(self._module(step))
+            node = self.graph.call_module(step.target, arguments, keywords)
+        else:
+            node = self.graph.create_node(step.node.op, step.node.target, arguments, keywords)
+        return Value((Tensor(node, self.tensors.natural(step)),), step, step.form)
+
+    def _whole(self, source: fx.Node) -> fx.Node:
+        """The student's node for one of the teacher: a whole value, a constant, a size."""
+        if source not in self.whole:
+            if source in self.step_of:
+                made = self.tensors.ordered(self.values[self.step_of[source].name])
+            elif source.op == "get_attr":
+                name = f"{source.target}_whole"
+                tensor = operator.attrgetter(str(source.target))(self.teacher.module)
+                copied = tensor.detach().clone()
+                trained = isinstance(tensor, nn.Parameter)
+                self.modules[name] = nn.Parameter(copied) if trained else copied
+                made = self.graph.get_attr(name)
+            else:
+                made = self.graph.node_copy(source, self._whole)
+            self.whole[source] = made
+        return self.whole[source]
+
     def _rearrange(self, step: Step) -> Value:
         """Relabels the tensors that the step's channels come from."""
         live = [name for name in step.inputs if name in self.values]
@@ -395,7 +427,7 @@ class _Builder:
             elif reader.kind in ("norm", "activation", "spatial", "channelwise"):
                 if not self._is_read_whole(reader):
                     return False
-            elif reader.kind not in ("mixing", "output"):
+            elif reader.kind not in ("mixing", "opaque", "output"):
                 return False
         return bool(readers)
 

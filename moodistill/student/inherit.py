@@ -76,7 +76,8 @@ def inherit(
             values[node] = operator.attrgetter(str(node.target))(student.module)
         elif node.op == "call_module":
             module = student.module.get_submodule(str(node.target))
-            source = values[node.args[0]]
+            arguments, keywords = read((node.args, node.kwargs))
+            source = arguments[0]
             unit = units.get(str(node.target))
             # A shared layer is solved where it is first called, from samples of that call. If the
             # teacher's first call is gone and this one has another resolution it stays sliced.
@@ -86,7 +87,9 @@ def inherit(
                 if _sampled_like(source, module, unit, graph):
                     _solve_unit(unit, module, source, graph, samples, config)
             known = str(node.target) in norms
-            values[node] = _recalibrated(module, source) if known else module(source)
+            values[node] = (
+                _recalibrated(module, source) if known else module(*arguments, **keywords)
+            )
         else:
             arguments, keywords = read(node.args), read(node.kwargs)
             if node.op == "call_function":

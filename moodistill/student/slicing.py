@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moodistill.errors import UserError
+from moodistill.teacher.plain import copied
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,15 @@ def slice_grouped(
     made.weight = nn.Parameter(layer.weight.detach()[index])
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach()[index])
+    return made
+
+
+def opaque_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module that is left whole; nothing in it overwrites what others may read."""
+    made = copied(module)
+    for inner in made.modules():
+        if getattr(inner, "inplace", False):
+            inner.inplace = False  # type: ignore[assignment]
     return made
 
 

@@ -1,4 +1,8 @@
-"""Reads a flat graph node by node: every operation by what it does to channels, or refused."""
+"""Reads a flat graph node by node: every operation by what it does to channels.
+
+What is not understood is left whole: the channels that flow into it and out of it are frozen in
+their order, and it runs in every student as it is.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,20 @@ from moodistill.teacher.rearrange import (
     map_form,
 )
 from moodistill.teacher.steps import Step
-from moodistill.teacher.tracing import PICTURES, holds_tensor, is_tensor
+from moodistill.teacher.tracing import DROPOUTS, is_tensor
+from moodistill.teacher.value_tracer import PICTURES, holds_tensor
+
+
+class NotUnderstood(Exception):
+    """An operation whose effect on channels is not known."""
+
+
+class ReadAgain(Exception):
+    """What has been read shows that some nodes must be left whole."""
+
+    def __init__(self, nodes: dict[fx.Node, str]) -> None:
+        super().__init__()
+        self.nodes = nodes
 
 
 class Reader:
@@ -32,10 +49,17 @@ class Reader:
     Attributes:
         channels: of all steps.
         steps: by name, in topological order.
+        whole: steps that are left whole, and why.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(
+        self, module: fx.GraphModule, left: dict[str, str], nodes: dict[fx.Node, str]
+    ) -> None:
+        """`left` are modules, `nodes` nodes of the graph to be left whole, with reasons."""
         self.module = module
+        self.left = left
+        self.forced = nodes
+        self.whole: dict[str, str] = {}
         self.channels = Channels()
         self.elements = Elements()
         self.steps: dict[str, Step] = {}
@@ -60,25 +84,34 @@ class Reader:
             if holds_tensor(node.meta.get("value")):  # sizes and the like are no steps
                 self._operation(node)
         elif is_tensor(node):
-            raise UserError(f"{self._called(node)} (at {node.name}) reads no input: not supported")
+            raise UserError(f"{self._called(node)} ({self._place(node)}) reads no input")
 
     def _called(self, node: fx.Node) -> str:
         return ops.called(self.module, node.target, node.op == "call_module")
 
-    def _refuse(self, node: fx.Node, why: str = "") -> UserError:
-        return UserError(
-            f"operation {self._called(node)} (at {node.name}) is not supported"
-            f"{f' {why}' if why else ''}; supported are {ops.SUPPORTED}"
+    def _refuse(self, node: fx.Node, why: str = "") -> NotUnderstood:
+        return NotUnderstood(
+            f"operation {self._called(node)} ({self._place(node)}) is not supported"
+            f"{f' {why}' if why else ''}"
         )
+
+    @staticmethod
+    def _place(node: fx.Node) -> str:
+        where = node.meta.get("where")
+        return f"at {node.name}, {where}" if where else f"at {node.name}"
+
+    def _forbid(self, node: fx.Node, why: str) -> UserError:
+        """For what would be wrong in a student, too."""
+        return UserError(f"{self._called(node)} ({self._place(node)}) {why}")
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
         """Of one picture; refuses what mixes pictures."""
         value = node.meta["value"]
         assert isinstance(value, torch.Tensor)
         if not value.ndim or value.shape[0] != PICTURES:
-            raise UserError(
-                f"{self._called(node)} (at {node.name}) mixes pictures; expected the first axis "
-                "to stay that of the batch"
+            raise NotUnderstood(
+                f"{self._called(node)} ({self._place(node)}) mixes pictures, or moves the first "
+                "axis, that of the batch"
             )
         return tuple(value.shape[1:])
 
@@ -109,13 +142,82 @@ class Reader:
         return step
 
     def _output(self, node: fx.Node) -> None:
-        source = self.of.get(node.args[0])  # type: ignore[arg-type]
+        given: Any = node.args[0]
+        if isinstance(given, fx.Node) and given in self.raw:
+            self._hold(given, node)
+        source = self.of.get(given) if isinstance(given, fx.Node) else None
         if source is None or source.form.kind != "vector":
-            raise UserError("the network's output is not one tensor of logits (N, classes)")
+            value = given.meta.get("value") if isinstance(given, fx.Node) else given
+            form = f"{(1, *value.shape[1:])}" if isinstance(value, torch.Tensor) else (
+                type(value).__name__
+            )  # fmt: skip
+            obstacles = f"; left whole: {self.obstacles()}" if self.whole else ""
+            raise UserError(
+                "the network's output is not one tensor of logits (N, classes) but, for one "
+                f"picture, {form}: give a wrapper that returns the logits{obstacles}"
+            )
+        if self._called(source.node).lower() == "softmax":
+            raise self._forbid(source.node, "gives probabilities; return the logits before it")
         self.channels.freeze(source.channels, "the network's output")
         self._add(node, "output", source.form, source.channels, (source,))
 
     def _operation(self, node: fx.Node) -> None:
+        """Read a node, or leave it whole."""
+        target = str(node.target)
+        try:
+            if node in self.forced:
+                raise NotUnderstood(self.forced[node])
+            if node.op == "call_module" and target in self.left:
+                raise NotUnderstood(f"{self._called(node)} {target}: {self.left[target]}")
+            self._understand(node)
+        except NotUnderstood as reason:
+            self._leave_whole(node, str(reason))
+
+    def _leave_whole(self, node: fx.Node, why: str) -> None:
+        """Add a node as it is; what it reads and gives keeps all channels in their order."""
+        if node.op == "call_module" and list(
+            self.module.get_submodule(str(node.target)).parameters()
+        ):
+            calls = [s for s in self.steps.values() if s.node.op == "call_module"]
+            others = [
+                s.node for s in calls if s.node.target == node.target and s.kind != "opaque"
+            ]  # fmt: skip
+            if others:  # its weights are used both ways: left whole wherever it is called
+                raise ReadAgain({node: why, **dict.fromkeys(others, why)})
+            self.left.setdefault(str(node.target), why)
+        for source in node.all_input_nodes:
+            if source in self.raw:
+                self._hold(source, node, why)
+        inputs = tuple(dict.fromkeys(self.of[s] for s in node.all_input_nodes if s in self.of))
+        form = self._form_of_whole(node)
+        made = self.channels.new(node.name, form.channels)
+        step = self._add(node, "opaque", form, made, inputs)
+        for channels in (made, *(source.channels for source in inputs)):
+            self.channels.freeze(channels, why)
+        self.whole[step.name] = why
+
+    def _hold(self, node: fx.Node, reader: fx.Node, why: str = "") -> None:
+        """Leave a rearrangement whole whose outcome `reader` needs as it is."""
+        del self.raw[node]
+        what = f"{self._called(reader)} ({self._place(reader)}) reads {self.moved_by[node]}"
+        self._leave_whole(node, why or f"{what}, which moves more than whole channels")
+
+    @staticmethod
+    def _form_of_whole(node: fx.Node) -> Form:
+        value, more = node.meta["value"], node.meta["more"]
+        if isinstance(value, torch.Tensor) and value.ndim in (2, 4):
+            batched = (value.shape[0], more.shape[0]) == (PICTURES, PICTURES + 1)
+            if batched and value.shape[1:] == more.shape[1:]:
+                return map_form(tuple(value.shape[1:]))
+        return Form("whole", 1, (1, 1))
+
+    def obstacles(self) -> str:
+        """All reasons why something is left whole, each once."""
+        reasons = list(dict.fromkeys(self.whole.values()))
+        more = f"; and {len(reasons) - 8} more" if len(reasons) > 8 else ""
+        return "; ".join(reasons[:8]) + more
+
+    def _understand(self, node: fx.Node) -> None:
         module = None
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
@@ -127,9 +229,9 @@ class Reader:
             return
         for source in node.all_input_nodes:
             if source in self.raw:
-                raise self._refuse(
-                    node, f"behind {self.moved_by[source]}, which moves more than whole channels"
-                )
+                self._hold(source, node)
+            if source in self.of and self.of[source].form.kind == "whole":
+                raise NotUnderstood(self.whole[self.of[source].name])
         if module is not None:
             self._module(node, module)
         elif node.target in ops.JOINS:
@@ -144,13 +246,14 @@ class Reader:
             raise self._refuse(node, "with other than one positional input")
         source = self.of[node.all_input_nodes[0]]
         form = source.form
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if type(module) in ops.LAYERS:
+            assert isinstance(module, nn.Conv2d | nn.Linear)
             self._layer(node, module, source)
         elif isinstance(module, ops.NORMS):
             if form.kind == "flat":
-                raise UserError(f"{node.target}: BatchNorm behind a flatten is not supported")
+                raise NotUnderstood(f"{node.target}: BatchNorm behind a flatten is not supported")
             if module.running_mean is None:
-                raise self._refuse(node, "without running statistics: it mixes pictures")
+                raise self._forbid(node, "without running statistics mixes pictures: not supported")
             if form.kind == "last" or module.num_features != form.channels:
                 raise self._refuse(node, f"on a value of shape {form.shape}")
             self._once(node, source)
@@ -184,12 +287,14 @@ class Reader:
         kind = source.form.kind
         if isinstance(layer, nn.Conv2d):
             if layer.padding_mode != "zeros":
-                raise UserError(f"{name}: padding_mode {layer.padding_mode!r} is not supported")
+                raise NotUnderstood(f"{name}: padding_mode {layer.padding_mode!r} is not supported")
             if kind != "map":
                 raise self._refuse(node, f"on a {kind} value")
             form = map_form(shape)
         elif kind == "map":
-            raise UserError(f"{name}: Linear on a tensor of shape {source.shape} is not supported")
+            raise NotUnderstood(
+                f"{name}: Linear on a tensor of shape {source.shape} is not supported"
+            )
         elif kind == "last":
             form = Form("last", shape[-1], source.form.size)
         else:
@@ -205,7 +310,8 @@ class Reader:
         # A shared layer is cut once for all its calls.
         before = self.steps[first.inputs[0]]
         if before.form.repeat != source.form.repeat:
-            raise UserError(f"layer {name} is shared by inputs {before.shape} and {source.shape}")
+            why = f"layer {name} is shared by inputs {before.shape} and {source.shape}"
+            raise ReadAgain({first.node: why, node: why})
         self.channels.tie(before.channels, source.channels)
         made = self.channels.new(name, form.channels)
         self.channels.tie(first.channels, made)
@@ -245,13 +351,23 @@ class Reader:
             raise self._refuse(node)
         source = self.of[node.all_input_nodes[0]]
         target = node.target
-        if target in (F.dropout, F.dropout2d):
-            raise self._refuse(node, "where it is active in evaluation (training=True)")
+        if getattr(target, "__name__", target) in DROPOUTS:
+            raise self._forbid(node, "is active in evaluation (training=True): not supported")
+        if target is F.batch_norm:
+            raise self._forbid(node, "uses statistics of the batch: it mixes pictures")
         if target in ops.ACTIVATION_CALLS:
             self._pass(node, "activation", source)
         elif target in ops.SPATIAL_CALLS and source.form.kind == "map" and is_tensor(node):
             if target is F.pad and len(node.args[1]) > 4:  # type: ignore
                 raise self._refuse(node, "on other axes than height and width")
+            if target is F.instance_norm and len(node.args) > 1:
+                raise self._refuse(node, "with tensors of its own")
+            self._spatial(node, source)
+        elif target in ops.MOVING_CALLS and source.form.kind == "map":
+            axes = node.kwargs.get("dims", node.args[-1] if len(node.args) > 1 else ())
+            axes = axes if isinstance(axes, tuple | list) else (axes,)
+            if not axes or not all(isinstance(a, int) and a in (2, 3, -1, -2) for a in axes):
+                raise self._refuse(node, f"over axes {axes} of {source.shape}")
             self._spatial(node, source)
         elif target in ops.REDUCING_CALLS and is_tensor(node):
             self._reduce(node, source)
@@ -306,9 +422,9 @@ class Reader:
             or self._shape(node) != whole.shape
             or part.form.channels not in (1, whole.form.channels)
         ):
-            raise UserError(
-                f"{self._called(node)} {node.name} joins {one.shape} and {other.shape}; expected "
-                "equal shapes, or one value per channel or per pixel beside the other"
+            raise NotUnderstood(
+                f"{self._called(node)} ({self._place(node)}) joins {one.shape} and {other.shape}; "
+                "expected equal shapes, or one value per channel or per pixel beside the other"
             )
         if part.form.channels == whole.form.channels:
             self.channels.tie(whole.channels, part.channels)
@@ -327,10 +443,11 @@ class Reader:
             self._pass(node, "activation", source)
             return
         axis = -1 if source.form.kind != "map" else -3
-        if source.form.kind == "flat" or tensor.numel() != source.form.channels or (
-            tensor.ndim < -axis or tensor.shape[axis] != tensor.numel()
-        ):  # fmt: skip
+        if source.form.kind == "flat" or (tensor.ndim > len(source.shape) and tensor.shape[0] > 1):
             raise self._refuse(node, f"with a constant of shape {tuple(tensor.shape)}")
+        if tensor.ndim < -axis or tensor.shape[axis] == 1 < source.form.channels:
+            self._pass(node, "activation", source)  # the same for all channels
+            return
         assert isinstance(constant, fx.Node)
         self._once(constant, source)
         self._add(node, "channelwise", source.form, source.channels, (source,))
@@ -342,9 +459,13 @@ class Reader:
             return self.raw[node]
         if node in self.of:
             step = self.of[node]
+            if step.form.kind == "whole":
+                raise NotUnderstood(self.whole[step.name])
             return self.elements.number(step.name, step.form)
         if node in self.constants:
-            raise UserError(f"a constant tensor ({node.target}) among moved channels: unsupported")
+            raise NotUnderstood(
+                f"a constant tensor ({node.target}) among moved channels: unsupported"
+            )
         return node.meta["value"]
 
     def _concatenate(self, node: fx.Node) -> bool:
@@ -386,15 +507,15 @@ class Reader:
         else:
             result = node.target(*arguments, **keywords)  # type: ignore
         before = [self.moved_by[s] for s in node.all_input_nodes if s in self.moved_by]
-        self.moved_by[node] = before[0] if before else f"{self._called(node)} (at {node.name})"
+        self.moved_by[node] = before[0] if before else f"{self._called(node)} ({self._place(node)})"
         if not isinstance(result, torch.Tensor):
             self.raw[node] = result
             return
         self._shape(node)
         if len(result) != PICTURES or not (result[1] - result[0] == NEXT_PICTURE).all():
-            raise UserError(
-                f"{self._called(node)} (at {node.name}) mixes pictures; expected the first axis "
-                "to stay that of the batch"
+            raise NotUnderstood(
+                f"{self._called(node)} ({self._place(node)}) mixes pictures, or moves the first "
+                "axis, that of the batch"
             )
         found = self.elements.read(result[0].contiguous())
         if found is None:

@@ -29,10 +29,11 @@ NEXT_PICTURE = 1 << 50  # added to the numbers of a second picture
 class Form:
     """How a value lies in memory.
 
-    `map` `(C, H, W)`, `last` `(H, W, C)`, `vector` `(C,)` or `flat` `(C * H * W,)`.
+    `map` `(C, H, W)`, `last` `(H, W, C)`, `vector` `(C,)` or `flat` `(C * H * W,)`; `whole` is
+    anything else, of any shape and as if of one channel: it is only handed on as it is.
 
     Attributes:
-        kind: one of these four.
+        kind: one of these five.
         channels: C.
         size: `(H, W)`; `(1, 1)` for a vector.
     """
@@ -64,6 +65,7 @@ class Form:
             "last": (*self.size, self.channels),
             "vector": (self.channels,),
             "flat": (self.channels * self.area,),
+            "whole": (),
         }[self.kind]
 
 

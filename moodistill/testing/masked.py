@@ -64,7 +64,8 @@ class _Masked(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         # Where an Add lost an input, two values share a tensor: nothing may work in place.
-        return super().call_module(target, tuple(a.clone() for a in args), kwargs)
+        cloned = fx.node.map_aggregate((args, kwargs), _cloned)
+        return super().call_module(target, *cloned)  # type: ignore[misc]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(target, fx.node.map_aggregate(args, _cloned), kwargs)
