@@ -25,7 +25,7 @@ from moodistill.student.partition import Parts
 from moodistill.student.slicing import Unit, opaque_copy, slice_grouped, slice_layer, slice_norm
 from moodistill.student.values import Key, Tensor, Tensors, Value
 from moodistill.teacher.graph import TeacherGraph
-from moodistill.teacher.operations import JOINS
+from moodistill.teacher.operations import CONVS, JOINS
 from moodistill.teacher.rearrange import Form
 from moodistill.teacher.steps import Step
 
@@ -70,7 +70,7 @@ class _Builder:
         self.teacher = graph
         self.structure = resolve(layout, genome)
         layers = {s.name: s for s in graph.steps if s.kind == "layer"}
-        convs = {n for n, s in layers.items() if isinstance(self._module(s), nn.Conv2d)}
+        convs = {n for n, s in layers.items() if type(self._module(s)) in CONVS}
         self.parts = Parts(layout, self.structure, convs)
         self.graph = fx.Graph()
         self.modules: dict[str, Any] = {}
@@ -218,7 +218,7 @@ class _Builder:
             path = self._path(step.target, index, count)
             if path not in self.modules:
                 module = self._module(step)
-                if isinstance(module, nn.Conv2d):
+                if type(module) in CONVS:
                     self.modules[path] = slice_grouped(
                         module, channels, self.tensors.channels(step, tensor.keys), step.name
                     )
@@ -242,7 +242,8 @@ class _Builder:
             name = str(argument.target) if count == 1 else f"{argument.target}_{index}"
             if name not in self.modules:
                 tensor = operator.attrgetter(str(argument.target))(self.teacher.module)
-                axis = tensor.ndim - (1 if step.form.kind != "map" else 3)
+                axis = tensor.ndim - 1
+                axis -= len(step.form.size) if step.form.kind == "map" else 0
                 chosen = tensor.detach().index_select(axis, torch.from_numpy(channels)).clone()
                 trained = isinstance(tensor, nn.Parameter)
                 self.modules[name] = nn.Parameter(chosen) if trained else chosen
@@ -344,6 +345,7 @@ class _Builder:
             if step.target not in self.modules:
                 self.modules[step.target] = opaque_copy(self._module(step))
             node = self.graph.call_module(step.target, arguments, keywords)
+            node.meta["area"] = step.form.area
         else:
             node = self.graph.create_node(step.node.op, step.node.target, arguments, keywords)
         return Value((Tensor(node, self.tensors.natural(step)),), step, step.form)
@@ -432,15 +434,21 @@ class _Builder:
         return bool(readers)
 
     def _reform(self, node: fx.Node, old: Form, new: Form) -> fx.Node:
+        """The same pixels and channels in another form, by way of a map."""
         call = self.graph.call_function
-        if old.kind == new.kind:
+        if (old.kind, old.size) == (new.kind, new.size):
             return node
+        rank = len(old.size)
         if old.kind == "last":
-            node = call(torch.permute, (node, (0, 3, 1, 2)))
-            if new.kind == "map":
-                return node
+            node = call(torch.permute, (node, (0, rank + 1, *range(1, rank + 1))))
         if new.kind in ("flat", "vector"):
-            return call(torch.flatten, (node, 1))
+            return node if old.kind in ("flat", "vector") else call(torch.flatten, (node, 1))
         if old.kind in ("flat", "vector"):
             node = call(torch.unflatten, (node, 1, (-1, *new.size)))
-        return node if new.kind == "map" else call(torch.permute, (node, (0, 2, 3, 1)))
+        elif old.size != new.size:
+            node = call(torch.flatten, (node, 2)) if rank > 1 else node
+            node = call(torch.unflatten, (node, 2, new.size)) if len(new.size) > 1 else node
+        rank = len(new.size)
+        return node if new.kind == "map" else call(
+            torch.permute, (node, (0, *range(2, rank + 2), 1))
+        )  # fmt: skip

@@ -24,7 +24,8 @@ from torch import fx, nn
 
 from moodistill.student.builder import Student
 from moodistill.student.slicing import Unit
-from moodistill.teacher.graph import TeacherGraph
+from moodistill.teacher.graph import Layer, TeacherGraph
+from moodistill.teacher.operations import NORMS
 from moodistill.teacher.samples import TeacherSamples, as_map, sample_pixels
 
 Mode = Literal["slice", "teacher", "student"]
@@ -69,7 +70,9 @@ def inherit(
     for node in student.module.graph.nodes:
         if node.op == "placeholder":
             # Convolutions run up to twice as fast on maps whose channels lie together.
-            values[node] = samples.images.contiguous(memory_format=torch.channels_last)
+            pictures = samples.images.ndim == 4
+            layout = torch.channels_last if pictures else torch.contiguous_format
+            values[node] = samples.images.contiguous(memory_format=layout)
         elif node.op == "output":
             break
         elif node.op == "get_attr":
@@ -83,7 +86,7 @@ def inherit(
             # teacher's first call is gone and this one has another resolution it stays sliced.
             if unit is not None and config.mode != "slice" and unit.target not in called:
                 called.add(unit.target)
-                assert isinstance(module, nn.Conv2d | nn.Linear)
+                assert isinstance(module, Layer)
                 if _sampled_like(source, module, unit, graph):
                     _solve_unit(unit, module, source, graph, samples, config)
             known = str(node.target) in norms
@@ -122,7 +125,7 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 def _recalibrated(norm: nn.Module, source: torch.Tensor) -> torch.Tensor:
     """A norm's output of `source`, once its running mean and variance are those of `source`."""
-    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert isinstance(norm, NORMS)
     # A step of training with all weight on the new batch: five times faster than `var_mean`.
     momentum, norm.momentum = norm.momentum, 1.0
     result = norm.train()(source)
@@ -137,7 +140,7 @@ def _recalibrated(norm: nn.Module, source: torch.Tensor) -> torch.Tensor:
 
 def _solve_unit(
     unit: Unit,
-    module: nn.Conv2d | nn.Linear,
+    module: Layer,
     source: torch.Tensor,
     graph: TeacherGraph,
     samples: TeacherSamples,
@@ -148,7 +151,7 @@ def _solve_unit(
     target = samples.inputs[unit.layer]
     # Only a layer without padding may take the constant of the estimate into its bias: at a
     # padded border some taps see no input and no constant either.
-    padded = isinstance(layer, nn.Conv2d) and any(p != 0 for p in _padding(layer))
+    padded = not isinstance(layer, nn.Linear) and any(p != 0 for p in _padding(layer))
     centred = not padded and module.bias is not None
     whole = not unit.through and [len(i) for i in unit.inputs] == [target.shape[1]]
     if whole and config.mode == "teacher":
@@ -183,7 +186,7 @@ def _solve_unit(
         module.bias.copy_(torch.cat(biases))
 
 
-def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+def _padding(layer: Any) -> tuple[int, ...]:
     if isinstance(layer.padding, str):
         return (0,) if layer.padding == "valid" else tuple(k - 1 for k in layer.kernel_size)
     return tuple(layer.padding)
@@ -224,7 +227,7 @@ def _fold(weight: torch.Tensor, estimate: torch.Tensor, channels: int, repeat: i
     taps = weight.reshape(outputs, channels, -1)  # a conv's taps, or a linear layer's positions
     folded = (taps.transpose(1, 2).reshape(-1, channels) @ estimate).reshape(outputs, -1, width)
     folded = folded.transpose(1, 2)
-    if weight.ndim == 4:
+    if weight.ndim > 2:
         return folded.reshape(outputs, width, *weight.shape[2:])
     if repeat == 1:
         return folded.reshape(outputs, width)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from moodistill.errors import UserError
+from moodistill.teacher.graph import Layer
+from moodistill.teacher.operations import NORMS
 from moodistill.teacher.plain import copied
 
 
@@ -40,7 +43,7 @@ def feature_index(channels: np.ndarray, repeat: int) -> torch.Tensor:
     return torch.from_numpy(index.reshape(-1))
 
 
-def slice_layer(layer: nn.Conv2d | nn.Linear, unit: Unit) -> nn.Module:
+def slice_layer(layer: Layer, unit: Unit) -> nn.Module:
     """The part of a conv or linear layer that a unit stands for; zeros past a bypassed layer."""
     outputs = torch.from_numpy(np.concatenate(unit.outputs))
     width = sum(len(i) for i in unit.inputs)
@@ -53,10 +56,10 @@ def slice_layer(layer: nn.Conv2d | nn.Linear, unit: Unit) -> nn.Module:
         else:
             blocks.append(rows[:, feature_index(ins, unit.repeat)])
     weight = blocks[0] if len(blocks) == 1 else torch.cat(blocks)  # either way a copy of its own
-    made: nn.Conv2d | nn.Linear
-    if isinstance(layer, nn.Conv2d):
+    made: Layer
+    if not isinstance(layer, nn.Linear):
         made = nn.utils.skip_init(
-            nn.Conv2d, width, len(outputs), layer.kernel_size, layer.stride, layer.padding,
+            type(layer), width, len(outputs), layer.kernel_size, layer.stride, layer.padding,
             layer.dilation, len(unit.outputs), layer.bias is not None,
         )  # fmt: skip
     else:
@@ -69,9 +72,7 @@ def slice_layer(layer: nn.Conv2d | nn.Linear, unit: Unit) -> nn.Module:
     return made
 
 
-def slice_grouped(
-    layer: nn.Conv2d, inputs: np.ndarray, outputs: np.ndarray, name: str
-) -> nn.Conv2d:
+def slice_grouped(layer: Any, inputs: np.ndarray, outputs: np.ndarray, name: str) -> nn.Module:
     """The groups of a grouped convolution that read `inputs`."""
     reads, writes = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     groups = inputs.reshape(-1, reads)[:, 0] // reads
@@ -80,7 +81,7 @@ def slice_grouped(
     if not whole or not np.array_equal(outputs, wanted):
         raise UserError(f"{name}: the channels of its groups are out of order: not supported")
     made = nn.utils.skip_init(
-        nn.Conv2d, len(inputs), len(outputs), layer.kernel_size, layer.stride, layer.padding,
+        type(layer), len(inputs), len(outputs), layer.kernel_size, layer.stride, layer.padding,
         layer.dilation, len(groups), layer.bias is not None,
     )  # fmt: skip
     index = torch.from_numpy(outputs)
@@ -101,7 +102,7 @@ def opaque_copy(module: nn.Module) -> nn.Module:
 
 def slice_norm(norm: nn.Module, channels: np.ndarray) -> nn.Module:
     """Some channels of a batch normalisation, statistics included."""
-    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert isinstance(norm, NORMS)
     index = torch.from_numpy(channels)
     made = type(norm)(len(channels), norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     made.load_state_dict({k: v[index] if v.ndim else v for k, v in norm.state_dict().items()})

@@ -275,7 +275,7 @@ def _bypassable(graph: TeacherGraph, layer: Step) -> bool:
     if set(layer.reads) & set(graph.steps[0].groups) or set(layer.groups) & taken:
         return False
     writers = [s for s in graph.steps if s.kind == "layer" and set(s.groups) & set(layer.groups)]
-    pixels = [(s.form.kind, s.form.size) if len(s.shape) == 3 else None for s in (layer, source)]
+    pixels = [(s.form.kind, s.form.size) if len(s.shape) > 1 else None for s in (layer, source)]
     if len(writers) != 1 or pixels[0] != pixels[1]:
         return False
     frontier = [layer.name]

@@ -30,6 +30,8 @@ from moodistill.teacher.steps import Step
 from moodistill.teacher.tracing import DROPOUTS, is_tensor
 from moodistill.teacher.value_tracer import PICTURES, holds_tensor
 
+READERS_ASKED = 4  # steps from what is left whole to the layer that says where its channels are
+
 
 class NotUnderstood(Exception):
     """An operation whose effect on channels is not known."""
@@ -83,6 +85,8 @@ class Reader:
         elif any(s in self.of or s in self.raw for s in node.all_input_nodes):
             if holds_tensor(node.meta.get("value")):  # sizes and the like are no steps
                 self._operation(node)
+        elif is_tensor(node) and any(s not in self.constants for s in node.all_input_nodes):
+            self._leave_whole(node, f"{self._called(node)} ({self._place(node)}) reads no picture")
         elif is_tensor(node):
             raise UserError(f"{self._called(node)} ({self._place(node)}) reads no input")
 
@@ -202,14 +206,30 @@ class Reader:
         what = f"{self._called(reader)} ({self._place(reader)}) reads {self.moved_by[node]}"
         self._leave_whole(node, why or f"{what}, which moves more than whole channels")
 
-    @staticmethod
-    def _form_of_whole(node: fx.Node) -> Form:
+    def _form_of_whole(self, node: fx.Node) -> Form:
+        """The form of what an operation gives that is left whole, by who reads it."""
         value, more = node.meta["value"], node.meta["more"]
-        if isinstance(value, torch.Tensor) and value.ndim in (2, 4):
-            batched = (value.shape[0], more.shape[0]) == (PICTURES, PICTURES + 1)
-            if batched and value.shape[1:] == more.shape[1:]:
-                return map_form(tuple(value.shape[1:]))
-        return Form("whole", 1, (1, 1))
+        whole = Form("whole", 1, (1, 1))
+        if not isinstance(value, torch.Tensor) or value.ndim < 2:
+            return whole
+        batched = (value.shape[0], more.shape[0]) == (PICTURES, PICTURES + 1)
+        if not batched or value.shape[1:] != more.shape[1:]:
+            return whole
+        shape = tuple(value.shape[1:])
+        if len(shape) == 1:
+            return map_form(shape)
+        frontier = [node]
+        for _ in range(READERS_ASKED):
+            frontier = [user for reader in frontier for user in reader.users]
+            for user in frontier:
+                if user.op != "call_module":
+                    continue
+                module = self.module.get_submodule(str(user.target))
+                if isinstance(module, nn.Linear | nn.LayerNorm):
+                    return Form("last", shape[-1], shape[:-1])
+                if type(module) in ops.CONVS or isinstance(module, ops.NORMS):
+                    return map_form(shape)
+        return map_form(shape) if len(shape) == 3 else whole
 
     def obstacles(self) -> str:
         """All reasons why something is left whole, each once."""
@@ -247,7 +267,6 @@ class Reader:
         source = self.of[node.all_input_nodes[0]]
         form = source.form
         if type(module) in ops.LAYERS:
-            assert isinstance(module, nn.Conv2d | nn.Linear)
             self._layer(node, module, source)
         elif isinstance(module, ops.NORMS):
             if form.kind == "flat":
@@ -281,15 +300,16 @@ class Reader:
         if first is not source:
             self.channels.tie(first.channels, source.channels)
 
-    def _layer(self, node: fx.Node, layer: nn.Conv2d | nn.Linear, source: Step) -> None:
+    def _layer(self, node: fx.Node, layer: Any, source: Step) -> None:
         name = str(node.target)
         shape = self._shape(node)
         kind = source.form.kind
-        if isinstance(layer, nn.Conv2d):
+        conv = type(layer) in ops.CONVS
+        if conv:
             if layer.padding_mode != "zeros":
                 raise NotUnderstood(f"{name}: padding_mode {layer.padding_mode!r} is not supported")
-            if kind != "map":
-                raise self._refuse(node, f"on a {kind} value")
+            if kind != "map" or len(source.form.size) != ops.CONVS[type(layer)]:
+                raise self._refuse(node, f"on a {kind} value of shape {source.shape}")
             form = map_form(shape)
         elif kind == "map":
             raise NotUnderstood(
@@ -297,9 +317,11 @@ class Reader:
             )
         elif kind == "last":
             form = Form("last", shape[-1], source.form.size)
+        elif kind == "whole":
+            raise self._refuse(node, "on what is left whole")
         else:
             form = map_form(shape)
-        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        if conv and layer.groups > 1:
             self._grouped(node, layer, source, form)
             return
         first = self.calls.get(name)
@@ -317,7 +339,7 @@ class Reader:
         self.channels.tie(first.channels, made)
         self._add(node, "layer", form, made, (source,), name=f"{name} ({node.name})", again=True)
 
-    def _grouped(self, node: fx.Node, layer: nn.Conv2d, source: Step, form: Form) -> None:
+    def _grouped(self, node: fx.Node, layer: Any, source: Step, form: Form) -> None:
         """Each group's inputs and outputs stay or go together."""
         made = self.channels.new(str(node.target), form.channels)
         inputs = source.channels.reshape(layer.groups, -1)
@@ -358,15 +380,17 @@ class Reader:
         if target in ops.ACTIVATION_CALLS:
             self._pass(node, "activation", source)
         elif target in ops.SPATIAL_CALLS and source.form.kind == "map" and is_tensor(node):
-            if target is F.pad and len(node.args[1]) > 4:  # type: ignore
-                raise self._refuse(node, "on other axes than height and width")
+            if target is F.pad and len(node.args[1]) > 2 * len(source.form.size):  # type: ignore
+                raise self._refuse(node, "on other axes than those of the size")
             if target is F.instance_norm and len(node.args) > 1:
                 raise self._refuse(node, "with tensors of its own")
             self._spatial(node, source)
         elif target in ops.MOVING_CALLS and source.form.kind == "map":
             axes = node.kwargs.get("dims", node.args[-1] if len(node.args) > 1 else ())
             axes = axes if isinstance(axes, tuple | list) else (axes,)
-            if not axes or not all(isinstance(a, int) and a in (2, 3, -1, -2) for a in axes):
+            rank = len(source.form.size)
+            inner = (*range(2, 2 + rank), *range(-rank, 0))
+            if not axes or not all(isinstance(a, int) and a in inner for a in axes):
                 raise self._refuse(node, f"over axes {axes} of {source.shape}")
             self._spatial(node, source)
         elif target in ops.REDUCING_CALLS and is_tensor(node):
@@ -376,22 +400,26 @@ class Reader:
 
     def _spatial(self, node: fx.Node, source: Step) -> None:
         shape = self._shape(node)
-        if len(shape) != 3 or shape[0] != source.form.channels:
+        if len(shape) != 1 + len(source.form.size) or shape[0] != source.form.channels:
             raise self._refuse(node, f"from {source.shape} to {shape}")
         self._add(node, "spatial", map_form(shape), source.channels, (source,))
 
     def _reduce(self, node: fx.Node, source: Step) -> None:
-        """A mean or maximum over both spatial axes."""
+        """A mean, sum or extreme over all axes of the size."""
         axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         axes = axes if isinstance(axes, tuple | list) else (axes,)
         rank = len(source.shape) + 1
         found = sorted(a % rank for a in axes if isinstance(a, int))
-        wanted = {"map": [2, 3], "last": [1, 2]}.get(source.form.kind)
+        inner = len(source.form.size)
+        first = {"map": 2, "last": 1}.get(source.form.kind, rank)
+        wanted = list(range(first, first + inner))
         if found != wanted:
             raise self._refuse(node, f"over axes {axes} of {source.shape}")
         shape = self._shape(node)
-        kind = source.form.kind if len(shape) == 3 else "vector"
-        form = Form(kind, source.form.channels, (1, 1))
+        if len(shape) == 1:
+            form = Form("vector", source.form.channels, (1, 1))
+        else:
+            form = Form(source.form.kind, source.form.channels, (1,) * inner)
         self._add(node, "spatial", form, source.channels, (source,))
 
     def _join(self, node: fx.Node) -> None:
@@ -442,7 +470,7 @@ class Reader:
         if tensor.numel() == 1:
             self._pass(node, "activation", source)
             return
-        axis = -1 if source.form.kind != "map" else -3
+        axis = -1 if source.form.kind != "map" else -1 - len(source.form.size)
         if source.form.kind == "flat" or (tensor.ndim > len(source.shape) and tensor.shape[0] > 1):
             raise self._refuse(node, f"with a constant of shape {tuple(tensor.shape)}")
         if tensor.ndim < -axis or tensor.shape[axis] == 1 < source.form.channels:

@@ -22,6 +22,8 @@ from moodistill.teacher.operations import SUPPORTED
 from moodistill.teacher.steps import Step
 from moodistill.teacher.tracing import flat_graph
 
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+
 
 @dataclass(frozen=True, eq=False)
 class TeacherGraph:
@@ -31,14 +33,14 @@ class TeacherGraph:
         module: the flat graph that was read.
         steps: its values in topological order.
         grouping: channel groups, with their sizes and what is frozen.
-        input_shape: `(C, H, W)`.
+        input_shape: `(C, *size)`, `(C, H, W)` of pictures.
         whole: steps that are not understood and stay as they are, and why.
     """
 
     module: fx.GraphModule
     steps: tuple[Step, ...]
     grouping: Grouping
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     whole: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -60,10 +62,10 @@ class TeacherGraph:
         said = {why for name, why in frozen.items() if name not in made}
         return {n: why for n, why in frozen.items() if n not in made or why not in said}
 
-    def layer_module(self, name: str) -> nn.Conv2d | nn.Linear:
+    def layer_module(self, name: str) -> Layer:
         """The teacher's conv or linear layer at a module path."""
         module = self.module.get_submodule(name)
-        assert isinstance(module, nn.Conv2d | nn.Linear)
+        assert isinstance(module, Layer)
         return module
 
     @cached_property
@@ -76,13 +78,13 @@ class TeacherGraph:
 
 
 def trace(
-    teacher: nn.Module, input_shape: tuple[int, int, int], opaque: Collection[str] = ()
+    teacher: nn.Module, input_shape: tuple[int, ...], opaque: Collection[str] = ()
 ) -> TeacherGraph:
     """Trace `teacher` and find its channel groups.
 
     Args:
         teacher: the network; it is not changed.
-        input_shape: `(C, H, W)` of one picture.
+        input_shape: `(C, H, W)` of one picture, `(C, L)` of one signal.
         opaque: paths of modules that are to be left whole.
 
     Raises:
@@ -99,7 +101,7 @@ def trace(
 
 def _read(
     module: fx.GraphModule,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     left: dict[str, str],
     nodes: dict[fx.Node, str],
 ) -> TeacherGraph:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-LAYERS = (nn.Conv2d, nn.Linear)  # exactly these: what is derived from them may do more
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+CONVS: dict[type, int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # and the axes of their size
+# Exactly these: what is derived from them may do more.
+LAYERS = (*CONVS, nn.Linear)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Norms over the channels of one picture: they read all of a value's channels at once.
 MIXING = (nn.LayerNorm, nn.GroupNorm)
 ACTIVATIONS = (
@@ -35,17 +37,24 @@ ACTIVATION_CALLS = (
     "ceil", "round", "float",
 )  # fmt: skip
 SPATIAL = (
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d,
-    nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.LPPool1d, nn.LPPool2d, nn.LPPool3d,
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+    nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d,
+    nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
     nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
 )  # fmt: skip
 SPATIAL_CALLS = (
-    F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.max_pool2d, torch.max_pool2d, F.avg_pool2d,
-    F.lp_pool2d, F.pad, F.interpolate, F.instance_norm,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, torch.adaptive_avg_pool1d,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.lp_pool1d, F.lp_pool2d, F.lp_pool3d,
+    F.pad, F.interpolate, F.instance_norm,
 )  # fmt: skip
-# Along height and width only.
+# Along the axes of the size only.
 MOVING_CALLS = (torch.flip, "flip", torch.roll, "roll")
-REDUCING_CALLS = (torch.mean, "mean", torch.amax, "amax")
+REDUCING_CALLS = (torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin")
 # Operations of two values, by the function that the student calls.
 JOINS: dict[Any, Any] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), torch.add),

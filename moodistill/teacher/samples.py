@@ -82,6 +82,8 @@ def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) 
         values = values.unflatten(1, (-1, repeat))
     if values.ndim == 3:
         values = values.unsqueeze(2)
+    if values.ndim == 5:
+        values = values.flatten(3)
     count, _, height, width = values.shape
     index = sample_positions(count, height * width, config)
     image, place = index // (height * width), index % (height * width)
@@ -91,8 +93,8 @@ def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) 
 
 def as_map(values: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
     """A layer's input with its channels on the first axis behind the batch's."""
-    last = isinstance(layer, torch.nn.Linear) and values.ndim == 4
-    return values.permute(0, 3, 1, 2) if last else values
+    last = isinstance(layer, torch.nn.Linear) and values.ndim > 2
+    return values.movedim(-1, 1) if last else values
 
 
 @torch.no_grad()

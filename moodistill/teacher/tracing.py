@@ -18,12 +18,13 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from moodistill.errors import UserError
+from moodistill.teacher.operations import CONVS
 from moodistill.teacher.plain import plain_network
 from moodistill.teacher.value_tracer import INPLACE_CALLS, ValueTracer, said
 
 
 def flat_graph(
-    network: nn.Module, input_shape: tuple[int, int, int], opaque: Collection[str] = ()
+    network: nn.Module, input_shape: tuple[int, ...], opaque: Collection[str] = ()
 ) -> tuple[fx.GraphModule, dict[str, str]]:
     """Trace a network in evaluation mode; every node's `meta` holds what it computes.
 
@@ -125,8 +126,9 @@ def _norm(running_mean, running_var, weight=None, bias=None, training=False, mom
 
 def _conv(weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # type: ignore
     outputs, inputs, *kernel = weight.shape
+    kind = next(kind for kind, axes in CONVS.items() if axes == len(kernel))
     made = nn.utils.skip_init(
-        nn.Conv2d, inputs * groups, outputs, tuple(kernel), stride, padding, dilation, groups,
+        kind, inputs * groups, outputs, tuple(kernel), stride, padding, dilation, groups,
         bias is not None,
     )  # fmt: skip
     return _with(made, weight, bias)
@@ -156,8 +158,9 @@ def _with(module: nn.Module, weight: Any, bias: Any) -> nn.Module:
 
 _MODULES: dict[Any, tuple[str, Callable[..., nn.Module]]] = {
     F.batch_norm: ("norm", _norm),
-    F.conv2d: ("conv", _conv),
-    torch.conv2d: ("conv", _conv),
+    **dict.fromkeys(
+        (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _conv)
+    ),
     F.linear: ("linear", _linear),
     F.layer_norm: ("norm", _layer_norm),
     F.group_norm: ("norm", _group_norm),
@@ -172,8 +175,9 @@ def _calls_to_modules(module: fx.GraphModule) -> None:
         if node.op != "call_function" or node.target not in _MODULES:
             continue
         suffix, make = _MODULES[node.target]
-        if node.target is F.batch_norm and node.meta["value"].ndim == 2:
-            make = partial(make, kind=nn.BatchNorm1d)
+        if node.target is F.batch_norm:
+            kinds = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+            make = partial(make, kind=kinds.get(node.meta["value"].ndim, nn.BatchNorm1d))
         if not node.args or not isinstance(node.args[0], fx.Node):
             continue
         first, *rest = node.args
@@ -201,6 +205,9 @@ def _calls_to_modules(module: fx.GraphModule) -> None:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+        for source in sources:  # before its module is missed
+            if not source.users:
+                graph.erase_node(source)
 
 
 def _set_submodule(module: nn.Module, path: str, made: nn.Module) -> None:

@@ -316,7 +316,7 @@ class ValueTracer(fx.Tracer):
         return self._mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
 
 
-_OWN_SHAPES = (nn.Conv2d, nn.Linear)
+_OWN_SHAPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def holds_tensor(value: Any) -> bool:
@@ -384,27 +384,34 @@ def _glu(x: Any, dim: int = -1) -> Any:
     return one * torch.sigmoid(other)
 
 
-def _padded_conv(conv: nn.Conv2d, x: Any) -> Any:
+def _padded_conv(conv: Any, x: Any) -> Any:
     """A convolution whose padding is not of zeros: the padding first."""
     if conv.padding_mode == "zeros":
         return None
     padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-    return F.conv2d(padded, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+    call = _CONVS[type(conv)]
+    return call(padded, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
 
-def _instance_norm(norm: nn.InstanceNorm2d, x: Any) -> Any:
+_INSTANCE_NORMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}
+_CONVS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+def _instance_norm(norm: Any, x: Any) -> Any:
     """Every channel by its own statistics, then a scale and a shift a channel."""
-    if norm.running_mean is not None or len(x.shape) != 4:
+    axes = len(x.shape) - 2
+    if norm.running_mean is not None or axes != _INSTANCE_NORMS[type(norm)]:
         return None
     x = F.instance_norm(x, eps=norm.eps)
+    shape = (-1, *[1] * axes)
     if norm.weight is not None:
-        x = x * norm.weight.reshape(-1, 1, 1)
-    return x if norm.bias is None else x + norm.bias.reshape(-1, 1, 1)
+        x = x * norm.weight.reshape(shape)
+    return x if norm.bias is None else x + norm.bias.reshape(shape)
 
 
 REPLACED_CALLS: dict[Any, Callable[..., Any]] = {F.glu: _glu}
 REPLACED_MODULES: dict[type, Callable[..., Any]] = {
     nn.GLU: lambda glu, x: _glu(x, glu.dim),
-    nn.Conv2d: _padded_conv,
-    nn.InstanceNorm2d: _instance_norm,
+    **dict.fromkeys(_CONVS, _padded_conv),
+    **dict.fromkeys(_INSTANCE_NORMS, _instance_norm),
 }

@@ -83,8 +83,8 @@ class _Masked(fx.Interpreter):
         if isinstance(layer, nn.Linear):
             mask = mask.repeat_interleave(source.form.repeat, dim=1)
             return F.linear(values, layer.weight * mask, layer.bias)
-        weight = layer.weight * mask[:, :, None, None]
-        return F.conv2d(values, weight, layer.bias, layer.stride, layer.padding, layer.dilation)
+        weight = layer.weight * mask.reshape(*mask.shape, *[1] * len(layer.kernel_size))
+        return layer._conv_forward(values, weight, layer.bias)
 
     def _blocks(self, step: Step) -> np.ndarray:
         """`(channels,)`: every channel's block among those of all the step's groups."""
