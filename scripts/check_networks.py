@@ -112,14 +112,25 @@ def draw(network, images):
     for module in network.modules():
         if not isinstance(module, nn.Conv2d | nn.Linear):
             for parameter in module.parameters(recurse=False):
-                parameter.uniform_(0.5, 1.5)  # a layer scale of 1e-6 would hide its branch
+                # A layer scale of 1e-6 would hide its branch; one number may scale all of it.
+                parameter.uniform_(*((0.5, 1.5) if parameter.numel() > 1 else (0.1, 0.3)))
     for norm in norms:
         norm.momentum = 1.0
     network.train()(images)
     for norm in norms:
-        norm.running_mean.add_(torch.randn(norm.num_features) * 0.2)
+        spread = norm.running_var.sqrt()
+        norm.running_mean.add_(torch.randn(norm.num_features) * 0.2 * spread)
         norm.running_var.mul_(torch.empty(norm.num_features).uniform_(0.5, 1.5))
     network.eval()
+
+
+def takes(network, size):
+    """Whether a network takes pictures of this size."""
+    try:
+        network.eval()(torch.zeros(1, 3, size, size))
+    except Exception:  # whatever its code raises
+        return False
+    return True
 
 
 def share_whole(graph):
@@ -166,7 +177,7 @@ def check(name, from_timm, size, measure):
     import onnxruntime
 
     network = build(name, from_timm)
-    if from_timm and network.default_cfg.get("fixed_input_size"):
+    if from_timm and not takes(network, size):
         size = network.default_cfg["input_size"][1]
     data = NoiseData(size)
     row = {"network": name, "family": type(network).__module__.rpartition(".")[2]}

@@ -42,12 +42,12 @@ _TENSOR_NAMES = {
 _SINCE = {"LayerNormalization": 17}  # the first opset, where it is later than `OPSETS`' first
 
 
-def to_onnx(student: fx.GraphModule, input_shape: tuple[int, int, int], opset: int = 17) -> bytes:
+def to_onnx(student: fx.GraphModule, input_shape: tuple[int, ...], opset: int = 17) -> bytes:
     """The student's inference graph as an ONNX file; the student is left as it is.
 
     Args:
         student: the traced network; batch normalisation counts as in eval mode.
-        input_shape: `(C, H, W)` of one image; the batch stays free.
+        input_shape: `(C, H, W)` of one image, `(C, L)` of a signal; the batch stays free.
         opset: version of the ONNX operator set.
 
     Raises:
@@ -57,8 +57,11 @@ def to_onnx(student: fx.GraphModule, input_shape: tuple[int, int, int], opset: i
         raise UserError(
             f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}: give one of these"
         )
-    if len(input_shape) != 3 or min(input_shape) < 1:
-        raise UserError(f"input_shape is {input_shape}; give three positive sizes (C, H, W)")
+    if not 2 <= len(input_shape) <= 4 or min(input_shape) < 1:
+        raise UserError(
+            f"input_shape is {input_shape}; give positive sizes: (C, H, W) of pictures, (C, L) of "
+            "signals"
+        )
     try:
         model = _to_model(OnnxGraph(student, tuple(input_shape)), opset)
     except UnsupportedOperation as reason:

@@ -25,7 +25,7 @@ from torch.fx.proxy import Attribute
 from torch.nn import functional as F
 
 from moodistill.errors import UserError
-from moodistill.teacher.operations import ACTIVATIONS, NORMS
+from moodistill.teacher.operations import ACTIVATION_CALLS, ACTIVATIONS, NORMS
 from moodistill.teacher.plain import logits_of
 
 PICTURES = 2  # in the batch that shapes are propagated with: an operation that mixes them shows
@@ -293,6 +293,9 @@ class ValueTracer(fx.Tracer):
             # Shapes stay; running these on fake tensors would take most of the time.
             if isinstance(module, (*NORMS, *ACTIVATIONS)) and len(args) == 1:
                 return args[0]
+        elif target in _SAME_SHAPE and args and isinstance(args[0], FakeTensor):
+            if not any(isinstance(a, FakeTensor) for a in (*args[1:], *kwargs.values())):
+                return args[0]
         try:
             with self._mode:
                 return self._apply(kind, target, args, kwargs)
@@ -316,6 +319,7 @@ class ValueTracer(fx.Tracer):
         return self._mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
 
 
+_SAME_SHAPE = {F.batch_norm, *ACTIVATION_CALLS} - {"float"}
 _OWN_SHAPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 

@@ -9,6 +9,7 @@ from moodistill.genome.canonical import canonical
 from moodistill.student.builder import build_student
 from moodistill.teacher.blocks import build_layout
 from moodistill.teacher.graph import trace
+from moodistill.teacher.operations import NORMS
 from moodistill.teacher.samples import CalibrationConfig, collect_samples
 from moodistill.testing.masked import masked_logits
 
@@ -26,21 +27,22 @@ def conv(inputs, outputs, kernel=3, groups=1, stride=1):
 class Prepared:
     """A drawn network with its graph, samples and layout."""
 
-    def __init__(self, network, size=SIZE):
+    def __init__(self, network, size=SIZE, shape=None):
         self.network = network
-        self.images = torch.randn(6, 3, size, size)
+        shape = shape or (3, size, size)
+        self.images = torch.randn(6, *shape)
         with torch.no_grad():
             for module in network.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, NORMS):
                     module.momentum = 1.0  # one pass sets the statistics
                     module.weight.uniform_(0.5, 1.5)
                     module.bias.uniform_(-0.5, 0.5)
             network.train()(self.images)
             for module in network.eval().modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, NORMS):
                     module.running_mean.add_(torch.randn(module.num_features) * 0.2)
                     module.running_var.mul_(torch.empty(module.num_features).uniform_(0.5, 1.5))
-        self.graph = trace(network, (3, size, size))
+        self.graph = trace(network, shape)
         config = CalibrationConfig(images=6, pixels=600)
         self.digest, self.calibration = "", lambda count: self.images
         self.samples = collect_samples(self.graph, self, config, None, "")

@@ -402,3 +402,67 @@ def test_probabilities_are_no_logits():
     network = nn.Sequential(Net(lambda n, x: x), nn.Softmax(1))
     with pytest.raises(UserError, match="Softmax .* gives probabilities; return the logits"):
         trace(network, SHAPE)
+
+
+class Signal(nn.Module):
+    """A residual network over signals, with squeeze-and-excite and a depthwise layer."""
+
+    def __init__(self, axes=1):
+        super().__init__()
+        conv, norm = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv3d, nn.BatchNorm3d))[axes == 3]
+        self.stem, self.norm = conv(2, 32, 5, 2, 2, bias=False), norm(32)
+        self.one, self.inner = conv(32, 48, 3, padding=1), norm(48)
+        self.deep, self.two = conv(48, 48, 3, padding=1, groups=48), conv(48, 32, 1)
+        self.down, self.up = conv(32, 16, 1), conv(16, 32, 1)
+        self.last, self.head = conv(64, 24, 3, 2), nn.Linear(24, 5)
+        self.pool = (nn.MaxPool1d, nn.MaxPool3d)[axes == 3](2)
+        self.axes = tuple(range(2, 2 + axes))
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.two(F.silu(self.deep(F.relu(self.inner(self.one(x))))))
+        x = x * torch.sigmoid(self.up(F.relu(self.down(x.mean(self.axes, keepdim=True)))))
+        x = self.pool(torch.cat([x, x.flip(2)], 1))
+        return self.head(F.relu(self.last(x)).mean(self.axes))
+
+
+class Tokens(nn.Module):
+    """Patches as tokens, a class token, attention by hand, an MLP."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, width, 4, 4), nn.Parameter(torch.randn(1, 1, width))
+        self.places = nn.Parameter(torch.randn(1, 17, width))
+        self.norm, self.other, self.final = (nn.LayerNorm(width) for _ in range(3))
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 64), nn.Linear(64, width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.places
+        n, t, c = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c)
+        x = x + self.project(y)
+        x = x + self.down(F.gelu(self.up(self.other(x))))
+        return self.head(self.final(x)[:, 0])
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (2, 16, 14, 12)], ids=["signals", "volumes"])
+def test_inputs_of_other_ranks(shape):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        ready = Prepared(Signal(len(shape) - 1), shape=shape)
+    assert not ready.graph.whole and not ready.graph.uncut()
+    assert {"mask/one", "mask/down", "mask/last", "mask/stem"} <= set(ready.layout.slices)
+    proven(ready)
+
+
+def test_the_hidden_units_of_a_transformers_block():
+    """The stream of the tokens stays, with what reads it in attention; the MLP may be cut."""
+    ready = prepared(Tokens)
+    assert ready.layout.shapes["mask/up"] == (64,)
+    assert "permute (at permute, test_opaque.py:" in ready.graph.uncut()["qkv"]
+    assert "mask/project" not in ready.layout.slices
+    proven(ready)
