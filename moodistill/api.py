@@ -10,7 +10,6 @@ student.export("my_student")
 
 from __future__ import annotations
 
-import copy
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from moodistill.runs.export import export_student, rebuild_student
 from moodistill.runs.run import resume_run, start_run
 from moodistill.storage.folder import RUN_FILE, read_run
 from moodistill.teacher.blocks import LayerRules
+from moodistill.teacher.plain import copied, refuse_unready
 from moodistill.teacher.task import Task, load_task
 from moodistill.teacher.weights import read_state
 
@@ -225,6 +225,7 @@ def search(
         UserError: if the network, the data or a setting cannot be used, or `out` holds a run of
             others; one line says why.
     """
+    refuse_unready(teacher)
     data = _image_data(train, validation, test, labels, mean, std, metric)
     folder = Path(out)
     place = folder.resolve()
@@ -290,8 +291,8 @@ def open_run(folder: str | Path, task: Task | None = None) -> Run:
 
 
 def _copies_of(teacher: nn.Module) -> Callable[[], nn.Module]:
-    kept = copy.deepcopy(teacher).cpu().eval()
-    return lambda: copy.deepcopy(kept)
+    kept = copied(teacher).cpu().eval()
+    return lambda: copied(kept)
 
 
 def _image_data(

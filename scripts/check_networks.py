@@ -114,6 +114,8 @@ def draw(network, images):
             for parameter in module.parameters(recurse=False):
                 # A layer scale of 1e-6 would hide its branch; one number may scale all of it.
                 parameter.uniform_(*((0.5, 1.5) if parameter.numel() > 1 else (0.1, 0.3)))
+        elif not module.weight.any():
+            module.weight.normal_(0.0, 0.05)  # a head that begins at zero
     for norm in norms:
         norm.momentum = 1.0
     network.train()(images)
@@ -121,7 +123,9 @@ def draw(network, images):
         spread = norm.running_var.sqrt()
         norm.running_mean.add_(torch.randn(norm.num_features) * 0.2 * spread)
         norm.running_var.mul_(torch.empty(norm.num_features).uniform_(0.5, 1.5))
-    network.eval()
+    if not torch.isfinite(network.eval()(images)).all():
+        for norm in norms:  # deviations that grow from layer to layer
+            norm.reset_running_stats()
 
 
 def takes(network, size):
@@ -168,7 +172,8 @@ def print_families(rows):
 
 def relative(found, expected):
     """Largest difference of logits, relative to an image's largest logit."""
-    return float(((found - expected).abs().amax(1) / expected.abs().amax(1)).max())
+    largest = expected.abs().amax(1).clamp_min(1e-9)  # a student may be without any branch
+    return float(((found - expected).abs().amax(1) / largest).max())
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ with an operation this writer does not know goes through `torch.onnx.export` ins
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -145,7 +146,8 @@ def _export_with_torch(
     """torch's own export, freed of everything that tells where it was made."""
     buffer = io.BytesIO()
     try:
-        with warnings.catch_warnings():
+        # It prints what it cannot export.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 copy.deepcopy(student).cpu().eval(),

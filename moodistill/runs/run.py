@@ -81,7 +81,7 @@ def start_run(
     task = task or load_task(config.model, config.own)
     context = _context(task, config, places)
     if not context.layout.length:
-        whole = "; ".join(f"{name} ({why})" for name, why in context.graph.uncut().items())
+        whole = context.graph.describe_uncut()
         raise UserError(
             f"nothing of this network can be left out ({whole or 'all layers are kept'}); expected "
             "a convolutional network with layers whose widths may change"
@@ -212,9 +212,9 @@ def _execute(
     floor = config.search.limits.min_accuracy
     if floor and not students:
         reporter.say(f"students below {floor:.4f} of the search's images are out (--min-accuracy)")
-    whole = context.graph.uncut()
+    whole = context.graph.describe_uncut()
     if whole:
-        reporter.say(f"left whole: {'; '.join(f'{name} ({why})' for name, why in whole.items())}")
+        reporter.say(f"left whole: {whole}")
     search = Search(context.layout, config.search, store, executor)
     device = timing_device(meter, config)
     known = Accuracies(folder / "accuracies.json")

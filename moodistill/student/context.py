@@ -82,10 +82,11 @@ def check_graph(
     views, hooks) may be lost, and would be lost in every student.
 
     Raises:
-        UserError: if their logits differ.
+        UserError: if their logits differ, or a picture's logits hang on the others in its batch.
     """
     expected = logits_of(teacher.eval()(images.clone()))
-    found = build_student(graph, layout, layout.teacher()).module(images.clone())
+    student = build_student(graph, layout, layout.teacher()).module
+    found = student(images.clone())
     scale = float(expected.abs().max().clamp_min(1.0))
     apart = float((found - expected).abs().max()) / scale
     if not apart < MOST_APART:
@@ -94,6 +95,15 @@ def check_graph(
             f"{apart:.2g} of the largest): expected a network without side effects, such as "
             "in-place operations on slices or views, or forward hooks"
         )
+    if graph.whole and len(images) > 1:
+        # What is not understood may compute with the other pictures of a batch.
+        alone = float((student(images[:1].clone()) - found[:1]).abs().max()) / scale
+        if not alone < MOST_APART:
+            raise UserError(
+                f"{type(teacher).__name__} mixes pictures: for one picture its logits differ by "
+                f"{alone:.2g} of the largest from those in a batch; left whole in it are: "
+                f"{graph.describe_uncut()}"
+            )
     return expected
 
 

@@ -16,12 +16,14 @@ import numpy as np
 from torch import fx, nn
 
 from moodistill.errors import UserError
-from moodistill.teacher.channel_flow import ReadAgain, Reader
+from moodistill.teacher.channel_flow import Reader
 from moodistill.teacher.channel_groups import Grouping
 from moodistill.teacher.operations import SUPPORTED
+from moodistill.teacher.recorder import ReadAgain
 from moodistill.teacher.steps import Step
 from moodistill.teacher.tracing import flat_graph
 
+NAMED = 4  # layers for one reason why they cannot be cut
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 
@@ -61,6 +63,18 @@ class TeacherGraph:
         made = {g for step in self.steps if step.kind == "opaque" for g in step.groups}
         said = {why for name, why in frozen.items() if name not in made}
         return {n: why for n, why in frozen.items() if n not in made or why not in said}
+
+    def describe_uncut(self) -> str:
+        """What cannot be cut, reason by reason; empty if everything can."""
+        layers = {group for layer in self.layers for group in layer.groups}
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.uncut().items():
+            by_reason.setdefault(why, []).extend([name] if name in layers else [])
+        parts = []
+        for why, names in by_reason.items():
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            parts.append(f"{', '.join(names[:NAMED])}{more} ({why})" if names else why)
+        return "; ".join(parts)
 
     def layer_module(self, name: str) -> Layer:
         """The teacher's conv or linear layer at a module path."""

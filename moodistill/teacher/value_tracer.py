@@ -25,6 +25,7 @@ from torch.fx.proxy import Attribute
 from torch.nn import functional as F
 
 from moodistill.errors import UserError
+from moodistill.teacher.decompose import REPLACED_CALLS, REPLACED_MODULES
 from moodistill.teacher.operations import ACTIVATION_CALLS, ACTIVATIONS, NORMS
 from moodistill.teacher.plain import logits_of
 
@@ -293,7 +294,7 @@ class ValueTracer(fx.Tracer):
             # Shapes stay; running these on fake tensors would take most of the time.
             if isinstance(module, (*NORMS, *ACTIVATIONS)) and len(args) == 1:
                 return args[0]
-        elif target in _SAME_SHAPE and args and isinstance(args[0], FakeTensor):
+        elif target in _SAME_SHAPE and args and isinstance(args[0], FakeTensor):  # noqa: SIM102
             if not any(isinstance(a, FakeTensor) for a in (*args[1:], *kwargs.values())):
                 return args[0]
         try:
@@ -378,44 +379,3 @@ def _real(value: Any) -> Any:
     if isinstance(value, FakeTensor):
         return torch.zeros(value.shape, dtype=value.dtype)
     return value
-
-
-# What is traced as the operations that it is made of
-
-
-def _glu(x: Any, dim: int = -1) -> Any:
-    one, other = x.chunk(2, dim)
-    return one * torch.sigmoid(other)
-
-
-def _padded_conv(conv: Any, x: Any) -> Any:
-    """A convolution whose padding is not of zeros: the padding first."""
-    if conv.padding_mode == "zeros":
-        return None
-    padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-    call = _CONVS[type(conv)]
-    return call(padded, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
-
-
-_INSTANCE_NORMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}
-_CONVS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-
-
-def _instance_norm(norm: Any, x: Any) -> Any:
-    """Every channel by its own statistics, then a scale and a shift a channel."""
-    axes = len(x.shape) - 2
-    if norm.running_mean is not None or axes != _INSTANCE_NORMS[type(norm)]:
-        return None
-    x = F.instance_norm(x, eps=norm.eps)
-    shape = (-1, *[1] * axes)
-    if norm.weight is not None:
-        x = x * norm.weight.reshape(shape)
-    return x if norm.bias is None else x + norm.bias.reshape(shape)
-
-
-REPLACED_CALLS: dict[Any, Callable[..., Any]] = {F.glu: _glu}
-REPLACED_MODULES: dict[type, Callable[..., Any]] = {
-    nn.GLU: lambda glu, x: _glu(x, glu.dim),
-    **dict.fromkeys(_CONVS, _padded_conv),
-    **dict.fromkeys(_INSTANCE_NORMS, _instance_norm),
-}

@@ -134,4 +134,4 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     for key, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{path}: {key} holds NaN or infinity; train the teacher again")
-    return model.eval()
+    return model.float().eval()

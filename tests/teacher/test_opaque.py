@@ -9,13 +9,16 @@ from helpers.networks import SIZE, Prepared, check, conv, worst
 from torch import nn
 from torch.nn import functional as F
 
+from moodistill.api import _copies_of
 from moodistill.errors import UserError
+from moodistill.io.tensorfile import save_atomic
 from moodistill.onnx.writer import to_onnx
 from moodistill.student.builder import build_student
 from moodistill.student.context import check_graph
 from moodistill.student.inherit import inherit
 from moodistill.teacher.graph import trace
 from moodistill.teacher.plain import logits_of
+from moodistill.teacher.weights import load_weights
 
 SHAPE = (3, SIZE, SIZE)
 
@@ -360,6 +363,25 @@ def test_other_precisions_are_widened(dtype):
     module = trace(network, SHAPE).module
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     assert {p.dtype for p in network.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["half", "weight norm"])
+def test_teachers_as_people_have_them(name, tmp_path):
+    """What `search` does first: keep the weights, build copies, load them and trace."""
+    network = FOLLOWED["weight norm"]() if name == "weight norm" else FOLLOWED["C2f"]().half()
+    images = torch.randn(2, *SHAPE)
+    expected = network.eval()(images.to(network.head.weight.dtype)).float()
+    save_atomic({k: v.clone() for k, v in network.state_dict().items()}, tmp_path / "w.safetensors")
+    teacher = load_weights(_copies_of(network)(), tmp_path / "w.safetensors")
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    assert worst(teacher(images), expected) < 0.02 and not trace(teacher, SHAPE).whole
+
+
+def test_what_mixes_pictures_is_found_though_it_is_left_whole():
+    """The student of the teacher's genome does the same in the same batch, so that is not enough."""
+    ready = prepared(lambda: Net(lambda n, x: n.a(x - x.mean(0)), a=conv(32, 32)))
+    with pytest.raises(UserError, match="Net mixes pictures: .*left whole .*mean"):
+        check_graph(ready.network, ready.graph, ready.layout, ready.images)
 
 
 @pytest.mark.parametrize(
