@@ -202,6 +202,7 @@ def flat_settings(
     }
     if rules:
         named |= {"keep": rules.keep, "min_width": rules.least, "max_width": rules.most}
+        named |= {"opaque": rules.opaque}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -257,7 +258,8 @@ def _shown(value: Any) -> str:
 
 
 def _rules(stored: dict[str, Any]) -> LayerRules:
-    return typed(LayerRules, {**stored, "keep": tuple(stored["keep"])})
+    names = {"keep": tuple(stored["keep"]), "opaque": tuple(stored.get("opaque", ()))}
+    return typed(LayerRules, {**stored, **names})
 
 
 def _own_task(stored: dict[str, Any]) -> OwnTask:

@@ -57,7 +57,7 @@ def load_context(
         raise UserError(f"teacher weights {path} do not exist" + (advice if task.train else ""))
     teacher = load_weights(task.build(), path)
     data = task.load_data(data_dir)
-    graph = trace(teacher, data.input_shape)
+    graph = trace(teacher, data.input_shape, rules.opaque if rules else ())
     digest = file_digest(path)
     samples = collect_samples(
         graph, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest

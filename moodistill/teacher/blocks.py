@@ -31,11 +31,13 @@ class LayerRules:
         keep: layers to leave alone: all their outputs and connections stay, they are not bypassed.
             What they read may still lose channels.
         least, most: bounds of a layer's width, in channels or neurons.
+        opaque: modules that stay as they are, as one operation that is not looked into.
     """
 
     keep: tuple[str, ...] = ()
     least: Mapping[str, int] = field(default_factory=dict)
     most: Mapping[str, int] = field(default_factory=dict)
+    opaque: tuple[str, ...] = ()
 
     def check(self, graph: TeacherGraph) -> None:
         """Refuse layers that the network does not have, and bounds that cannot be kept.

@@ -141,8 +141,11 @@ class Recorder:
                 self._hold(source, node, why)
         inputs = tuple(dict.fromkeys(self.of[s] for s in node.all_input_nodes if s in self.of))
         form = self._form_of_whole(node)
-        made = self.channels.new(node.name, form.channels)
-        step = self._add(node, "opaque", form, made, inputs)
+        # A module's path, by which it can be named as opaque again.
+        name = str(node.target) if node.op == "call_module" else ""
+        name = f"{name} ({node.name})" if name in self.steps else name
+        made = self.channels.new(name or node.name, form.channels)
+        step = self._add(node, "opaque", form, made, inputs, name=name)
         for channels in (made, *(source.channels for source in inputs)):
             self.channels.freeze(channels, why)
         self.whole[step.name] = why

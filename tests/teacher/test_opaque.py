@@ -1,7 +1,9 @@
 """What is not understood stays whole: the rest is cut, and every student means what it says."""
 
 import dataclasses
+import json
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,14 +12,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from moodistill.api import _copies_of
+from moodistill.config import _rules
 from moodistill.errors import UserError
 from moodistill.io.tensorfile import save_atomic
 from moodistill.onnx.writer import to_onnx
 from moodistill.student.builder import build_student
 from moodistill.student.context import check_graph
+from moodistill.student.file import load_student, save_student
 from moodistill.student.inherit import inherit
+from moodistill.teacher.blocks import LayerRules, build_layout
 from moodistill.teacher.graph import trace
-from moodistill.teacher.plain import logits_of
+from moodistill.teacher.plain import copied, logits_of
+from moodistill.teacher.samples import CalibrationConfig, collect_samples
 from moodistill.teacher.weights import load_weights
 
 SHAPE = (3, SIZE, SIZE)
@@ -344,6 +350,25 @@ def test_a_module_named_as_opaque_stays_whole():
     assert not [step for step in graph.layers if step.name.startswith("c.")]
     with pytest.raises(UserError, match="no module 'd' that could be left whole"):
         trace(network, SHAPE, opaque=("d",))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "DataDependent", "C2f"])
+def test_a_student_with_parts_left_whole_from_its_file(name, tmp_path):
+    """What was left whole, by itself or by name, is left whole again."""
+    rules = LayerRules(opaque=("c.first",) if name == "C2f" else ())
+    ready = prepared({**FOLLOWED, **LEFT}[name])
+    if rules.opaque:
+        ready.graph = trace(ready.network, SHAPE, rules.opaque)
+        ready.samples = collect_samples(ready.graph, ready, CalibrationConfig(6, 600), None, "")
+        ready.layout = build_layout(ready.graph, ready.samples, rules)
+    genome = ready.genome(2)
+    student = build_student(ready.graph, ready.layout, genome)
+    save_student(student, ready.layout, genome, tmp_path / "s.safetensors", "own")
+    again, found = load_student(tmp_path / "s.safetensors", copied(ready.network), SHAPE)
+    assert (found == genome).all()
+    assert torch.equal(again.module(ready.images), student.module(ready.images))
+    stored = json.loads(json.dumps(asdict(rules)))
+    assert _rules(stored) == rules and _rules({"keep": [], "least": {}, "most": {}}).opaque == ()
 
 
 def test_a_network_is_not_changed_by_folding():
