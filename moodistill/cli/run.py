@@ -109,6 +109,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         names = [option, "--max-params"] if name == "max_parameters" else [option]
         parser.add_argument(*names, type=number, dest=name, help=f"hard limit, {what}")
     parser.add_argument("--keep", action="append", metavar="LAYER", help="leave this layer alone")
+    parser.add_argument(
+        "--opaque", action="append", metavar="MODULE",
+        help="leave this module as it is and do not look into it",
+    )  # fmt: skip
     for option, what in (("--min-width", "least"), ("--max-width", "most")):
         parser.add_argument(
             option, action="append", type=_width, metavar="LAYER=N",
@@ -237,6 +241,7 @@ def _resume(
         int8_twins=False if arguments.no_int8 else None,
         flip=False if arguments.no_flip else None,
         keep=tuple(arguments.keep) if arguments.keep else None,
+        opaque=tuple(arguments.opaque) if arguments.opaque else None,
         min_width=dict(arguments.min_width) if arguments.min_width else None,
         max_width=dict(arguments.max_width) if arguments.max_width else None,
     )
@@ -299,6 +304,7 @@ def _start(
             tuple(arguments.keep or ()),
             dict(arguments.min_width or ()),
             dict(arguments.max_width or ()),
+            tuple(arguments.opaque or ()),
         ),
         flip=False if arguments.no_flip else task.mirrored,
         own=own,
