@@ -126,7 +126,8 @@ class Reader(Mover):
         elif isinstance(module, ops.SPATIAL) and form.kind == "map" and is_tensor(node):
             self._spatial(node, source)
         else:
-            raise self._refuse(node, "" if form.kind == "map" else f"on a {form.kind} value")
+            known = isinstance(module, ops.SPATIAL)
+            raise self._refuse(node, f"on a value of shape {form.shape}" if known else "")
 
     def _layer(self, node: fx.Node, layer: Any, source: Step) -> None:
         name = str(node.target)
