@@ -15,6 +15,7 @@ import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -146,8 +147,9 @@ def _export_with_torch(
     """torch's own export, freed of everything that tells where it was made."""
     buffer = io.BytesIO()
     try:
-        # It prints what it cannot export.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        # It would print the whole of a graph that it cannot export, whatever its `verbose` is.
+        silent = mock.patch.object(torch._C, "_jit_onnx_log", lambda *_: None, create=True)
+        with warnings.catch_warnings(), _without_fast_attention(), silent:
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 copy.deepcopy(student).cpu().eval(),
@@ -161,7 +163,7 @@ def _export_with_torch(
             )
     except Exception as error:  # the exporter raises whatever its graph passes raise
         raise UserError(
-            f"the student holds {reason}, which cannot be written as ONNX "
+            f"the student holds {' '.join(reason.split())[:200]}, which cannot be written as ONNX "
             f"({' '.join(str(error).split())[:200]}); replace that operation in the teacher"
         ) from error
     model = onnx.load_from_string(buffer.getvalue())
@@ -179,6 +181,17 @@ def _export_with_torch(
             value.ClearField("doc_string")
             value.name = value.name.lstrip("/")
     return model
+
+
+@contextlib.contextmanager
+def _without_fast_attention() -> Iterator[None]:
+    """torch's attention by its single operations: ONNX has none for the fused one."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _graphs(
