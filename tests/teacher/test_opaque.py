@@ -283,6 +283,12 @@ LEFT = {
     ),
     "LSTM": Recurrent,
     "matmul of raw": lambda: Net(lambda n, x: n.a(x), a=Attention(32)),
+    "MultiheadAttention": lambda: Net(
+        lambda n, x: n.m(*[x.flatten(2).transpose(1, 2)] * 3)[0].transpose(1, 2).unflatten(
+            2, (8, 8)
+        ),
+        m=nn.MultiheadAttention(32, 4, batch_first=True),
+    ),
     "softmax": lambda: Net(selective, a=conv(32, 32), b=conv(32, 32, 5),
                            down=nn.Conv2d(32, 8, 1), up=nn.Conv2d(8, 64, 1)),
 }  # fmt: skip
@@ -513,3 +519,24 @@ def test_the_hidden_units_of_a_transformers_block():
     assert "permute (at permute, test_opaque.py:" in ready.graph.uncut()["qkv"]
     assert "mask/project" not in ready.layout.slices
     proven(ready)
+
+
+def test_code_that_cannot_be_followed_at_the_top_is_said_with_its_line():
+    """There is no submodule that could be left whole."""
+
+    def overwrite(net, x):
+        x = x.clone()
+        x[:, :4] = 0
+        return x
+
+    with pytest.raises(UserError, match="item assignment .test_opaque.py:.*into a submodule"):
+        trace(Net(overwrite), SHAPE)
+
+
+def test_a_file_that_cannot_be_written_prints_nothing(capfd):
+    ready = prepared(lambda: Net(lambda n, x: n.a(torch.fft.fft2(x).real), a=conv(32, 32)))
+    student = build_student(ready.graph, ready.layout, ready.genome(0)).module
+    with pytest.raises(UserError, match="fft2.*cannot be written as ONNX") as caught:
+        to_onnx(student, SHAPE)
+    printed = capfd.readouterr()
+    assert "\n" not in str(caught.value) and "graph" not in printed.out + printed.err
