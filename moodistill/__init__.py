@@ -1,6 +1,7 @@
 """Pareto fronts of physically smaller CNNs: accuracy, parameters, measured latency.
 
-The names below are the whole public interface; docs/architecture.md says which room holds what.
+The names in `__all__` are the public interface (docs/api.md). Everything else lies in packages, one
+job each: docs/architecture.md says which one does what, and their docstrings what they may know.
 """
 
 import sys

@@ -75,7 +75,9 @@ def test_the_room_does_not_hide_the_function_of_its_name(first):
 
 
 def test_every_public_name_is_there():
-    code = "import moodistill\nfor n in moodistill.__all__: print(n, getattr(moodistill, n) is None)"
+    code = (
+        "import moodistill\nfor n in moodistill.__all__: print(n, getattr(moodistill, n) is None)"
+    )
     found = [line.split() for line in fresh(code).splitlines()]
     assert found == [[name, "False"] for name in moodistill.__all__]
 

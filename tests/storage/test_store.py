@@ -58,10 +58,6 @@ QUICK = settings(
 )
 
 
-
-
-
-
 @QUICK
 @given(st.lists(EVALUATIONS, max_size=5, unique_by=lambda e: e.genome_hash))
 def test_round_trip_is_exact(tmp_path_factory, evaluations):
