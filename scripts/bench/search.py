@@ -5,9 +5,9 @@ python scripts/bench/search.py --model vgg16 --evaluations 160 --seeds 3 --min-a
 python scripts/bench/search.py --model vgg16 --table-only
 
 Every arm scores the same number of students by the same measures and stores them: run the command
-again to continue. Table and figure (docs/comparison.md) are made from `<out>/search-<model>.json`, or
-`<out>/search-<model>-limited.json` with `--min-accuracy`. An arm and seed that is in the file is not
-run again; delete its line and its store to do so. Torch-Pruning comes with `pip install -e ".[bench]"`.
+again to continue. Table and figure (docs/comparison.md) are made from `<out>/search-<model>.json`
+(`search-<model>-limited.json` with `--min-accuracy`). An arm and seed that is in the file is not
+run again; delete its line and its store to do so. Torch-Pruning comes with the extra `bench`.
 """
 
 from __future__ import annotations
