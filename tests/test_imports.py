@@ -92,3 +92,19 @@ def test_modules_are_named_where_they_are_imported():
             if name in ("import_module", "__import__", "exec_module"):
                 dynamic.add(path.relative_to(PACKAGE).as_posix())
     assert dynamic == {"__init__.py", "teacher/task.py"}
+
+
+def test_the_longest_chain_of_rooms_has_at_most_ten_links():
+    graph = pytest.importorskip("grimp").build_graph("moodistill")
+    below = {}  # room: the rooms that it imports
+    for module in graph.modules - {"moodistill"}:
+        room = module.split(".")[1]
+        found = {
+            m.split(".")[1] for m in graph.find_modules_directly_imported_by(module) if "." in m
+        }
+        below.setdefault(room, set()).update(found - {room})
+
+    def links(room):
+        return max((1 + links(other) for other in below[room]), default=0)
+
+    assert 5 < max(links(room) for room in below) <= 10
