@@ -39,10 +39,11 @@ def commands() -> str:
     from moodistill.cli.program import COMMANDS
 
     lines = []
-    for name, (help_text, add, *_) in COMMANDS.items():
+    for name, command in COMMANDS.items():
         parser = argparse.ArgumentParser(prog=f"moodistill {name}")
-        add(parser)
-        lines += [f"\n## moodistill {name}\n", f"{help_text[0].upper()}{help_text[1:]}.\n"]
+        command.add_arguments(parser)
+        lines += [f"\n## moodistill {name}\n", f"{command.help[0].upper()}{command.help[1:]}.\n"]
+        lines += ["```text", *(f"moodistill {name} {words}" for words in command.examples), "```"]
         lines += options(parser)
     return "\n".join(lines)
 

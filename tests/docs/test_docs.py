@@ -104,7 +104,7 @@ def test_command(command, call, finished, student, tmp_path, monkeypatch):
     arguments = [names.get(word, word) for word in arguments]
     if asked(command) is not None and command not in runs():
         parser = argparse.ArgumentParser()
-        COMMANDS[name][1](parser)
+        COMMANDS[name].add_arguments(parser)
         parser.parse_args(arguments)
     elif name in ("run", "resume") and "--teacher" in arguments or "mine.py" in arguments:
         own_network(folder=tmp_path)

@@ -130,9 +130,9 @@ def test_every_public_name_is_in_the_reference():
 
 def known_options():
     options = set()
-    for _, add, *_ in COMMANDS.values():
+    for command in COMMANDS.values():
         parser = argparse.ArgumentParser()
-        add(parser)
+        command.add_arguments(parser)
         options |= {o for action in parser._actions for o in action.option_strings}
     for script in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "scripts/bench").glob("*.py")]:
         options |= set(re.findall(r"\"(--[\w-]+)\"", script.read_text()))
@@ -157,14 +157,14 @@ def test_presets_and_defaults_are_those_of_the_code():
         name: (population * p.generations, p.finalists, p.distill_steps)
         for name, p in PRESETS.items()
     }
-    settings = (ROOT / "docs/settings.md").read_text()
+    settings = (ROOT / "docs/tuning.md").read_text()
     assert f"`--population` ({population})" in settings
     assert f"`--screen N` ({SearchConfig().screen})" in settings
     assert f"`--connections {','.join(SearchConfig().connections)}`" in settings
 
 
 def test_objectives_algorithms_and_gene_kinds_are_described():
-    settings = (ROOT / "docs/settings.md").read_text()
+    settings = (ROOT / "docs/tuning.md").read_text()
     assert re.findall(r"^\| `(\w+)` \|", settings, re.MULTILINE) == list(MEASURES)
     for name in (*ALGORITHMS, *CONNECTIONS):
         assert f"`{name}`" in settings or name in settings, name
