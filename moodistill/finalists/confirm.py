@@ -90,7 +90,7 @@ def confirm(
     with reporter.stage("latency again", len(models), "student") as stage:
         found = meter.confirm(models, report=stage.update)
     record = {
-        "load_average": os.getloadavg(),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else (),  # not on Windows
         "rejected_windows": meter.rejected_windows - rejected,
         "measured": measured,
         "students": {name: asdict(latency) for name, latency in found.items()},
