@@ -162,4 +162,4 @@ def _page(data: Mapping[str, Any]) -> str:
     title = str(data["title"]).replace("&", "&amp;").replace("<", "&lt;")
     parts = {"{{TITLE}}": title, "{{PLOTLY}}": get_plotlyjs(), "{{DATA}}": text}
     # One pass, since the library's text may hold a marker of ours.
-    return re.sub("|".join(map(re.escape, parts)), lambda m: parts[m[0]], TEMPLATE.read_text())
+    return re.sub("|".join(map(re.escape, parts)), lambda m: parts[m[0]], TEMPLATE.read_text("utf-8"))

@@ -92,7 +92,7 @@ def _git() -> dict[str, Any] | None:
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], cwd=Path(__file__).parent,
-            capture_output=True, text=True, check=True, timeout=30,
+            capture_output=True, encoding="utf-8", check=True, timeout=30,
         ).stdout.strip()  # fmt: skip
 
     try:

@@ -151,7 +151,7 @@ def main() -> int:
     rng = np.random.default_rng(0)
     genomes = sampling._do(None, arguments.students + 1, random_state=rng)[1:]
     path = arguments.out / f"proxy-{arguments.model}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     targets = SoftTargets(
         context.graph.module, context.data, DistillConfig(steps=arguments.steps),
         default_cache_dir(), context.teacher_digest,

@@ -217,7 +217,7 @@ def _child(request):
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], hard))
         _planned.update(request["plan"])
-        from moodistill.cli import main as cli
+        from moodistill import cli
         from moodistill.runs import backend as scoring
         from moodistill.student import evaluator as recipe
         from moodistill.teacher import samples as statistics
