@@ -1,7 +1,7 @@
 """Records in JSON files: strict JSON, and dataclasses whose fields have their types (msgspec).
 
-Unknown keys are passed over, so that files of a newer version stay readable; who must not misread
-one refuses it by itself.
+Unknown keys are passed over, so that files of a newer version stay readable. Settings are stricter:
+see `fields`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -20,9 +18,9 @@ from moodistill.errors import UserError
 
 T = TypeVar("T")
 
-_MISMATCH = re.compile(r"Expected `(?P<expected>[^`]*)`, got `(?P<found>[^`]*)`")
+_MISMATCH = re.compile(r"Expected `(?P<type>[^`]*)`(?P<length> of length \d+)?, got .*", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
-_NAMES = {"array": "list", "null": "None"}  # of JSON, in Python's words
+_NAMES = {"array": "list"}  # of msgspec, in Python's words
 
 
 def read_record(path: Path, cls: type[T], advice: str) -> T:
@@ -73,19 +71,11 @@ def convert(value: Any, cls: type[T]) -> T:
         ValueError: names the field that is missing or has another type, and what was expected.
     """
     try:
-        return msgspec.convert(value, cls, str_keys=True, builtin_types=(bytes,))
+        return msgspec.convert(value, cls, str_keys=True, builtin_types=(bytes,), dec_hook=_decode)
     except msgspec.ValidationError as error:
-        raise ValueError(_explain(str(error))) from error
+        raise ValueError(_explain(str(error), value)) from error
     except (OverflowError, RecursionError) as error:
         raise ValueError(str(error)) from error
-
-
-def typed(cls: type[T], values: Mapping[str, Any]) -> T:
-    """`convert`, where an unknown key is a ValueError as well."""
-    unknown = values.keys() - {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    if unknown:
-        raise ValueError(f"unknown field {min(unknown)!r}")
-    return convert(values, cls)
 
 
 def _finite(text: str) -> float:
@@ -95,15 +85,36 @@ def _finite(text: str) -> float:
     return value
 
 
-def _explain(message: str) -> str:
-    """A message of msgspec with the field first, as `latency.samples_ms[1]`."""
+def _decode(cls: type, value: Any) -> Any:
+    if cls is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"Expected `{cls.__name__}`, got `{type(value).__name__}`")
+
+
+def _explain(message: str, values: Any) -> str:
+    """One line of a message of msgspec: field, found value and expected type."""
     what, _, place = message.partition(" - at ")
-    field = place.replace("`key` in ", "a key of ").replace("`$.", "").replace("`$", "").strip("`")
-    if missing := _MISSING.fullmatch(what):
-        return f"{field + '.' if field else ''}{missing['name']} is missing"
-    name = field or "the whole"
-    if mismatch := _MISMATCH.fullmatch(what):
-        words = [_NAMES.get(word, word) for word in mismatch["expected"].split(" | ")]
-        found = _NAMES.get(mismatch["found"], mismatch["found"])
-        return f"{name} is of type {found}, expected {' or '.join(words)}"
-    return f"{name}: {what[:1].lower()}{' '.join(what[1:].split())}"
+    path = place.replace("`key` in ", "a key of ").replace("`$.", "").replace("`$", "")
+    path = path.strip("`").replace("[...]", "")
+    missing = _MISSING.fullmatch(what)
+    if missing:
+        return f"{path + '.' if path else ''}{missing['name']} is missing"
+    name = path or "the whole file"
+    mismatch = _MISMATCH.fullmatch(what)
+    if not mismatch:
+        return f"{name}: {what[:1].lower()}{' '.join(what[1:].split())}"
+    words = mismatch["type"].split(" | ")
+    expected = " or ".join(_NAMES.get(word, word) for word in words if word != "null")
+    found = _shown(path.removeprefix("a key of "), values)
+    return f"{name} is {found}; expected {expected}{mismatch['length'] or ''}"
+
+
+def _shown(path: str, values: Any) -> str:
+    """The value at a path as msgspec writes it, at most 40 characters."""
+    for key in re.findall(r"[^.\[\]]+|\[\d+\]", path):
+        try:
+            values = values[int(key[1:-1]) if key.startswith("[") else key]
+        except (KeyError, IndexError, TypeError):  # below a key, which msgspec does not name
+            break
+    text = " ".join(repr(values).split())
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -86,15 +86,15 @@ def test_damaged_csv_names_line_and_column(tmp_path, old, new, message):
 @pytest.mark.parametrize(
     ("row", "field", "value", "message"),
     [
-        (0, "parameters", "many", r"\[0\].parameters is of type str, expected int"),
-        (0, "parameters", 1.5, r"\[0\].parameters is of type float, expected int"),
+        (0, "parameters", "many", r"\[0\].parameters is 'many'; expected int"),
+        (0, "parameters", 1.5, r"\[0\].parameters is 1.5; expected int"),
         (0, "parameters", 0, "row 1, parameters: '0'; expected a positive whole number"),
         (0, "parameters", 10**30, "row 1, parameters"),
         (0, "accuracy", 93, "row 1, accuracy: '93.0'; expected a fraction between 0 and 1"),
         (0, "accuracy", None, "row 1, accuracy: empty"),
         (2, "accuracy", None, "row 3, accuracy: empty"),
         (0, "latency_ms_low", -3.6, "row 1, latency_ms_low: '-3.6'; expected a positive number"),
-        (0, "latency_ms_low", True, r"\[0\].latency_ms_low is of type bool, expected float"),
+        (0, "latency_ms_low", True, r"\[0\].latency_ms_low is True; expected float"),
         (0, "stage", "searched", "0 rows have 'teacher' as their stage, expected 1"),
         (0, "stage", "tutor", "row 1, stage: 'tutor'; expected one of teacher"),
         (0, "precision", "int4", "row 1, precision: 'int4'; expected one of fp32"),
@@ -103,7 +103,7 @@ def test_damaged_csv_names_line_and_column(tmp_path, old, new, message):
         (3, "student", "", "row 4, student: ''; expected text"),
         (1, "stage", "teacher", "2 rows have 'teacher' as their stage, expected 1"),
         (1, "on_devices", {"pi": 0}, "row 2, pi: '0.0'; expected a positive number"),
-        (1, "on_devices", {"pi": "x"}, r"\[1\].on_devices\[...\] is of type str, expected float"),
+        (1, "on_devices", {"pi": "x"}, r"\[1\].on_devices is {'pi': 'x'}; expected float"),
     ],
 )
 def test_damaged_json_names_row_and_field(tmp_path, row, field, value, message):
@@ -123,7 +123,7 @@ def test_json_that_lacks_a_field_or_is_none(tmp_path):
     del content[1]["genome_hash"]
     for text, message in (
         (json.dumps(content), r"\[1\].genome_hash is missing"),
-        ("{}", "is of type object, expected list"),
+        ("{}", "the whole file is {}; expected list"),
         ("[", "no readable JSON"),
         ('[{"student": NaN}]', "no readable JSON"),
     ):

@@ -203,12 +203,16 @@ def test_a_forked_worker_does_not_keep_the_lock(tmp_path, child):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("parameters", "many", "parameters is of type str, expected int"),
-        ("accuracy", b"x", "accuracy is of type bytes, expected float"),
-        ("seconds", '{"build": "x"}', "is of type str, expected float"),
-        ("samples", '{"samples_ms": [1, null]}', r"latency.samples_ms\[1\] is of type None"),
+        ("parameters", "many", "parameters is 'many'; expected int"),
+        ("accuracy", b"x", "accuracy is b'x'; expected float"),
+        ("seconds", '{"build": "x"}', "seconds is {'build': 'x'}; expected float"),
+        (
+            "samples",
+            '{"samples_ms": [1, null]}',
+            r"latency.samples_ms\[1\] is None; expected float",
+        ),
         ("samples", "[1]", "mapping"),
-        ("genome", "text", "genome is of type str, expected bytes"),
+        ("genome", "text", "genome is 'text'; expected bytes"),
     ],
 )
 def test_a_damaged_value_names_its_column(tmp_path, column, value, message):
