@@ -112,3 +112,24 @@ def test_a_run_without_a_cache_says_so_in_one_line(given, tmp_path):
     (line,) = (one for one in done.stderr.splitlines() if "onnxruntime" not in one)
     assert line.startswith("error: ")
     assert "MOODISTILL_CACHE" in line and next(iter(given.values())) in line
+
+
+def test_the_teachers_accuracy_is_measured_once_for_all_runs(digits, tmp_path, monkeypatch):
+    from moodistill.runs import accuracies
+
+    made = []
+
+    def measure(network, data, split):
+        made.append(len(split))
+        return 0.5 + len(made) / 100
+
+    monkeypatch.setattr(accuracies, "student_accuracy", measure)
+    runs = [accuracies.Accuracies(tmp_path / name / "accuracies.json") for name in "abc"]
+    for known in runs[:2]:
+        accuracies.measure_teacher(known, digits, tmp_path / "cache")
+    assert made == [len(digits.data.validation), len(digits.data.test)]
+    assert runs[1].known == runs[0].known == {"teacher": 0.51, "teacher_test": 0.52}
+    (path,) = (tmp_path / "cache").glob("accuracy-*.json")
+    path.write_text('{"teacher": 0.51}')  # one is missing: both are measured again
+    accuracies.measure_teacher(runs[2], digits, tmp_path / "cache")
+    assert runs[2].known == {"teacher": 0.53, "teacher_test": 0.54}
