@@ -1,6 +1,8 @@
-"""What one driver can feed: rates with workers that only sleep, and what a run's stages cost.
+"""Throughput of one driver: rates with workers that only sleep (the table in docs/scaling.md).
 
 python scripts/bench/scaling.py --run results/my_run
+
+Also prints the seconds of each stage of an evaluation, and the bytes that it sends, from a run.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Our search against pruning libraries, plain operators and itself without its ingredients.
+"""The search against pruning libraries, random draws and itself without each of its parts.
 
 python scripts/bench/search.py --model vgg16 --evaluations 160 --seeds 3
 python scripts/bench/search.py --model vgg16 --evaluations 160 --seeds 3 --min-accuracy 0.42
 python scripts/bench/search.py --model vgg16 --table-only
 
-Every arm scores the same number of students by the same measures and keeps them in a store of its
-own: run the command again to carry on. Table and figure are made from `<out>/search-<model>.json`;
-a run that is there is not made again: delete its line and its store to do so. Torch-Pruning comes
-with `pip install -e ".[bench]"`. With `--min-accuracy` it is `<out>/search-<model>-limited.json`.
+Every arm scores the same number of students by the same measures and stores them: run the command
+again to continue. Table and figure (docs/comparison.md) are made from `<out>/search-<model>.json`
+(`search-<model>-limited.json` with `--min-accuracy`). An arm and seed that is in the file is not
+run again; delete its line and its store to do so. Torch-Pruning comes with the extra `bench`.
 """
 
 from __future__ import annotations

@@ -71,8 +71,6 @@ def searched(folder, layout, executor):
         ]
 
 
-
-
 @pytest.fixture(scope="module")
 def four(environment):
     with connect(ClusterConfig(workers=4), lambda text: None) as cluster:
@@ -84,8 +82,6 @@ def dask(*arguments):
         [sys.executable, "-m", "distributed.cli.dask_" + arguments[0], *arguments[1:]],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-
-
 
 
 @pytest.fixture
