@@ -1,8 +1,9 @@
 """Closed-form inheritance: the student's weights solved from the teacher, without training.
 
-Whatever a layer of the student can still read, it should see the best linear estimate of what it
-read in the teacher. With `u` `(n, k)` the student's input pixels and `a` `(n, C)` the teacher's at
-the same places,
+Whatever a layer of the student can still read, it should give the best linear estimate of what the
+teacher's layer gives. A convolution larger than 1x1 is solved on whole patches (`regression`). For a
+layer that reads one pixel at a time it is enough to estimate its inputs: with `u` `(n, k)` the
+student's input pixels and `a` `(n, C)` the teacher's at the same places,
 
     A = argmin |a - u A^T|^2 + ridge * |A - A0|^2,    W'[o, k] = sum_c W[o, c] A[c, k],
 
@@ -23,27 +24,29 @@ import torch
 from torch import fx, nn
 
 from moodistill.student.builder import Student
+from moodistill.student.patches import as_kernel, as_matrix, output_size, sample_patches
+from moodistill.student.regression import regress
 from moodistill.student.slicing import Unit
 from moodistill.teacher.graph import TeacherGraph
-from moodistill.teacher.samples import TeacherSamples, as_map, sample_pixels
+from moodistill.teacher.samples import TeacherSamples, as_map, sample_pixels, sample_positions
 
-Mode = Literal["slice", "teacher", "student"]
+Mode = Literal["slice", "student", "patches"]
 
 
 @dataclass(frozen=True)
 class InheritConfig:
-    """How weights are inherited.
+    """How weights are inherited; the batch statistics are always recalibrated.
 
     Attributes:
-        mode: `slice` keeps the sliced weights; `teacher` solves with the teacher's own channels as
-            `u`; `student` walks the student layer by layer and solves with what it produces. All
-            three recalibrate the batch statistics on the calibration images.
-        ridge: pull towards `A0`, relative to the mean diagonal of the Gram matrix, where samples
-            abound.
+        mode: `slice` keeps the sliced weights; `student` walks the student layer by layer and
+            estimates the inputs of the teacher's layers from what it produces, at single pixels;
+            `patches` does so, but solves convolutions larger than 1x1 on whole patches.
+        ridge: pull towards the sliced weights, relative to the mean diagonal of the Gram matrix,
+            where samples abound.
         scarce: added to `ridge` times `(k / n)^2`, `k` unknowns from `n` samples.
     """
 
-    mode: Mode = "student"
+    mode: Mode = "patches"
     ridge: float = 1e-2
     scarce: float = 2.0
 
@@ -83,8 +86,16 @@ def inherit(
             if unit is not None and config.mode != "slice" and unit.target not in called:
                 called.add(unit.target)
                 assert isinstance(module, nn.Conv2d | nn.Linear)
-                if _sampled_like(source, module, unit, graph):
-                    _solve_unit(unit, module, source, graph, samples, config)
+                if not _sampled_like(source, module, unit, graph):
+                    pass
+                elif config.mode == "patches" and unit.layer in samples.outputs:
+                    assert isinstance(module, nn.Conv2d)
+                    free = module.bias is not None or all(
+                        str(user.target) in norms for user in node.users
+                    )
+                    _solve_patches(unit, module, source, samples, free, config)
+                else:
+                    _solve_pixels(unit, module, source, graph, samples, config)
             known = str(node.target) in norms
             values[node] = _recalibrated(module, source) if known else module(source)
         else:
@@ -132,7 +143,42 @@ def _recalibrated(norm: nn.Module, source: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _solve_unit(
+def _solve_patches(
+    unit: Unit,
+    module: nn.Conv2d,
+    source: torch.Tensor,
+    samples: TeacherSamples,
+    free: bool,
+    config: InheritConfig,
+) -> None:
+    """Solve a convolution from what the teacher's gave, on whole patches.
+
+    `free`: a constant may be taken, by the bias or by a norm that is recalibrated next.
+    """
+    count, _, *size = source.shape
+    rows, columns = output_size(module, (size[0], size[1]))
+    positions = sample_positions(count, rows * columns, samples.config.patches, samples.config.seed)
+    patches = sample_patches(source, module, positions).unflatten(1, (-1, source.shape[1]))
+    given = samples.outputs[unit.layer]
+    weights, constants = [], []
+    start = 0
+    for outputs, inputs, sliced in zip(
+        unit.outputs, unit.inputs, module.weight.chunk(len(unit.outputs)), strict=True
+    ):
+        part = patches[:, :, start : start + len(inputs)].flatten(1)
+        start += len(inputs)
+        weight, constant = regress(
+            part, given[:, torch.from_numpy(outputs)], as_matrix(sliced), free,
+            config.ridge, config.scarce,
+        )  # fmt: skip
+        weights.append(as_kernel(weight, tuple(sliced.shape)))
+        constants.append(constant)
+    module.weight.copy_(torch.cat(weights))
+    if module.bias is not None:
+        module.bias.copy_(torch.cat(constants))
+
+
+def _solve_pixels(
     unit: Unit,
     module: nn.Conv2d | nn.Linear,
     source: torch.Tensor,
@@ -140,32 +186,24 @@ def _solve_unit(
     samples: TeacherSamples,
     config: InheritConfig,
 ) -> None:
-    """Solve one conv or linear module of the student from the teacher's layer."""
+    """Solve a module from what the teacher's layer read, at single pixels."""
     layer = graph.layer_module(unit.layer)
     target = samples.inputs[unit.layer]
     # Only a layer without padding may take the constant of the estimate into its bias: at a
     # padded border some taps see no input and no constant either.
     padded = isinstance(layer, nn.Conv2d) and any(p != 0 for p in _padding(layer))
     centred = not padded and module.bias is not None
-    whole = not unit.through and [len(i) for i in unit.inputs] == [target.shape[1]]
-    if whole and config.mode == "teacher":
-        return
     # Past a bypassed linear layer behind a flatten every feature is a channel of its own; else the
     # positions of a flatten share one estimate.
     own_repeat = layer.in_features // target.shape[1] if isinstance(layer, nn.Linear) else 1
     repeat = unit.repeat if unit.repeat == own_repeat else 1
-    offered = None
-    if config.mode == "student" or unit.through:
-        offered = sample_pixels(as_map(source, layer), repeat, samples.config)
+    offered = sample_pixels(as_map(source, layer), repeat, samples.config)
     start = 0
     rows, biases = [], []
     for outputs, inputs in zip(unit.outputs, unit.inputs, strict=True):
-        if offered is not None:
-            width = len(inputs) * unit.repeat // repeat
-            u = offered[:, start : start + width]
-            start += width
-        else:
-            u = target[:, torch.from_numpy(inputs)]
+        width = len(inputs) * unit.repeat // repeat
+        u = offered[:, start : start + width]
+        start += width
         estimate, constant = estimate_inputs(
             target, u, None if unit.through else inputs, centred, config
         )
