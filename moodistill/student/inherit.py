@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 
 from moodistill.student.builder import Student
-from moodistill.student.slicing import Unit
+from moodistill.student.slicing import Unit, tapped, write_weights
 from moodistill.teacher.graph import TeacherGraph
 from moodistill.teacher.samples import TeacherSamples, as_map, sample_pixels
 
@@ -84,7 +84,7 @@ def inherit(
                 called.add(unit.target)
                 assert isinstance(module, nn.Conv2d | nn.Linear)
                 if _sampled_like(source, module, unit, graph):
-                    _solve_unit(unit, module, source, graph, samples, config)
+                    _solve_unit(unit, student.module, source, graph, samples, config)
             known = str(node.target) in norms
             values[node] = _recalibrated(module, source) if known else module(source)
         else:
@@ -134,19 +134,22 @@ def _recalibrated(norm: nn.Module, source: torch.Tensor) -> torch.Tensor:
 
 def _solve_unit(
     unit: Unit,
-    module: nn.Conv2d | nn.Linear,
+    student: nn.Module,
     source: torch.Tensor,
     graph: TeacherGraph,
     samples: TeacherSamples,
     config: InheritConfig,
 ) -> None:
-    """Solve one conv or linear module of the student from the teacher's layer."""
+    """Solve one unit of the student from the teacher's layer."""
+    paths = [unit.target] if unit.expand is None else [unit.target, unit.expand]
+    modules = {path: student.get_submodule(path) for path in paths}
+    module = modules[unit.target]
     layer = graph.layer_module(unit.layer)
     target = samples.inputs[unit.layer]
     # Only a layer without padding may take the constant of the estimate into its bias: at a
     # padded border some taps see no input and no constant either.
-    padded = isinstance(layer, nn.Conv2d) and any(p != 0 for p in _padding(layer))
-    centred = not padded and module.bias is not None
+    padded = isinstance(module, nn.Conv2d) and any(p != 0 for p in _padding(module))
+    centred = not padded and layer.bias is not None
     whole = not unit.through and [len(i) for i in unit.inputs] == [target.shape[1]]
     if whole and config.mode == "teacher":
         return
@@ -169,15 +172,13 @@ def _solve_unit(
         estimate, constant = estimate_inputs(
             target, u, None if unit.through else inputs, centred, config
         )
-        weight = layer.weight[torch.from_numpy(outputs)]
+        weight = tapped(layer.weight[torch.from_numpy(outputs)], unit.taps)
         rows.append(_fold(weight, estimate, target.shape[1], repeat))
         if centred:
             taps = weight.reshape(len(weight), target.shape[1], -1).sum(2)
             assert layer.bias is not None
             biases.append(layer.bias[torch.from_numpy(outputs)] + taps @ constant)
-    module.weight.copy_(torch.cat(rows))
-    if module.bias is not None and biases:
-        module.bias.copy_(torch.cat(biases))
+    write_weights(unit, modules, torch.cat(rows), torch.cat(biases) if biases else None)
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
