@@ -9,7 +9,7 @@ from typing import Any
 
 from moodistill.bundle.int8 import Int8Config
 from moodistill.errors import UserError
-from moodistill.genome.layout import CONNECTIONS
+from moodistill.genome.layout import FORMER_CONNECTIONS
 from moodistill.io.records import typed
 from moodistill.latency.meter import LatencyConfig
 from moodistill.pareto.objectives import DEFAULT, Limits, check_objectives
@@ -86,8 +86,8 @@ class RunConfig:
             recipe, search = dict(stored["recipe"]), dict(stored["search"])
             search["limits"] = typed(Limits, search["limits"])
             search["objectives"] = tuple(search["objectives"])
-            # Runs of earlier versions do not say: they searched all kinds.
-            search["connections"] = tuple(search.get("connections", CONNECTIONS))
+            # Runs of earlier versions do not say: they searched all kinds that there were.
+            search["connections"] = tuple(search.get("connections", FORMER_CONNECTIONS))
             recipe["inherit"] = typed(InheritConfig, recipe["inherit"])
             config = typed(RunConfig, {
                 "model": stored["model"],

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-
-def paddings(layer: nn.Conv2d) -> tuple[int, int]:
-    """Zeros above and to the left of a convolution's input; `same` puts the odd one behind."""
-    if isinstance(layer.padding, str):
-        if layer.padding == "valid":
-            return 0, 0
-        reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return reach[0] // 2, reach[1] // 2
-    return layer.padding[0], layer.padding[1]
+from moodistill.teacher.kernels import padding_of
 
 
 def output_size(layer: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
@@ -23,7 +15,7 @@ def output_size(layer: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
     sizes = [
         (length + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
         for length, pad, dilation, kernel, stride in zip(
-            size, paddings(layer), layer.dilation, layer.kernel_size, layer.stride, strict=True
+            size, padding_of(layer), layer.dilation, layer.kernel_size, layer.stride, strict=True
         )
     ]
     return sizes[0], sizes[1]
@@ -43,7 +35,7 @@ def sample_patches(source: torch.Tensor, layer: nn.Conv2d, positions: torch.Tens
     _, channels, height, width = source.shape
     rows, columns = output_size(layer, (height, width))
     image, place = positions // (rows * columns), positions % (rows * columns)
-    pad_y, pad_x = paddings(layer)
+    pad_y, pad_x = padding_of(layer)
     reach_y = torch.arange(layer.kernel_size[0]) * layer.dilation[0] - pad_y
     reach_x = torch.arange(layer.kernel_size[1]) * layer.dilation[1] - pad_x
     y = (place // columns * layer.stride[0])[:, None, None] + reach_y[:, None]  # (n, h, 1)

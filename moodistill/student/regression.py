@@ -6,8 +6,8 @@ norm:
     [W, b] = argmin |y - W p - b|^2 / n + ridge * |W - W0|^2
 
 with `W0` the sliced weights (He et al. 2017 regress outputs on channels in this way). Through `r`
-paths only, the best `W` is its projection on the `r` directions in which its fitted outputs vary most
-(reduced-rank regression; Zhang et al. 2015, "Accelerating very deep convolutional networks").
+paths only, the best `W` is its projection on the `r` directions in which its fitted outputs vary
+most (reduced-rank regression; Zhang et al. 2015, "Accelerating very deep convolutional networks").
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def regress(
     ridge: float,
     scarce: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights `(o, k)` and constant `(o,)` that estimate `outputs` `(n, o)` from `patches` `(n, k)`.
+    """Weights `(o, k)` and constant `(o,)` that estimate outputs from patches.
 
     Args:
-        patches: centred in place if `centred`.
-        outputs: what to estimate.
+        patches: `(n, k)`, centred in place if `centred`.
+        outputs: `(n, o)`.
         anchor: `(o, k)` weights that the ridge pulls towards.
         centred: whether a constant may be taken; otherwise it is 0.
         ridge: relative to the mean diagonal of the patches' second moments.
