@@ -45,11 +45,14 @@ class InheritConfig:
         ridge: pull towards the sliced weights, relative to the mean diagonal of the Gram matrix,
             where samples abound.
         scarce: added to `ridge` times `(k / n)^2`, `k` unknowns from `n` samples.
+        widest: unknowns of one output above which a convolution is solved at single pixels: the
+            cost grows with their cube, and so wide a layer gains nothing (docs/method.md).
     """
 
     mode: Mode = "patches"
     ridge: float = 1e-2
     scarce: float = 2.0
+    widest: int = 2560
 
 
 @torch.no_grad()
@@ -104,6 +107,12 @@ def inherit(
         for done in last_use.get(node, ()):
             del values[done]
     return tuple(unsolved)
+
+
+def _layer(student: nn.Module, path: str) -> nn.Conv2d | nn.Linear:
+    module = student.get_submodule(path)
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    return module
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -170,10 +179,11 @@ def _solve(
     A shared layer is solved where it is first called, from samples of that call. If the teacher's
     first call is gone and this one has another resolution it stays sliced.
     """
-    module = student.module.get_submodule(unit.target)
+    module = _layer(student.module, unit.target)
     layer = graph.layer_module(unit.layer)
     step = next(step for step in graph.layers if step.target == unit.layer)
-    if config.mode == "patches" and unit.layer in samples.outputs:
+    unknowns = module.weight[0].numel()
+    if config.mode == "patches" and unit.layer in samples.outputs and unknowns <= config.widest:
         assert isinstance(module, nn.Conv2d)
         rows, columns = output_size(module, (source.shape[2], source.shape[3]))
         if rows * columns != step.form.area:
@@ -200,7 +210,7 @@ def _on_patches(
     unit: Unit,
     module: nn.Conv2d,
     source: torch.Tensor,
-    layer: nn.Module,
+    layer: nn.Conv2d | nn.Linear,
     samples: TeacherSamples,
     free: bool,
     config: InheritConfig,
@@ -285,10 +295,10 @@ def _write(unit: Unit, student: nn.Module, solution: _Solution) -> bool:
     """Set the module or the two modules of a unit; whether the solution was finite."""
     if not torch.isfinite(solution.matrix).all():
         return False
-    first = last = student.get_submodule(unit.target)
+    first = last = _layer(student, unit.target)
     matrix, bias = solution.matrix, solution.constant
     if unit.expand is not None:
-        last = student.get_submodule(unit.expand)
+        last = _layer(student, unit.expand)
         assert unit.rank is not None
         if solution.rows is None:
             matrix, basis = low_rank(matrix, unit.rank)

@@ -34,7 +34,7 @@ class CalibrationConfig:
 
     images: int = 512
     pixels: int = 64_000
-    patches: int = 16_000
+    patches: int = 8_000
     seed: int = 0
 
 
@@ -142,9 +142,9 @@ def collect_samples(
     path = cache_dir / f"samples-{key}.safetensors" if cache_dir else None
     if path is not None and path.exists():
         try:
-            inputs, outputs = _unpacked(read_cached(path))
-            if set(inputs) == {layer.name for layer in graph.layers}:
-                return TeacherSamples(images, inputs, outputs, config)
+            stored = _unpacked(read_cached(path))
+            if set(stored[0]) == {layer.name for layer in graph.layers}:
+                return TeacherSamples(images, *stored, config)
         except UserError:
             path.unlink()
     inputs: dict[str, torch.Tensor] = {}
@@ -172,7 +172,7 @@ def collect_samples(
     return TeacherSamples(images, inputs, outputs, config)
 
 
-def _unpacked(stored: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
+def _unpacked(stored: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Inputs and outputs by layer from the cache's names."""
     parts: dict[str, dict[str, torch.Tensor]] = {"inputs": {}, "outputs": {}}
     for key, value in stored.items():
