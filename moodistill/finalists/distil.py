@@ -23,7 +23,6 @@ from moodistill.pareto.evaluation import Evaluation
 from moodistill.storage.folder import MODEL_FILE, RESULT_FILE, student_folder
 from moodistill.storage.searched import Searched
 from moodistill.student.accuracy import inherited_accuracy, student_accuracy
-from moodistill.student.builder import Student
 from moodistill.student.context import TeacherContext
 from moodistill.student.evaluator import Recipe, make_student
 from moodistill.student.file import load_student, save_student
@@ -124,7 +123,7 @@ def finish(
         write_json_atomic(folder / RESULT_FILE, asdict(replace(earlier, budget=budget)))
         checkpoint.unlink(missing_ok=True)
         return replace(earlier, budget=budget)
-    kept = Student(module, student.units, student.norms)
+    kept = replace(student, module=module)
     origin = Origin(context.task.name, context.teacher_digest, evaluation.genome)
     model, parity = checked_onnx(kept.module, data, origin)
     result = Finalist(

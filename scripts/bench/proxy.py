@@ -38,8 +38,8 @@ from moodistill.training.distill import DistillConfig, SoftTargets, distill
 
 MODES: dict[str, Mode] = {
     "plain slicing": "slice",
-    "closed form, teacher's channels": "teacher",
     "closed form, student's channels": "student",
+    "closed form, whole patches": "patches",
 }
 SHORT = (20, 100)  # steps at a small rate behind the closed form
 SMALL_RATE = 0.003
