@@ -172,9 +172,12 @@ def collect_samples(
     return TeacherSamples(images, inputs, outputs, config)
 
 
-def _unpacked(stored: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+Samples = dict[str, torch.Tensor]  # by layer
+
+
+def _unpacked(stored: Samples) -> tuple[Samples, Samples]:
     """Inputs and outputs by layer from the cache's names."""
-    parts: dict[str, dict[str, torch.Tensor]] = {"inputs": {}, "outputs": {}}
+    parts: dict[str, Samples] = {"inputs": {}, "outputs": {}}
     for key, value in stored.items():
         kind, _, name = key.partition(".")
         parts.setdefault(kind, {})[name] = value
