@@ -21,7 +21,7 @@ from moodistill.student.inherit import InheritConfig, Mode, inherit
 from moodistill.teacher.task import load_task
 from moodistill.training.teacher import accuracy
 
-MODES: tuple[Mode, ...] = ("slice", "teacher", "student")
+MODES: tuple[Mode, ...] = ("slice", "student", "patches")
 
 
 def uniform_width(context: TeacherContext, share: float) -> np.ndarray:

@@ -38,8 +38,8 @@ from moodistill.training.distill import DistillConfig, SoftTargets, distill
 
 MODES: dict[str, Mode] = {
     "plain slicing": "slice",
-    "closed form, teacher's channels": "teacher",
     "closed form, student's channels": "student",
+    "closed form, whole patches": "patches",
 }
 SHORT = (20, 100)  # steps at a small rate behind the closed form
 SMALL_RATE = 0.003
@@ -153,7 +153,7 @@ def main() -> int:
     rng = np.random.default_rng(0)
     genomes = sampling._do(None, arguments.students + 1, random_state=rng)[1:]
     path = arguments.out / f"proxy-{arguments.model}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     targets = SoftTargets(
         context.graph.module, context.data, DistillConfig(steps=arguments.steps),
         default_cache_dir(), context.teacher_digest,

@@ -59,7 +59,7 @@ def search(cluster, layout, score, population, generations, screen):
     executor = DaskExecutor(cluster, layout, SETUP, None, timed, score)
     list(executor.map([layout.teacher()] * cluster.resources()[remote.STUDENTS]))  # warm up
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "run.json").write_text("{}")
+        (Path(folder) / "run.json").write_text("{}", "utf-8")
         with Store.create(Path(folder)) as store:
             began = time.perf_counter()
             list(Search(layout, config, store, executor).run())

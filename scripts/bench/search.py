@@ -70,7 +70,7 @@ class Bench:
     def meter(self) -> LatencyMeter:
         """Measures latency, with the teacher's as it was when this folder was begun."""
         path = self.folder / "teacher.json"
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
         made = LatencyMeter(
             teacher_onnx(self.context), self.context.data.input_shape,
             teacher_latency_ms=stored.get("teacher_latency_ms"),
@@ -224,7 +224,7 @@ def main() -> int:
     name = Path(arguments.model).stem + ("-limited" if arguments.min_accuracy else "")
     arguments.folder = arguments.folder or Path("results") / f"bench-{name}"
     path = arguments.out / f"search-{name}.json"
-    records = json.loads(path.read_text()) if path.exists() else {}
+    records = json.loads(path.read_text("utf-8")) if path.exists() else {}
     try:
         unknown = [arm for arm in arms if arm not in ARMS]
         if unknown:
