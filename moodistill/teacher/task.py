@@ -18,7 +18,17 @@ from moodistill.errors import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a teacher is trained; `phases` are `(epochs, height of the pictures)` in order."""
+    """How a teacher is trained.
+
+    Attributes:
+        phases: `(epochs, height of the pictures)` in order: small pictures first save time.
+        lr: peak of Muon's rate, relative to the norm of a kernel.
+        warmup: share of the steps in which the rate rises; then it falls to zero in a line.
+        pad: pixels that a view is shifted by, at most.
+        flip: whether a picture is mirrored in every other epoch.
+        cutout: pixels of the side of a square that is painted over; 0 paints none.
+        smoothing: share of a label that is spread over all classes.
+    """
 
     phases: tuple[tuple[int, int], ...] = ((3, 16), (3, 24), (2, 32))
     batch_size: int = 512
@@ -28,6 +38,8 @@ class TrainConfig:
     warmup: float = 0.1
     pad: int = 3
     flip: bool = True
+    cutout: int = 0
+    smoothing: float = 0.0
     seed: int = 0
 
 
