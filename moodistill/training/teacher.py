@@ -19,6 +19,7 @@ from moodistill.io.atomic import write_json_atomic
 from moodistill.io.measuring import training_step
 from moodistill.io.tensorfile import save_atomic
 from moodistill.progress import Reporter, make_reporter
+from moodistill.teacher.answers import logits_of
 from moodistill.teacher.task import Task, TrainConfig
 from moodistill.teacher.weights import half_precision
 from moodistill.training.batches import TrainBatches
@@ -29,16 +30,9 @@ from moodistill.training.precision import mixed_precision
 CHECKPOINT_SECONDS = 300.0
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, data: ImageData, split: Split) -> float:
     """The data's metric of `model` (in eval mode) on `split`: accuracy unless another is given."""
-    device = next(model.parameters()).device
-    batch = data.at_once(500)
-    answers = []
-    for start in range(0, len(split), batch):
-        images = data.normalise(split.images[start : start + batch]).to(device)
-        answers.append(model(images).cpu().numpy())
-    return data.score(np.concatenate(answers), split.labels)
+    return data.score(logits_of(model, data, split.images), split.labels)
 
 
 def train_teacher(
