@@ -76,12 +76,12 @@ class TeacherCheck:
             return [
                 f"the teacher's metric is {self.accuracy:.4f} on {self.count:,} validation pictures"
             ]
-        known = {name: value for name, value in self.by_class.items() if value == value}
-        worst = sorted(known, key=lambda name: known[name])[:WORST]
-        named = ", ".join(f"{name} {known[name]:.2f}" for name in worst)
+        below = {name: recall for name, recall in self.by_class.items() if recall < 1}
+        worst = sorted(below, key=lambda name: below[name])[:WORST]
+        named = ", ".join(f"{name} {below[name]:.2f}" for name in worst)
         said = [
-            f"the teacher is right on {self.accuracy:.4f} of {self.count:,} validation pictures; "
-            f"its worst classes: {named}"
+            f"the teacher is right on {self.accuracy:.4f} of {self.count:,} validation pictures"
+            + (f"; its worst classes: {named}" if named else "")
         ]
         if self.doubts:
             said.append(f"the teacher looks wrong: {'; '.join(self.doubts)}; {self.finding}")
@@ -131,10 +131,10 @@ def check_teacher(
     short = expected is not None and found.accuracy < expected - SHORT
     if data.metric is fraction_right:
         if logits.ndim != 2 or logits.shape[1] != len(data.labels):
+            given = f"{logits.shape[1]} logits" if logits.ndim == 2 else f"shape {logits.shape[1:]}"
             raise UserError(
-                f"{type(teacher).__name__} gives answers of shape {logits.shape[1:]}, the data "
-                f"have {len(data.labels)} classes ({', '.join(data.labels)[:80]}): expected one "
-                "logit for each"
+                f"{type(teacher).__name__} gives {given}, the data have {len(data.labels)} classes "
+                f"({', '.join(data.labels)[:80]}): expected one for each"
             )
         found = _with_classes(found, data, logits, split.labels)
         order = _better_order(logits, split.labels)
