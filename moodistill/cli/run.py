@@ -59,6 +59,14 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--channels", type=int, help="3 (RGB, default), 1 or 4")
     own.add_argument("--mean", type=number, nargs="+", help="of pixels in [0, 1], as in training")
     own.add_argument("--std", type=number, nargs="+", help="(default: measured)")
+    own.add_argument(
+        "--weights-key", metavar="KEY",
+        help="which weights to take of a file that holds several (default: an average, if any)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--expect-accuracy", type=number, metavar="FRACTION",
+        help="refuse a teacher that falls short of it by more than 0.02",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="new run folder (default: results/<model>-<time>)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="carry on this run")
     _run_options(parser)
@@ -226,9 +234,12 @@ def _resume(
 
     if arguments.out is not None:
         raise UserError("--resume continues in its own folder; leave out --out")
-    for name in ("teacher", "data", "size", "channels", "mean", "std"):
+    for name in ("teacher", "data", "size", "channels", "mean", "std", "weights_key"):
         if getattr(arguments, name, None) is not None:
-            raise UserError(f"--resume takes --{name} from its run; leave it out")
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"--resume takes {option} from its run; leave it out")
+    if getattr(arguments, "expect_accuracy", None) is not None:
+        raise UserError("--expect-accuracy is of a run's start; leave it out")
     plain = ("threads", "batch", "provider", "int8_max_loss", "min_accuracy", *LIMITS)
     given = flat_settings(
         **_searched(arguments),
@@ -305,7 +316,7 @@ def _start(
     )
     stem = model.rpartition(":")[2] if own else Path(model).stem  # of a file's path its name
     out = arguments.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return start_run(config, out, places, reporter, task, cluster)
+    return start_run(config, out, places, reporter, task, cluster, arguments.expect_accuracy)
 
 
 def _absolute(model: str | None) -> str | None:
@@ -330,6 +341,11 @@ def _own_task(arguments: argparse.Namespace) -> OwnTask | None:
     from moodistill.teacher.task import OwnTask
 
     if arguments.teacher is None:
+        if arguments.weights_key is not None:
+            raise UserError(
+                "--weights-key belongs to --teacher; a problem file says it itself: "
+                "Task(weights_key=...)"
+            )
         return None
     if arguments.model is not None:
         raise UserError("--teacher and --model both name a network; give one of them")
@@ -346,6 +362,7 @@ def _own_task(arguments: argparse.Namespace) -> OwnTask | None:
         channels=arguments.channels or 3,
         mean=tuple(arguments.mean) if arguments.mean else None,
         std=tuple(arguments.std) if arguments.std else None,
+        weights_key=arguments.weights_key,
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from moodistill.config import Budget, RunConfig
-from moodistill.data.images import metric_name
+from moodistill.data.images import ImageData, metric_name
 from moodistill.errors import UserError
 from moodistill.finalists.confirm import SLACK, still_confirmed
 from moodistill.finalists.distil import Distiller, read_finalists
@@ -54,6 +56,7 @@ from moodistill.storage.lock import writer_lock
 from moodistill.storage.searched import Searched
 from moodistill.storage.store import Store
 from moodistill.student.context import TeacherContext, load_context, use_threads
+from moodistill.teacher.check import check_teacher
 from moodistill.teacher.task import Task, load_task
 from moodistill.teacher.weights import network_digest
 
@@ -71,15 +74,25 @@ def start_run(
     reporter: Reporter | None = None,
     task: Task | None = None,
     cluster: Cluster | None = None,
+    expected_accuracy: float | None = None,
 ) -> Path:
     """Make the folder `out` and run; returns the folder. `task` None loads `config.model`.
+
+    The first thing said is how good the teacher is; one that falls short of `expected_accuracy` by
+    more than two points is refused.
 
     Raises:
         UserError: if `out` holds anything, or data or teacher cannot be had.
     """
     use_threads(places.threads)
     task = task or load_task(config.model, config.own)
-    context = _context(task, config, places)
+    reporter = reporter or Reporter()
+
+    def first_word(teacher: nn.Module, data: ImageData) -> None:
+        for line in check_teacher(teacher, data, expected_accuracy).lines():
+            reporter.say(line)
+
+    context = _context(task, config, places, reporter, first_word)
     if not context.layout.length:
         whole = "; ".join(f"{name} ({why})" for name, why in context.graph.uncut().items())
         raise UserError(
@@ -117,9 +130,7 @@ def start_run(
         with Store.create(folder, lock) as store:
             executor = make_executor(context, config, places, meter, cluster)
             distil = make_distiller(context, config, places, cluster)
-            _execute(
-                folder, store, config, context, meter, reporter or Reporter(), executor, distil
-            )
+            _execute(folder, store, config, context, meter, reporter, executor, distil)
     return folder
 
 
@@ -153,9 +164,10 @@ def resume_run(
                 f"{folder} has {finished} finished generations, more than the "
                 f"{config.search.generations} asked for: resume it with a larger budget or none"
             )
-        context = _context(task or load_task(config.model, config.own), config, places)
-        scales = check_resumed(folder, stored, context, cluster)
         reporter = reporter or Reporter()
+        task = task or load_task(config.model, config.own)
+        context = _context(task, config, places, reporter)
+        scales = check_resumed(folder, stored, context, cluster)
         with make_meter(context, config, scales, cluster) as meter:
             note = compare_devices(folder, stored.get("devices"), timing_devices(meter, config))
             if note:
@@ -180,11 +192,18 @@ def _writer(folder: Path) -> Store:
     )
 
 
-def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
+def _context(
+    task: Task,
+    config: RunConfig,
+    places: Places,
+    reporter: Reporter,
+    check: Callable[[nn.Module, ImageData], None] | None = None,
+) -> TeacherContext:
     remove_orphans(default_cache_dir(), CACHE_ORPHANS_S)
     return load_context(
-        task, places.data_dir, places.weights, config.calibration, rules=config.rules
-    )
+        task, places.data_dir, places.weights, config.calibration, rules=config.rules,
+        say=reporter.say, check=check,
+    )  # fmt: skip
 
 
 def _execute(

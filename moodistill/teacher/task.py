@@ -51,7 +51,8 @@ class Task:
         name: also the name of the file in `problems/`.
         build: the untrained teacher, traceable by `torch.fx`.
         load_data: from a data folder (or None for the default one) to the data in memory.
-        weights: the trained teacher's safetensors file.
+        weights: the trained teacher's file: safetensors, or what `torch.save` wrote.
+        weights_key: of the set of weights in it, where it holds several.
         train: how `scripts/train_teacher.py` trains it; None if it cannot.
     """
 
@@ -60,6 +61,7 @@ class Task:
     load_data: Callable[[Path | None], ImageData]
     weights: Path
     train: TrainConfig | None = TrainConfig()
+    weights_key: str | None = None
 
     @property
     def mirrored(self) -> bool:
@@ -86,6 +88,7 @@ class OwnTask:
         size: `(height, width)` that pictures are resized to.
         channels: 1, 3 or 4.
         mean, std: that the teacher was trained with; None measures them.
+        weights_key: which set of weights to take of a file that holds several.
     """
 
     weights: str
@@ -94,6 +97,7 @@ class OwnTask:
     channels: int = 3
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    weights_key: str | None = None
 
 
 def load_task(name: str, own: OwnTask | None = None) -> Task:
@@ -197,4 +201,5 @@ def _own_task(name: str, own: OwnTask) -> Task:
         ),
         weights=Path(own.weights),
         train=None,
+        weights_key=own.weights_key,
     )
