@@ -42,7 +42,9 @@ def load(path, shape):
 
 def main():
     """Print one line for each picture; exit code 1 if the sample's answer is not the expected."""
-    manifest = json.loads((HERE / "manifest.json").read_text())
+    if hasattr(sys.stdout, "reconfigure"):  # a label that the terminal cannot show is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
+    manifest = json.loads((HERE / "manifest.json").read_text("utf-8"))
     model, sample = manifest["input"], manifest["sample"]
     session = onnxruntime.InferenceSession(
         str(HERE / "model.onnx"), providers=["CPUExecutionProvider"]

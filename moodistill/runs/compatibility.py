@@ -20,6 +20,9 @@ from moodistill.training.teacher import accuracy
 if TYPE_CHECKING:
     from moodistill.cluster.client import Cluster
 
+# Where earlier versions had what is a metric now.
+EARLIER_METRICS = {"moodistill.data.fraction_right": "moodistill.data.images.fraction_right"}
+
 
 def least_accuracy(context: TeacherContext, config: RunConfig) -> float:
     """Two fifths of the way from chance to the teacher, a fraction.
@@ -61,7 +64,7 @@ def check_resumed(
     if stored.get("latency_on") != place:
         raise UserError(
             f"{folder} has latencies of {stored.get('latency_on') or 'this machine'}, not of "
-            f"{place or 'this machine'}; resume it with the same --latency-on"
+            f"{place or 'this machine'}; resume it with the same `latency_on`"
         )
     scales = stored.get("teacher_latencies_ms")
     devices = (cluster.config.latency_on if cluster is not None else ()) or (HERE,)
@@ -97,9 +100,10 @@ def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContex
 def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None:
     """Refuse other pictures, normalisation or metric than `run.json` (`stored`) names."""
     for key, found in (("data_digest", data.digest), ("metric", metric_name(data))):
-        if stored.get(key) != found:
+        known = stored.get(key)
+        if known != found and (key != "metric" or EARLIER_METRICS.get(str(known)) != found):
             raise UserError(
-                f"{folder} was started with {key} {stored.get(key)}, found {found}; "
+                f"{folder} was started with {key} {known}, found {found}; "
                 "give the same data and metric"
             )
 
@@ -149,7 +153,7 @@ def check_students(
     """Refuse to distil what is no student of a search that has ended."""
     if not ended:
         raise UserError(
-            f"the search in {folder} has not ended: --resume it without --student first"
+            f"the search in {folder} has not ended: carry it on without naming a student first"
         )
     searched = Searched.read(store, config.search.limits, config.search.objectives)
     for name in names:

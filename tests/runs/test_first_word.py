@@ -2,7 +2,6 @@
 
 import io
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from moodistill.errors import UserError
 from moodistill.progress import Reporter
 from moodistill.runs.backend import Places
 from moodistill.runs.run import start_run
+from moodistill.settings import Settings
 from moodistill.student import context as context_module
 from moodistill.student.context import load_context
 from moodistill.teacher.task import OwnTask, load_task
@@ -36,10 +36,10 @@ def start(tmp_path, monkeypatch):
 
     def begin(task, expected=None):
         said, out = io.StringIO(), tmp_path / "run"
-        config = new_config("digits", preset="quick", simd_step=16)
+        config = new_config("digits", Settings(preset="quick", simd_step=16))
         error = None
         try:
-            start_run(config, out, Places(), Reporter(said), task, expected_accuracy=expected)
+            start_run(config, out, Places(expected_accuracy=expected), Reporter(said), task)
         except (Reached, UserError) as raised:
             error = raised
         assert not out.exists()
@@ -93,7 +93,7 @@ def test_the_key_of_weights_makes_another_teacher(tmp_path):
 
 def test_the_key_of_weights_belongs_to_a_run():
     own = OwnTask("best.pt", "pictures", weights_key="model_ema")
-    config = new_config("net.py:build", preset="quick", simd_step=16, own=own)
+    config = new_config("net.py:build", Settings(preset="quick", simd_step=16), own)
     assert RunConfig.from_dict(asdict(config)).own == own
     older = asdict(config)
     del older["own"]["weights_key"]
@@ -101,5 +101,5 @@ def test_the_key_of_weights_belongs_to_a_run():
 
 
 def test_the_key_of_weights_without_a_teacher_is_refused():
-    with pytest.raises(UserError, match="--weights-key belongs to --teacher"):
-        _own_task(SimpleNamespace(teacher=None, weights_key="ema"))
+    with pytest.raises(UserError, match="`weights_key` is for a network of your own"):
+        _own_task(Settings(model="digits", weights_key="ema"), None)
