@@ -120,6 +120,14 @@ class Settings:
     std: tuple[float, ...] | None = _setting(
         NETWORK, "of pixels in [0, 1], as the teacher was trained with", "own.std", "measured"
     )
+    weights_key: str | None = _setting(
+        NETWORK, "which weights to take of a file that holds several; an average if not given",
+        "own.weights_key", metavar="KEY",
+    )  # fmt: skip
+    expect_accuracy: float | None = _setting(
+        NETWORK, "refuse a teacher that falls short of it by more than 0.02, a fraction",
+        "places.expected_accuracy", metavar="FRACTION",
+    )  # fmt: skip
     data_dir: Path | None = _setting(
         NETWORK, "folder of a problem's data", "places.data_dir", "$MOODISTILL_DATA, then data/"
     )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moodistill.teacher.task import OwnTask, Task
 
 # Of these a run that is carried on has its own.
-NETWORK = ("teacher", "data", "size", "channels", "mean", "std")
+NETWORK = ("teacher", "data", "size", "channels", "mean", "std", "weights_key")
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,18 @@ HERE = "this machine"  # the device's name where no other is given
 
 @dataclass(frozen=True)
 class Places:
-    """Where data and caches are on this machine (not part of a run's identity)."""
+    """What is not part of a run's identity: where data and caches are on this machine, and so on.
+
+    Attributes:
+        data_dir, weights: None for the task's own.
+        threads: of torch.
+        expected_accuracy: a teacher that falls short of it by more than two points is refused.
+    """
 
     data_dir: Path | None = None
     weights: Path | None = None
     threads: int | None = None
+    expected_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from moodistill.config import Budget, RunConfig, refuse_older
-from moodistill.data.images import metric_name
+from moodistill.data.images import ImageData, metric_name
 from moodistill.errors import UnfinishedRun, UserError
 from moodistill.finalists.confirm import Confirmed
 from moodistill.genome.layout_file import LAYOUT_FILE, write_layout
@@ -39,6 +41,7 @@ from moodistill.storage.folder import (
 from moodistill.storage.lock import writer_lock
 from moodistill.storage.store import Store
 from moodistill.student.context import TeacherContext, load_context, use_threads
+from moodistill.teacher.check import check_teacher
 from moodistill.teacher.task import Task, load_task
 from moodistill.teacher.weights import network_digest
 
@@ -58,12 +61,16 @@ def start_run(
 ) -> Path:
     """Make the folder `out` and run; returns the folder. `task` None loads `config.model`.
 
+    The first thing said is how good the teacher is.
+
     Raises:
         UserError: if `out` holds anything, or data or teacher cannot be had.
         UnfinishedRun: if it ended early and can be carried on.
     """
     use_threads(places.threads)
-    context = _context(task or load_task(config.model, config.own), config, places)
+    reporter = reporter or Reporter()
+    task = task or load_task(config.model, config.own)
+    context = _context(task, config, places, reporter, first=True)
     _refuse_uncuttable(context)
     config = _with_least_accuracy(config, context)
     folder = new_run_folder(out)
@@ -76,7 +83,7 @@ def start_run(
         write_run(folder, _record(config, context, backend.timing, place))
         write_layout(folder, context.layout)
         with Store.create(folder, lock) as store:
-            execute(Session(folder, store, config, context, backend, reporter or Reporter()))
+            execute(Session(folder, store, config, context, backend, reporter))
     return folder
 
 
@@ -106,7 +113,8 @@ def resume_run(
             whole = len(store.generations()) >= kept.search.generations
             ended = stored.get("status") == "finished" or whole
             check_students(folder, store, kept, budget.students, ended)
-        context = _context(task or load_task(config.model, config.own), config, places)
+        task = task or load_task(config.model, config.own)
+        context = _context(task, config, places, reporter)
         scales = check_resumed(folder, stored, context, cluster)
         with open_backend(context, config, places, scales, cluster) as backend:
             note = compare_devices(folder, stored.get("devices"), backend.timing.devices)
@@ -251,8 +259,18 @@ def _writer(folder: Path) -> Store:
     )
 
 
-def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
+def _context(
+    task: Task, config: RunConfig, places: Places, reporter: Reporter, first: bool = False
+) -> TeacherContext:
+    """The teacher made ready; where it is the `first` time, how good it is is said before."""
+
+    def check(teacher: nn.Module, data: ImageData) -> None:
+        for line in check_teacher(teacher, data, places.expected_accuracy).lines():
+            reporter.say(line)
+
     remove_orphans(default_cache_dir(), CACHE_ORPHANS_S)
+    wanted = first or places.expected_accuracy is not None
     return load_context(
-        task, places.data_dir, places.weights, config.calibration, rules=config.rules
-    )
+        task, places.data_dir, places.weights, config.calibration, rules=config.rules,
+        say=reporter.say, check=check if wanted else None,
+    )  # fmt: skip

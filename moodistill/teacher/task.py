@@ -18,7 +18,17 @@ from moodistill.errors import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a teacher is trained; `phases` are `(epochs, height of the pictures)` in order."""
+    """How a teacher is trained.
+
+    Attributes:
+        phases: `(epochs, height of the pictures)` in order: small pictures first save time.
+        lr: peak of Muon's rate, relative to the norm of a kernel.
+        warmup: share of the steps in which the rate rises; then it falls to zero in a line.
+        pad: pixels that a view is shifted by, at most.
+        flip: whether a picture is mirrored in every other epoch.
+        cutout: pixels of the side of a square that is painted over; 0 paints none.
+        smoothing: share of a label that is spread over all classes.
+    """
 
     phases: tuple[tuple[int, int], ...] = ((3, 16), (3, 24), (2, 32))
     batch_size: int = 512
@@ -28,6 +38,8 @@ class TrainConfig:
     warmup: float = 0.1
     pad: int = 3
     flip: bool = True
+    cutout: int = 0
+    smoothing: float = 0.0
     seed: int = 0
 
 
@@ -39,7 +51,8 @@ class Task:
         name: also the name of the file in `problems/`.
         build: the untrained teacher, traceable by `torch.fx`.
         load_data: from a data folder (or None for the default one) to the data in memory.
-        weights: the trained teacher's safetensors file.
+        weights: the trained teacher's file: safetensors, or what `torch.save` wrote.
+        weights_key: of the set of weights in it, where it holds several.
         train: how `scripts/train_teacher.py` trains it; None if it cannot.
     """
 
@@ -48,6 +61,7 @@ class Task:
     load_data: Callable[[Path | None], ImageData]
     weights: Path
     train: TrainConfig | None = TrainConfig()
+    weights_key: str | None = None
 
     @property
     def mirrored(self) -> bool:
@@ -74,6 +88,7 @@ class OwnTask:
         size: `(height, width)` that pictures are resized to.
         channels: 1, 3 or 4.
         mean, std: that the teacher was trained with; None measures them.
+        weights_key: which set of weights to take of a file that holds several.
     """
 
     weights: str
@@ -82,6 +97,7 @@ class OwnTask:
     channels: int = 3
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    weights_key: str | None = None
 
 
 def load_task(name: str, own: OwnTask | None = None) -> Task:
@@ -185,4 +201,5 @@ def _own_task(name: str, own: OwnTask) -> Task:
         ),
         weights=Path(own.weights),
         train=None,
+        weights_key=own.weights_key,
     )

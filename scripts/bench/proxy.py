@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from rich.progress import track
 from scipy.stats import kendalltau
-from tqdm import tqdm
 
 from moodistill.errors import UserError
 from moodistill.genome.canonical import canonical, summary
@@ -162,7 +162,7 @@ def main() -> int:
     records = []
     # From the smallest to the largest by turns: what is known early is of students of all sizes.
     turns = np.concatenate([genomes[::-1][start::TURNS] for start in range(TURNS)])
-    for genome in tqdm(turns, desc="students", disable=None):
+    for genome in track(turns, "students", disable=not sys.stdout.isatty()):
         genome = canonical(layout, genome | layout.unsearched(SEARCHED), step)
         key = f"{layout.digest(genome)[:16]}-{arguments.steps}"
         if key not in known and not arguments.table_only:

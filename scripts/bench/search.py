@@ -25,8 +25,8 @@ from peers import l1_widths, score, torch_pruning_points
 from pymoo.operators.crossover.ux import UniformCrossover
 from pymoo.operators.mutation.bitflip import BitflipMutation
 from pymoo.operators.sampling.rnd import BinaryRandomSampling
+from rich.progress import track
 from search_records import ARMS, Records, best_within, keep, table
-from tqdm import tqdm
 
 from moodistill.errors import UserError
 from moodistill.genome.layout import SEARCHED
@@ -49,6 +49,7 @@ from moodistill.student.inherit import InheritConfig
 from moodistill.teacher.task import load_task
 from moodistill.training.distill import DistillConfig, SoftTargets, distill
 
+SILENT = not sys.stdout.isatty()  # whether bars are left out
 # Arms that search other kinds of connections than the default.
 OTHER_KINDS = {
     "with-blocks": ("blocks", "merges", "bypasses"),
@@ -99,7 +100,7 @@ class Bench:
     def _peer(self, store: Store, meter: LatencyMeter) -> None:
         known = {one.summary for one in store.all()}
         points = torch_pruning_points(self.context, self.count, self.step)
-        for name, module in tqdm(points, total=self.count, desc="torch-pruning", disable=None):
+        for name, module in track(points, "torch-pruning", self.count, disable=SILENT):
             if name not in known and len(store) < self.count:
                 images = self.recipe.validation_images
                 store.add(score(self.context, module, meter, name, images)[0])
@@ -121,7 +122,7 @@ class Bench:
             genomes = [genome | layout.unsearched(SEARCHED) for genome in genomes]
         evaluator = Evaluator(self.context, recipe, meter.measure)
         repair = default_operators(layout, self.step).repair
-        for genome in tqdm(repair._do(None, np.array(genomes)), desc=arm, disable=None):
+        for genome in track(repair._do(None, np.array(genomes)), arm, disable=SILENT):
             if len(store) < self.count and store.get(layout.digest(genome)) is None:
                 store.add(evaluator.evaluate(genome))
 
@@ -151,9 +152,8 @@ class Bench:
         evaluator = Evaluator(self.context, recipe, meter.measure)
         search = Search(layout, config, store, SerialExecutor(evaluator.evaluate), operators)
         total = population * config.generations
-        with tqdm(total=total, desc=f"{arm} {seed}", disable=None) as bar:
-            for _ in search.run():
-                bar.update(1)
+        for _ in track(search.run(), f"{arm} {seed}", total, disable=SILENT):
+            pass
 
     def record(self, arm: str, seed: int, teacher: Evaluation) -> dict[str, Any]:
         """What is kept of an arm's run: every student's measures, the best at a quarter."""
