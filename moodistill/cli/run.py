@@ -101,8 +101,13 @@ def _settings(arguments: argparse.Namespace) -> tuple[Settings, RunConfig | None
     from moodistill.config import RunConfig, refuse_older
     from moodistill.storage.folder import read_run
 
-    base = RunConfig.read(path.parent)
-    refuse_older(read_run(path.parent).get("config"), path.parent)
+    base, stored = RunConfig.read(path.parent), read_run(path.parent)
+    refuse_older(stored.get("config"), path.parent)
+    if stored.get("latency_on") and given.latency_on is None:
+        raise UserError(
+            f"{path} has latencies of {stored['latency_on']}; name those devices with `scheduler` "
+            "and `latency_on`"
+        )
     return given, base
 
 

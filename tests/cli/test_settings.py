@@ -254,6 +254,13 @@ def test_pictures_of_an_own_network_have_moved(call, started, tmp_path, monkeypa
     assert started["config"].model == "mine:build"
 
 
+def test_a_run_that_was_timed_elsewhere_is_not_timed_here(call, tmp_path):
+    stored = {"config": asdict(new_config("digits", Settings())), "latency_on": "board,phone"}
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    error = call("run", "--config", tmp_path / "run.json", "--out", tmp_path / "r", code=2).stderr
+    assert "latencies of board,phone" in error and "--latency-on" in error
+
+
 def test_a_run_by_a_file(call, tmp_path):
     (tmp_path / "x.toml").write_text(
         f'model = "digits"\nout = "{tmp_path}/run"\npopulation = 4\ngenerations = 1\n'

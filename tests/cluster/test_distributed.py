@@ -268,7 +268,7 @@ def test_options_that_do_not_fit(options, match):
 # more than once.
 SLOWER = """
 from dataclasses import replace
-from moodistill.latency import LatencyMeter
+from moodistill.latency.meter import LatencyMeter
 if not hasattr(LatencyMeter, "real"):
     LatencyMeter.real = LatencyMeter._latency
 def slower(self, samples, reference):
