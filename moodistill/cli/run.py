@@ -97,7 +97,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--connections", metavar="KIND,KIND",
-        help="kinds that are searched: blocks, merges, bypasses (default the last two), or none",
+        help="kinds that are searched: kernels, ranks, merges, bypasses, blocks "
+        "(default merges,bypasses), or none",
     )  # fmt: skip
     parser.add_argument(
         "--min-accuracy", type=number,

@@ -117,11 +117,11 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
     names = {n.name for n in active}
     kernels = _kernels(layout, genome, live - wiring.bypassed)
     split = repair.split(alive) if layout.ranked else set()
-    ranks = {}
+    ranks, full_ranks = {}, {}
     for layer, rank in _ranks(layout, genome, names, step):
         inputs, outputs = _size(layout, wiring, layer, present, kernels)
         if saves(rank, inputs, outputs) and split.isdisjoint(layer.groups):
-            ranks[layer.path] = rank
+            ranks[layer.path], full_ranks[layer.path] = rank, min(inputs, outputs)
     return Structure(
         kept=present,
         connected={name: connected[name] for name in connected if name in names},
@@ -133,6 +133,7 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
         dropped=frozenset(kept) - frozenset(present),
         kernels=kernels,
         ranks=ranks,
+        full_ranks=full_ranks,
     )
 
 

@@ -112,7 +112,7 @@ def plot_history(generations: Sequence[Generation], path: Path) -> None:
 
 
 def plot_structure(structure: Mapping[str, Any], path: Path, title: str) -> None:
-    """Write a PNG of `report_html.structure_data`: kept widths and block connections by layer."""
+    """Write a PNG of `report_html.structure_data`: widths, taps, ranks and connections by layer."""
     layers = structure["layers"]
     figure = _figure(7.0, 0.9 + 0.34 * len(layers))
     bars, blocks = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
@@ -124,6 +124,7 @@ def plot_structure(structure: Mapping[str, Any], path: Path, title: str) -> None
     bars.set_xlabel("channels or neurons kept (blue) of the teacher's (outline)")
     for place, layer in enumerate(layers):
         text = f"{layer['kept']}/{layer['full']}" if layer["kept"] else layer["state"]
+        text += f"  {layer['thinned']}" if layer["thinned"] else ""
         bars.text(layer["full"], place, f" {text}", va="center", fontsize=8)
         for row, cells in enumerate(layer["matrix"] or ()):
             for column, value in enumerate(cells):
