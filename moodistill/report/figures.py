@@ -132,7 +132,7 @@ def plot_structure(structure: Mapping[str, Any], path: Path, title: str) -> None
                 corner = (column, place - 0.4 + row * height)
                 colour = BLUE if value == 1 else "white" if value == 0 else "#eeeeee"
                 blocks.add_patch(_square(corner, height, colour))
-    bars.margins(x=0.2)
+    bars.margins(x=0.45 if any(layer["thinned"] for layer in layers) else 0.2)
     widest = max((len(layer["matrix"][0]) for layer in layers if layer["matrix"]), default=1)
     blocks.set_xlim(-0.2, widest + 0.2)
     blocks.set_xticks([])

@@ -7,7 +7,7 @@ import pytest
 
 from moodistill.genome.canonical import canonical, settled, summary
 from moodistill.genome.kernels import read_kernel, write_kernel
-from moodistill.genome.layout import INPUT, GenomeLayout, Group, Node
+from moodistill.genome.layout import CONNECTIONS, INPUT, GenomeLayout, Group, Node
 from moodistill.genome.layout_file import read_layout, write_layout
 from moodistill.genome.ranks import nearest_rank, rank_levels, read_rank, saves, write_rank
 from moodistill.genome.resolve import resolve
@@ -228,3 +228,12 @@ def test_layout_files_hold_the_genes_and_older_ones_have_none(vgg16, tmp_path):
     assert layout.unpack(packed).all() and summary(old, old.unpack(packed)) == (
         summary(layout, layout.teacher())
     )
+
+
+@pytest.mark.parametrize("kinds", [(), ("kernels",), ("ranks", "merges"), tuple(CONNECTIONS)])
+def test_what_is_not_searched_stays(resnet18, kinds):
+    layout = resnet18.layout
+    kept = layout.unsearched(kinds)
+    for name, place in layout.slices.items():
+        searched = name.startswith(("mask/", *(CONNECTIONS[kind] for kind in kinds)))
+        assert kept[place].any() != searched and kept[place].all() != searched
