@@ -213,7 +213,8 @@ def search(
             first three).
         algorithm: `nsga2` (default), `nsga3` or `sms`.
         screen: offspring bred for each one scored (24; 1: no screening).
-        connections: kinds that are searched, of `blocks`, `merges` and `bypasses` (the last two).
+        connections: kinds that are searched, of `kernels`, `ranks`, `merges`, `bypasses` and
+            `blocks` (`merges` and `bypasses`).
         simd_step: channels per SIMD block; None probes this device.
         limits: hard ones (None in them, of a run that is carried on: as it has them).
         latency: threads, batch and execution provider.

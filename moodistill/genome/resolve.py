@@ -116,12 +116,13 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
     live = _still_live(layout, wiring, present)
     names = {n.name for n in active}
     kernels = _kernels(layout, genome, live - wiring.bypassed)
-    split = repair.split(alive) if layout.ranked else set()
-    ranks = {}
-    for layer, rank in _ranks(layout, genome, names, step):
+    ranks, full_ranks = {}, {}
+    wanted = list(_ranks(layout, genome, names, step))
+    split = repair.split(alive) if wanted else set()
+    for layer, rank in wanted:
         inputs, outputs = _size(layout, wiring, layer, present, kernels)
         if saves(rank, inputs, outputs) and split.isdisjoint(layer.groups):
-            ranks[layer.path] = rank
+            ranks[layer.path], full_ranks[layer.path] = rank, min(inputs, outputs)
     return Structure(
         kept=present,
         connected={name: connected[name] for name in connected if name in names},
@@ -133,6 +134,7 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
         dropped=frozenset(kept) - frozenset(present),
         kernels=kernels,
         ranks=ranks,
+        full_ranks=full_ranks,
     )
 
 

@@ -60,6 +60,11 @@ def check_resumed(
         UserError: if the run cannot be carried on with them.
     """
     check_origin(folder, stored, context)
+    if stored.get("genome_bits") != context.layout.length:
+        raise UserError(
+            f"{folder} was searched by an earlier version, without kernels and ranks: start a new "
+            "run, or go on with that version; choose, report, verify and export work as before"
+        )
     place = cluster.config.place if cluster is not None else None
     if stored.get("latency_on") != place:
         raise UserError(
@@ -85,13 +90,14 @@ def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContex
         UserError: if one of them is another.
     """
     check_data(folder, stored, context.data)
+    layout = context.layout
     for key, found in (
-        ("teacher_digest", context.teacher_digest),
-        ("genome_bits", context.layout.length),
+        ("teacher_digest", (context.teacher_digest,)),
+        ("genome_bits", (layout.length, layout.former_length)),
     ):
-        if stored.get(key) != found:
+        if stored.get(key) not in found:
             raise UserError(
-                f"{folder} was started with {key} {stored.get(key)}, found {found}; "
+                f"{folder} was started with {key} {stored.get(key)}, found {found[0]}; "
                 "give the same teacher"
             )
     check_network(folder, stored, context.graph)

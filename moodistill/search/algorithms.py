@@ -75,6 +75,8 @@ def default_operators(layout: GenomeLayout, step: int) -> Operators:
     return Operators(
         DensitySampling(layout, step),
         LayerCrossover(layout),
-        ComposedMutation([(MaskMutation(layout, step), 0.7), (ConnectionMutation(layout), 0.7)]),
+        ComposedMutation(
+            [(MaskMutation(layout, step), 0.7), (ConnectionMutation(layout, step=step), 0.7)]
+        ),
         CanonicalRepair(layout, step),
     )

@@ -8,6 +8,7 @@ evolutionary computation: recent advances and future challenges").
 from __future__ import annotations
 
 import heapq
+import math
 
 import numpy as np
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
@@ -26,7 +27,7 @@ STRENGTHS = np.logspace(-2, 3, 12)  # of the ridge, the best by leave-one-out
 
 
 def features(layout: GenomeLayout, genomes: np.ndarray) -> np.ndarray:
-    """`(n, k)` of genomes `(n, length)`: widths, importance, connected pairs, bypasses, merges.
+    """`(n, k)` of genomes `(n, length)`: widths, importance, weights, connections of each kind.
 
     Computed for all genomes at once and before their repair, which changes little of it and costs
     a hundred times as much.
@@ -57,10 +58,28 @@ def features(layout: GenomeLayout, genomes: np.ndarray) -> np.ndarray:
             )
             found.append((stays & ~kept).astype(float))
             stays = stays & kept
-        total += stays * connected
-        found += [stays * np.log2(1 + connected), stays * connected / np.maximum(pairs, 1)]
+        # Weights for each pair of channels, behind a flatten too.
+        taps = _taps(layout, genomes, layer) * layout.by_name[layer.inputs[0]].repeat
+        weights, rank = connected * taps, None
+        if layer.path in layout.ranked:
+            # Where a layer is cut into several modules, its rank has no effect.
+            rank = np.where(connected == pairs, _ranks(layout, genomes, layer), np.inf)
+            thinned = rank * (inputs * taps + outputs)
+            rank = np.where(thinned < weights, rank, np.inf)
+            weights = np.minimum(weights, thinned)
+        total += stays * weights
+        found += [stays * np.log2(1 + weights), stays * connected / np.maximum(pairs, 1)]
+        if layer.path in layout.kernels:
+            found.append(stays * _taps(layout, genomes, layer) / math.prod(layer.kernel))
+        if rank is not None:
+            full = np.minimum(inputs * taps, outputs)
+            found.append(stays * np.minimum(1.0, rank / np.maximum(full, 1)))
         found += [stays * np.log2(1 + outputs)]
         found += [stays * _worth(layout, genomes, group) for group in layer.groups]
+    for node in layout.nodes:
+        if node.kind == "channelwise" and node.path in layout.kernels:
+            share = _taps(layout, genomes, node) / math.prod(node.kernel)
+            found.append(live[node.name] * share)
     for merge in layout.merges:
         bits = layout.view_all(genomes, f"merge/{merge.name}") & live[merge.name][:, None]
         found += list(bits.T.astype(float))
@@ -109,6 +128,25 @@ def _connected(
         return np.asarray(outputs.sum(axis=1) * inputs.sum(axis=1))
     bits = layout.view_all(genomes, f"block/{layer.name}")
     return np.einsum("nr,nrc,nc->n", outputs, bits, inputs)
+
+
+def _taps(layout: GenomeLayout, genomes: np.ndarray, node: Node) -> np.ndarray:
+    """`(n,)` taps of a convolution's kernel; 1 of a linear layer."""
+    taps = np.full(len(genomes), math.prod(node.kernel))
+    if node.path not in layout.kernels:
+        return taps
+    bits = layout.view_all(genomes, f"kernel/{node.path}")
+    start, taps = 0, np.ones(len(genomes), dtype=int)
+    for size, rings in zip(node.kernel, node.rings, strict=True):
+        taps *= size - 2 * (rings - bits[:, start : start + rings].sum(axis=1))
+        start += rings
+    return taps
+
+
+def _ranks(layout: GenomeLayout, genomes: np.ndarray, layer: Node) -> np.ndarray:
+    """`(n,)` rank that a layer's gene says, infinite where it is full."""
+    counts = layout.view_all(genomes, f"rank/{layer.path}").sum(axis=1)
+    return np.array([*layer.ranks, np.inf])[counts]
 
 
 def _worth(layout: GenomeLayout, genomes: np.ndarray, name: str) -> np.ndarray:

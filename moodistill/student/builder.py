@@ -21,6 +21,7 @@ from torch import fx, nn
 from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.resolve import resolve
+from moodistill.genome.structure import Structure
 from moodistill.student.partition import Parts
 from moodistill.student.slicing import (
     GroupedSlice,
@@ -61,22 +62,25 @@ class Student:
         return sum(p.numel() for p in self.module.parameters())
 
 
-def build_student(graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray) -> Student:
-    """The physical network of a genome, its weights sliced from the teacher.
+def build_student(
+    graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray | Structure
+) -> Student:
+    """The physical network of a genome, or of what it means, with weights sliced from the teacher.
 
-    The genome is taken as it is but for what `resolve` must repair; snap it to whole SIMD steps
+    A genome is taken as it is but for what `resolve` must repair; snap it to whole SIMD steps
     with `canonical` first. A layer that reads past a bypassed layer has no plain slice: its
     weights are zero until `inherit` solves for them.
     """
-    return _Builder(graph, layout, genome).build()
+    structure = genome if isinstance(genome, Structure) else resolve(layout, genome)
+    return _Builder(graph, layout, structure).build()
 
 
 class _Builder:
     """Writes the student's graph step by step."""
 
-    def __init__(self, graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray) -> None:
+    def __init__(self, graph: TeacherGraph, layout: GenomeLayout, structure: Structure) -> None:
         self.teacher = graph
-        self.structure = resolve(layout, genome)
+        self.structure = structure
         layers = {s.name: s for s in graph.steps if s.kind == "layer"}
         convs = {n for n, s in layers.items() if isinstance(self._module(s), nn.Conv2d)}
         self.parts = Parts(layout, self.structure, convs)

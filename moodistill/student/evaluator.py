@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moodistill.genome.canonical import canonical
+from moodistill.genome.canonical import settled
 from moodistill.genome.canonical import summary as describe
 from moodistill.onnx.memory import peak_memory_bytes
 from moodistill.onnx.runtime import onnx_accuracy
@@ -95,16 +95,16 @@ class Evaluator:
     def score(self, genome: np.ndarray) -> Scored:
         """Score one genome, without a latency if there is no `measure`; never raises."""
         layout = self.context.layout
-        genome = canonical(layout, genome, self.recipe.simd_step)
+        genome, structure = settled(layout, genome, self.recipe.simd_step)
         digest, packed = layout.digest(genome), layout.pack(genome)
         seconds: dict[str, float] = {}
         summary = ""
         parameters = macs = size = memory = 0
         try:
             with _limited(self.recipe.time_limit_s):
-                summary = describe(layout, genome)
+                summary = describe(layout, structure)
                 with _timed(seconds, "build"):
-                    student = build_student(self.context.graph, layout, genome)
+                    student = build_student(self.context.graph, layout, structure)
                     parameters = student.parameters
                     macs = count_macs(student)
                 with _timed(seconds, "inherit"):

@@ -67,6 +67,12 @@ def test_structures_are_those_of_the_genomes(digits, tmp_path):
     layout.view(genome, f"bypass/{bypassable}")[0] = False
     found = {one["name"]: one for one in structure_data(read, genome)["layers"]}
     assert found[bypassable]["state"] == "bypassed" and found[bypassable]["kept"] == 0
+    assert all(layer["thinned"] == "" for layer in found.values())
+    genome = layout.teacher()
+    layout.view(genome, "kernel/conv3.0")[0] = False
+    layout.view(genome, "rank/conv4.0")[2:] = False
+    found = {one["name"]: one for one in structure_data(read, genome)["layers"]}
+    assert found["conv3.0"]["thinned"] == "1x3" and found["conv4.0"]["thinned"] == "rank 24/64"
 
 
 def test_data_cannot_end_their_script():

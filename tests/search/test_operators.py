@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pymoo.core.population import Population
 
 from moodistill.genome.canonical import canonical
+from moodistill.genome.ranks import read_rank
 from moodistill.genome.resolve import resolve
 from moodistill.search.operators import (
     CanonicalRepair,
@@ -21,7 +22,7 @@ from moodistill.search.operators import (
     MaskMutation,
     SeenElimination,
 )
-from moodistill.search.operators.widths import noisy_top, snap
+from moodistill.search.operators.widths import kept_taps, noisy_top, snap, useful_ranks
 from moodistill.student.builder import build_student
 
 STEP = 8
@@ -96,7 +97,7 @@ def test_sampling_runs_from_the_teacher_to_a_few_per_cent(digits):
     assert (histogram >= 3).all(), histogram
     # The shares fall along the population.
     assert np.corrcoef(np.arange(32), np.log(share))[0, 1] < -0.8
-    for kind in ("mask", "block", "bypass", "merge"):
+    for kind in ("mask", "block", "bypass", "merge", "kernel", "rank"):
         touched = [changed(layout, genomes[0], genome, kind) > 0 for genome in genomes[1:]]
         assert any(touched), kind
         assert kind == "mask" or not all(touched), kind
@@ -117,7 +118,7 @@ def test_mask_mutation_moves_by_whole_steps(layout):
     mutated = MaskMutation(layout, STEP)._do(None, genomes, random_state=np.random.default_rng(5))
     moved = []
     for before, after in zip(genomes, mutated, strict=True):
-        for kind in ("block", "merge", "bypass"):
+        for kind in ("block", "merge", "bypass", "kernel", "rank"):
             assert changed(layout, before, after, kind) == 0
         for name, shape in layout.shapes.items():
             if not name.startswith("mask/"):
@@ -157,7 +158,88 @@ def test_connection_mutation_flips_every_kind_of_connection(layout):
             assert count <= 1
             kinds[kind] += count
     assert kinds["block"] > 5 and kinds["bypass"] > 20
+    for kind in ("kernel", "rank"):
+        counts = [changed(layout, *pair, kind) for pair in zip(genomes, mutated, strict=True)]
+        assert 20 < np.count_nonzero(counts) < 80 and max(counts) < 8, (kind, counts)
     assert (kinds["merge"] > 10) if layout.merges else kinds["merge"] == 0
+
+
+def test_connection_mutation_moves_kernels_and_ranks_by_small_steps(layout):
+    """One ring on one axis; one rank up or down of those that save something at its width."""
+    rng = np.random.default_rng(0)
+    moves = {"kernel": [], "rank": []}
+    for kind, rates in (("kernel", {"rank": 0.0}), ("rank", {"kernel": 0.0})):
+        rates = {"blocks": 0.0, "bypass": 0.0, "merge": 0.0, kind: 1.0, **rates}
+        mutation = ConnectionMutation(layout, **rates, step=STEP)
+        before = parents(layout, 60)
+        for _ in range(3):
+            after = mutation._do(None, before, random_state=rng)
+            for pair in zip(before, after, strict=True):
+                moves[kind] += list((ring_moves if kind == "kernel" else rank_moves)(layout, *pair))
+            before = after
+    for kind, found in moves.items():
+        assert min(found) < 0 < max(found), kind
+
+
+def ring_moves(layout, before, after):
+    for node in layout.kernels.values():
+        old, new = (kept_taps(layout, genome, node) for genome in (before, after))
+        change = np.subtract(new, old)
+        if change.any():
+            assert sorted(np.abs(change)) == [0, 2]
+            yield int(change.sum())
+
+
+def rank_moves(layout, before, after):
+    for path, layer in layout.ranked.items():
+        views = [layout.view(genome, f"rank/{path}") for genome in (before, after)]
+        old, new = (read_rank(view, layer.ranks) for view in views)
+        if old == new:
+            continue
+        useful = useful_ranks(layout, before, layer, STEP)
+        places = [useful.index(rank) if rank in useful else len(useful) for rank in (old, new)]
+        assert places[0] != places[1] and new in (*useful, None)
+        if places[0] < len(useful):
+            assert abs(places[0] - places[1]) == 1
+        else:
+            assert places[1] >= len(useful) // 2 - 1
+        yield places[1] - places[0]
+
+
+def test_sampled_ranks_are_whole_steps_that_save_something(layout):
+    drawn = DensitySampling(layout, STEP)._do(None, 40, random_state=np.random.default_rng(1))
+    found = 0
+    for genome in drawn:
+        for path, layer in layout.ranked.items():
+            rank = read_rank(layout.view(genome, f"rank/{path}"), layer.ranks)
+            if rank is not None:
+                found += 1
+                assert rank in useful_ranks(layout, genome, layer, STEP)
+    assert found > 20
+
+
+def test_widths_tell_which_ranks_are_useful(vgg16):
+    layout = vgg16.layout
+    layer, genome = layout.ranked["features.7"], layout.teacher()
+    assert useful_ranks(layout, genome, layer, 32) == [32, 64, 96]
+    layout.view(genome, "mask/features.7")[32:] = False
+    assert useful_ranks(layout, genome, layer, 8) == [8, 16, 24]  # 576 * 32 / 608 is 30.3
+    layout.view(genome, "kernel/features.7")[:] = False
+    assert useful_ranks(layout, genome, layer, 8) == [8, 16]  # 64 * 32 / 96 is 21.3
+    assert useful_ranks(layout, genome, layer, 48) == []
+
+
+def test_mutation_of_a_full_rank_without_a_use_leaves_it(vgg16):
+    layout = vgg16.layout
+    genome = layout.teacher()
+    for name in layout.shapes:
+        if name.startswith("mask/"):
+            layout.view(genome, name)[8:] = False
+    mutation = ConnectionMutation(
+        layout, blocks=0.0, bypass=0.0, merge=0.0, kernel=0.0, rank=1.0, step=16
+    )
+    again = mutation._do(None, np.tile(genome, (20, 1)), random_state=np.random.default_rng(0))
+    assert (again == genome).all()
 
 
 def test_connection_mutation_both_ways_and_by_energy(vgg16):

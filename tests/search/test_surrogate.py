@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from moodistill.errors import UserError
 from moodistill.genome.canonical import canonical
 from moodistill.genome.layout import SEARCHED
+from moodistill.genome.ranks import write_rank
 from moodistill.genome.resolve import resolve
 from moodistill.pareto.geometry import shrunk
 from moodistill.pareto.objectives import DEFAULT, Limits, objective_values
@@ -54,7 +55,8 @@ def test_features_hold_what_a_genome_means(network, request):
     genomes = np.array([canonical(layout, genome, 8) for genome in drawn])
     rows = features(layout, genomes)
     assert np.isfinite(rows).all() and len(rows) == 30
-    # One by one they are the same, and the last is the logarithm of all connected pairs.
+    seen = set()
+    # One by one they are the same, and the last is the logarithm of all weights.
     assert np.allclose(rows[7], features(layout, genomes[7:8])[0])
     for genome, row in zip(genomes, rows, strict=True):
         structure = resolve(layout, genome)
@@ -63,12 +65,32 @@ def test_features_hold_what_a_genome_means(network, request):
             for name, g in layout.groups.items()
             if name in structure.kept
         }
-        pairs = 0
+        weights = 0
+        seen |= {*structure.kernels, *structure.ranks}
         for name, connected in structure.connected.items():
             outputs = np.concatenate([kept[g] for g in layout.by_name[name].groups])
             inputs = np.concatenate([kept[g] for g in structure.source[name]])
-            pairs += int(outputs @ connected @ inputs)
-        assert 2 ** row[-1] == pytest.approx(1 + pairs)
+            taps = np.prod(structure.kernels.get(name, layout.by_name[name].kernel))
+            if name in structure.ranks:
+                weights += structure.ranks[name] * (int(inputs.sum()) * taps + int(outputs.sum()))
+            else:
+                weights += int(outputs @ connected @ inputs) * taps
+        assert 2 ** row[-1] == pytest.approx(1 + weights)
+    assert network == "chain" or len(seen) > 5
+
+
+def test_features_tell_kernels_and_ranks_apart(vgg16):
+    layout = vgg16.layout
+    genomes = np.tile(layout.teacher(), (4, 1))
+    layout.view(genomes[1], "kernel/features.10")[0] = False
+    write_rank(layout.view(genomes[2], "rank/features.10"), layout.ranked["features.10"].ranks, 48)
+    layout.view(genomes[3], "rank/features.10")[-1] = False
+    rows = features(layout, genomes)
+    assert len(np.unique(rows, axis=0)) == 4
+    total = 2 ** rows[:, -1]
+    assert total[0] - total[1] == pytest.approx(128 * 128 * 6)
+    assert total[0] - total[2] == pytest.approx(128 * 128 * 9 - 48 * (128 * 9 + 128))
+    assert total[0] > total[3] > total[2]
 
 
 def test_it_says_nothing_before_it_knows_enough():

@@ -1,4 +1,4 @@
-"""Connection mutation: block connections, merge edges and bypass edges."""
+"""Connection mutation: block connections, merge and bypass edges, kernels and ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from pymoo.core.mutation import Mutation
 
+from moodistill.genome.kernels import write_kernel
 from moodistill.genome.layout import GenomeLayout
+from moodistill.genome.ranks import read_rank, write_rank
+from moodistill.search.operators.widths import kept_taps, useful_ranks
 
 
 class ConnectionMutation(Mutation):
@@ -15,7 +18,9 @@ class ConnectionMutation(Mutation):
 
     A block connection is the likelier to go, and the less likely to come back, the smaller its
     share of its layer's weight energy. Bypass and merge edges flip at their own rates: a bypass is
-    where connection genes beat masks, so each child has a fair chance of one.
+    where connection genes beat masks, so each child has a fair chance of one. Kernels and ranks
+    move by small steps in one layer or a few: one ring of taps on one axis, one rank up or down of
+    those that make the layer smaller at its width. A full rank falls to one of the upper half.
     """
 
     def __init__(
@@ -24,12 +29,19 @@ class ConnectionMutation(Mutation):
         blocks: float = 0.35,
         bypass: float = 0.5,
         merge: float = 0.3,
+        kernel: float = 0.4,
+        rank: float = 0.5,
+        step: int = 8,
     ) -> None:
         super().__init__(prob=1.0)
         self.layout = layout
         self.blocks = blocks
         self.bypass = bypass
         self.merge = merge
+        self.kernel = kernel
+        self.rank = rank
+        self.step = step
+        self.kernels, self.ranked = list(layout.kernels), list(layout.ranked)
         self.sited = [n for n in layout.layers if f"block/{n.name}" in layout.slices]
         self.passable = [n for n in layout.layers if n.bypassable]
 
@@ -55,7 +67,44 @@ class ConnectionMutation(Mutation):
                 view = self.layout.view(genome, f"merge/{merge.name}")
                 place = random_state.integers(len(view))
                 view[place] = not view[place]
+            if self.kernels and random_state.random() < self.kernel:
+                for path in self._few(self.kernels, random_state):
+                    self._mutate_kernel(genome, path, random_state)
+            if self.ranked and random_state.random() < self.rank:
+                for path in self._few(self.ranked, random_state):
+                    self._mutate_rank(genome, path, random_state)
         return mutated
+
+    @staticmethod
+    def _few(paths: list[str], rng: np.random.Generator) -> list[str]:
+        """One of them, now and then a few."""
+        count = min(len(paths), rng.geometric(0.6))
+        return [paths[place] for place in rng.choice(len(paths), count, replace=False)]
+
+    def _mutate_kernel(self, genome: np.ndarray, path: str, rng: np.random.Generator) -> None:
+        node = self.layout.kernels[path]
+        taps = list(kept_taps(self.layout, genome, node))
+        axis = rng.choice([axis for axis, rings in enumerate(node.rings) if rings])
+        full = node.kernel[axis]
+        least = full - 2 * node.rings[axis]
+        down = taps[axis] == full or (taps[axis] > least and rng.random() < 0.5)
+        taps[axis] += -2 if down else 2
+        view = self.layout.view(genome, f"kernel/{path}")
+        write_kernel(view, node.kernel, node.rings, tuple(taps))
+
+    def _mutate_rank(self, genome: np.ndarray, path: str, rng: np.random.Generator) -> None:
+        layer = self.layout.ranked[path]
+        useful = useful_ranks(self.layout, genome, layer, self.step)
+        if not useful:
+            return
+        view = self.layout.view(genome, f"rank/{path}")
+        rank = read_rank(view, layer.ranks)
+        place = len(useful) if rank is None else int(np.searchsorted(useful, rank))
+        if place == len(useful):
+            place -= int(rng.integers(1, (len(useful) + 1) // 2 + 1))
+        else:
+            place += 1 if place == 0 or rng.random() < 0.5 else -1
+        write_rank(view, layer.ranks, useful[place] if place < len(useful) else None)
 
     def _mutate_blocks(self, genome: np.ndarray, rng: np.random.Generator) -> None:
         layer = self.sited[rng.integers(len(self.sited))]

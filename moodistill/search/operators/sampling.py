@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from pymoo.core.sampling import Sampling
 
+from moodistill.genome.kernels import write_kernel
 from moodistill.genome.layout import GenomeLayout
-from moodistill.search.operators.widths import noisy_top, snap
+from moodistill.genome.ranks import write_rank
+from moodistill.search.operators.widths import noisy_top, snap, useful_ranks
 
 
 class DensitySampling(Sampling):
@@ -18,7 +20,8 @@ class DensitySampling(Sampling):
 
     Half of them have one width share in every group, half a width share per group. Half lose
     block connections, half bypass layers, a third lose merge edges; which ones is drawn with
-    probabilities that follow what the loss costs. `BinaryRandomSampling` would put every student
+    probabilities that follow what the loss costs. Half lose taps of some kernels, half have some
+    layers of a lower rank. `BinaryRandomSampling` would put every student
     at half width.
     """
 
@@ -76,3 +79,20 @@ class DensitySampling(Sampling):
                 view = layout.view(genome, f"merge/{merge.name}")
                 if rng.random() < rate:
                     view[rng.integers(len(view))] = False
+        if layout.kernels and rng.random() < 0.5:
+            rate = rng.uniform(0.0, 0.5)
+            for path, node in layout.kernels.items():
+                gone = [
+                    int(rng.integers(1, rings + 1)) if rings and rng.random() < rate else 0
+                    for rings in node.rings
+                ]
+                taps = tuple(full - 2 * g for full, g in zip(node.kernel, gone, strict=True))
+                view = layout.view(genome, f"kernel/{path}")
+                write_kernel(view, node.kernel, node.rings, taps)
+        if layout.ranked and rng.random() < 0.5:
+            rate = rng.uniform(0.0, 0.7)
+            for path, layer in layout.ranked.items():
+                useful = useful_ranks(layout, genome, layer, self.step)
+                if useful and rng.random() < rate:
+                    view = layout.view(genome, f"rank/{path}")
+                    write_rank(view, layer.ranks, int(rng.choice(useful)))

@@ -1,10 +1,14 @@
-"""Shared by sampling and mutation: choosing which channels of a group stay."""
+"""Shared by sampling and mutation: which channels of a group stay, which ranks are worth having."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from moodistill.genome.layout import Group
+from moodistill.genome.kernels import read_kernel
+from moodistill.genome.layout import GenomeLayout, Group, Node
+from moodistill.genome.ranks import saves
 
 
 def noisy_top(
@@ -31,3 +35,32 @@ def snap(width: float, size: int, step: int) -> int:
     """The nearest width in whole steps, or the full size, at least one step (or the full size)."""
     stepped = min(size, max(step, round(width / step) * step))
     return int(size if abs(size - width) < abs(stepped - width) else stepped)
+
+
+def kept_taps(layout: GenomeLayout, genome: np.ndarray, node: Node) -> tuple[int, ...]:
+    """Taps by axis of a convolution; none of a linear layer."""
+    if node.path not in layout.kernels:
+        return node.kernel
+    bits = layout.view(genome, f"kernel/{node.path}")
+    return read_kernel(bits, node.kernel, node.rings)
+
+
+def useful_ranks(layout: GenomeLayout, genome: np.ndarray, layer: Node, step: int) -> list[int]:
+    """Ranks in whole steps below the full one that make a layer smaller, ascending.
+
+    Widths are those of the masks: what repair will change, and bypasses before the layer, are not
+    looked at.
+    """
+    source = layout.by_name[layer.inputs[0]]
+    inputs, outputs = (_channels(layout, genome, node) for node in (source, layer))
+    inputs *= source.repeat * math.prod(kept_taps(layout, genome, layer))
+    return [rank for rank in layer.ranks if rank % step == 0 and saves(rank, inputs, outputs)]
+
+
+def _channels(layout: GenomeLayout, genome: np.ndarray, node: Node) -> int:
+    total = 0
+    for name, lanes in zip(node.groups, node.lanes, strict=True):
+        place = layout.slices.get(f"mask/{name}")
+        kept = layout.groups[name].size if place is None else int(np.count_nonzero(genome[place]))
+        total += kept * lanes
+    return total
