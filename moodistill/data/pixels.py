@@ -16,13 +16,13 @@ TURNS = {
 }  # fmt: skip
 
 
-def read_picture(path, channels, settings):  # type: ignore[no-untyped-def]
+def read_picture(path, channels, settings):
     """Pixels of a file, and what was seen on the way.
 
     Args:
         path: of a picture in any format that Pillow reads; of several frames the first counts.
         channels: 1 (grey), 3 (RGB or BGR) or 4 (RGBA).
-        settings: keywords of `prepare`; None takes pictures of any size as they are.
+        settings: keywords of `prepare`; None neither turns nor resizes.
 
     Returns:
         uint8 `(H, W, C)` and a dict: `size` (height, width; upright), `tagged` (whether EXIF says
@@ -37,7 +37,7 @@ def read_picture(path, channels, settings):  # type: ignore[no-untyped-def]
         tag = orientation(opened)
         opened.load()  # of a TIFF file Pillow turns the picture here, and drops the tag
         picture, left = opened, orientation(opened)
-        if left in TURNS and (settings is None or settings["exif"]):
+        if left in TURNS and settings is not None and settings["exif"]:
             picture = picture.transpose(getattr(Image, TURNS[left]))
         transparent = channels != 4 and (
             opened.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in opened.info
@@ -56,7 +56,7 @@ def read_picture(path, channels, settings):  # type: ignore[no-untyped-def]
     return np.ascontiguousarray(pixels), seen
 
 
-def orientation(picture):  # type: ignore[no-untyped-def]
+def orientation(picture):
     """The EXIF tag that says how a picture is to be turned; 1 is upright."""
     try:
         return picture.getexif().get(ORIENTATION, 1)
@@ -64,7 +64,7 @@ def orientation(picture):  # type: ignore[no-untyped-def]
         return 1
 
 
-def eight_bits(picture):  # type: ignore[no-untyped-def]
+def eight_bits(picture):
     """Grey pictures of 16 bits as bytes: Pillow itself would make white of all above 255."""
     from PIL import Image
 
@@ -78,7 +78,7 @@ def eight_bits(picture):  # type: ignore[no-untyped-def]
     return Image.fromarray((values / 257.0).round().astype(np.uint8))
 
 
-def prepare(picture, resize, size, interpolation, channel_order, exif, shorter_side, fill):  # type: ignore[no-untyped-def]
+def prepare(picture, resize, size, interpolation, channel_order, exif, shorter_side, fill):
     """uint8 `(H, W, C)` of an upright Pillow picture of mode L, RGB or RGBA.
 
     The keywords are the fields of `Preparation`. Squash and crop give what torchvision's `Resize`

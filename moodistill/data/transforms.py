@@ -117,7 +117,7 @@ def _preparation_of(dataset: Any, size: tuple[int, int]) -> Preparation | None:
 def _made(
     resize: str, step: Any, size: tuple[int, int], shorter_side: int | None
 ) -> Preparation | None:
-    interpolation = getattr(step.interpolation, "value", "")
+    interpolation = getattr(step.interpolation, "value", step.interpolation)
     if interpolation not in _FILTERS or getattr(step, "max_size", None) is not None:
         return None
     return Preparation(resize, size, interpolation, exif=False, shorter_side=shorter_side)
