@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import html
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from moodistill.bundle.int8 import Int8Config
 from moodistill.bundle.model import ShipOptions
-from moodistill.config import Budget, RunConfig, flat_settings, new_config, refuse_changes
+from moodistill.config import Budget, RunConfig, new_config, refuse_changes
 from moodistill.data.datasets import from_datasets, from_splits
 from moodistill.data.images import ImageData, Metric, Split, fraction_right
 from moodistill.errors import UserError
@@ -40,7 +40,8 @@ from moodistill.progress import Mode, make_reporter
 from moodistill.runs.backend import Places
 from moodistill.runs.export import export_student, rebuild_student
 from moodistill.runs.run import resume_run, start_run
-from moodistill.storage.folder import RUN_FILE, read_run
+from moodistill.settings import Settings, flat
+from moodistill.storage.folder import RUN_FILE
 from moodistill.teacher.blocks import LayerRules
 from moodistill.teacher.task import Task, load_task
 from moodistill.teacher.weights import read_state
@@ -226,9 +227,13 @@ def search(
             others; one line says why.
     """
     data = _image_data(train, validation, test, labels, mean, std, metric)
-    folder = Path(out)
-    place = folder.resolve()
-    weights = place.with_name(f"{place.name}.{TEACHER_FILE}")
+    settings = Settings(
+        preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
+        population=population, seed=seed, objectives=_tuple(objectives), algorithm=algorithm,
+        screen=screen, connections=_tuple(connections), simd_step=simd_step, flip=flip,
+        **flat(limits=limits, latency=latency, int8=int8, rules=rules),
+    )  # fmt: skip
+    folder, weights = Path(out), _weights_beside(Path(out))
     task = Task(
         name=type(teacher).__name__,
         build=_copies_of(teacher),
@@ -237,32 +242,28 @@ def search(
         train=None,
     )
     reporter = make_reporter(progress)
-    given: dict[str, Any] = {
-        "population": population, "seed": seed, "objectives": objectives, "algorithm": algorithm,
-        "screen": screen, "connections": connections, "simd_step": simd_step, "limits": limits,
-        "latency": latency, "int8": int8, "rules": rules, "flip": flip,
-    }  # fmt: skip
     if (folder / RUN_FILE).is_file():
-        config = RunConfig.from_dict(read_run(folder).get("config", {}))
-        refuse_changes(config, flat_settings(**given), folder)
+        refuse_changes(RunConfig.read(folder), settings, folder)
         _refuse_another(teacher, weights)
-        budget = Budget(preset, generations, finalists, distill_steps)
-        resume_run(folder, budget, Places(), reporter, task)
+        resume_run(folder, Budget.of(settings), Places(), reporter, task)
         return Run(folder, task)
     save_atomic({k: v.clone() for k, v in teacher.state_dict().items()}, weights)
     latency = latency or LatencyConfig()
     check_provider(latency.provider)
-    given["simd_step"] = simd_step or probe_simd(latency, default_cache_dir()).step
-    config = new_config(
-        task.name,
-        preset=preset,
-        generations=generations,
-        finalists=finalists,
-        distill_steps=distill_steps,
-        **given,
-    )
-    start_run(config, folder, Places(), reporter, task)
+    if simd_step is None:
+        settings = replace(settings, simd_step=probe_simd(latency, default_cache_dir()).step)
+    start_run(new_config(task.name, settings), folder, Places(), reporter, task)
     return Run(folder, task)
+
+
+def _tuple(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names)
+
+
+def _weights_beside(out: Path) -> Path:
+    """Where the teacher's weights of the run in `out` are kept."""
+    place = out.resolve()
+    return place.with_name(f"{place.name}.{TEACHER_FILE}")
 
 
 def _refuse_another(teacher: nn.Module, weights: Path) -> None:
@@ -285,7 +286,7 @@ def open_run(folder: str | Path, task: Task | None = None) -> Run:
         UserError: if the folder is no run, or its task cannot be loaded by name.
     """
     folder = Path(folder)
-    config = RunConfig.from_dict(read_run(folder).get("config", {}))
+    config = RunConfig.read(folder)
     return Run(folder, task or load_task(config.model, config.own))
 
 

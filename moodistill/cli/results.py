@@ -8,7 +8,7 @@ import shlex
 import time
 from pathlib import Path
 
-from moodistill.cli.run import number
+from moodistill.cli.options import number
 from moodistill.errors import UserError
 from moodistill.pareto import choose
 from moodistill.pareto import table as front

@@ -61,7 +61,7 @@ def check_resumed(
     if stored.get("latency_on") != place:
         raise UserError(
             f"{folder} has latencies of {stored.get('latency_on') or 'this machine'}, not of "
-            f"{place or 'this machine'}; resume it with the same --latency-on"
+            f"{place or 'this machine'}; resume it with the same `latency_on`"
         )
     scales = stored.get("teacher_latencies_ms")
     devices = (cluster.config.latency_on if cluster is not None else ()) or (HERE,)
@@ -149,7 +149,7 @@ def check_students(
     """Refuse to distil what is no student of a search that has ended."""
     if not ended:
         raise UserError(
-            f"the search in {folder} has not ended: --resume it without --student first"
+            f"the search in {folder} has not ended: carry it on without naming a student first"
         )
     searched = Searched.read(store, config.search.limits, config.search.objectives)
     for name in names:

@@ -14,7 +14,7 @@ from moodistill.bundle.model import Origin, ShipOptions
 from moodistill.bundle.parity import Parity, export_onnx
 from moodistill.config import RunConfig
 from moodistill.data.images import ImageData
-from moodistill.errors import UserError
+from moodistill.errors import UnfinishedRun, UserError
 from moodistill.finalists.distil import RESULT_FILE, Finalist, read_finalist
 from moodistill.io.atomic import write_atomic
 from moodistill.latency.device import device_fingerprint
@@ -83,9 +83,10 @@ def rebuild_student(
     if path.exists():
         finalist = read_finalist(path.parent)
         if finalist is None or finalist.genome_hash != evaluation.genome_hash:
-            raise UserError(
+            raise UnfinishedRun(
                 f"{path.parent / RESULT_FILE} is missing or not of {name}: its distillation was "
-                f"interrupted; carry on with --resume {run}"
+                "interrupted",
+                run,
             )
         data = task.load_data(data_dir)
         check_data(run, stored, data)
@@ -99,14 +100,14 @@ def rebuild_student(
             f"{path} is missing, and with it the distilled weights of {name}: restore it"
             + (f", or take {path.parent}, which is a shipped folder of them" if there else "")
         )
-    config = RunConfig.from_dict(stored.get("config", {}))
+    config = RunConfig.read(run)
     context = load_context(
         task, data_dir, weights, calibration=config.calibration, rules=config.rules
     )
     if context.teacher_digest != stored.get("teacher_digest"):
         raise UserError(
             f"{run} was searched with another teacher than {weights or task.weights}; give the "
-            "same with --weights"
+            "same `weights`"
         )
     check_origin(run, stored, context)
     genome = context.layout.unpack(evaluation.genome)
@@ -141,13 +142,13 @@ def export_student(
     """
     options = options or ShipOptions()
     stored = read_run(run)
-    config = RunConfig.from_dict(stored.get("config", {}))
+    config = RunConfig.read(run)
     name = student.removesuffix(SUFFIX)
     int8 = int8 or name != student
     if (out / MODEL).exists():
-        raise UserError(f"{out / MODEL} exists; give another --out")
+        raise UserError(f"{out / MODEL} exists; give another `out`")
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a folder with --out")
+        raise UserError(f"{out} is a file; give a folder as `out`")
     rows = {row.student: row for row in read_front(run)}
     teacher = next(row for row in rows.values() if row.stage == "teacher")
     task = task or load_task(config.model, config.own)
@@ -244,7 +245,7 @@ def _quantise(
         twin = int8_row(row, result, times["int8"])
     if result.refused or twin is None:
         raise UserError(
-            f"{result.student} was not written: it {result.refused}; export it without --int8"
+            f"{result.student} was not written: it {result.refused}; export it without `int8`"
         )
     write_atomic(out / MODEL, model)
     return twin

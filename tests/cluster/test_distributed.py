@@ -31,6 +31,7 @@ from moodistill.pareto.table import read_front
 from moodistill.search.driver import Search, SearchConfig
 from moodistill.search.executor import SerialExecutor
 from moodistill.search.operators import DensitySampling
+from moodistill.settings import Settings
 from moodistill.storage.store import Store
 from moodistill.student.evaluator import Evaluator, Recipe, teacher_onnx
 from moodistill.teacher.weights import network_digest
@@ -49,7 +50,7 @@ def table(model, key):
 
 
 def score_setup(context, **changes):
-    config = new_config("digits", 8, generations=2, population=6)
+    config = new_config("digits", Settings(simd_step=8, generations=2, population=6))
     values = {
         "version": remote.__version__, "config": json.dumps(asdict(config)),
         "teacher_digest": context.teacher_digest, "data_digest": context.data.digest,

@@ -26,6 +26,7 @@ from helpers.driver import RecordedMeter
 from moodistill.cli import run_tool
 from moodistill.config import RunConfig
 from moodistill.errors import UserError
+from moodistill.finalists.confirm import Confirmed, read_confirmed
 from moodistill.io.cache import content_digest
 from moodistill.io.tensorfile import read_safetensors, save_atomic
 from moodistill.latency import device
@@ -35,8 +36,9 @@ from moodistill.pareto.evaluation import Evaluation
 from moodistill.pareto.objectives import Limits
 from moodistill.runs import export as shipping
 from moodistill.runs import run
-from moodistill.runs.finish import changed_places
-from moodistill.runs.rows import Accuracies, make_rows
+from moodistill.runs.accuracies import Accuracies
+from moodistill.runs.results import changed_places
+from moodistill.runs.rows import make_rows
 from moodistill.search.driver import Search
 from moodistill.search.executor import SerialExecutor
 from moodistill.storage.searched import Searched
@@ -264,13 +266,15 @@ class Stop(UserError):
 def call(context, folder, monkeypatch):
     """Commands in this process, with the teacher at hand and no work beyond reading."""
 
-    def execute(folder, store, config, context, meter, *_):
+    def execute(session):
         """All that a run does with its inputs before and after the search, without the work."""
+        folder, store, config = session.folder, session.store, session.config
+        timing = session.backend.timing
 
         def evaluate(genome):
             raise Stop("a new student")
 
-        Evaluator(context, config.recipe, meter.measure)
+        Evaluator(context, config.recipe, timing.here)
         SoftTargets(
             context.graph.module, context.data, config.distill, None, context.teacher_digest
         )
@@ -279,12 +283,12 @@ def call(context, folder, monkeypatch):
         searched = Searched.read(store, config.search.limits, config.search.objectives)
         if searched is None:
             return
-        from moodistill.finalists.confirm import _read
-
         known, names = Accuracies(folder / "accuracies.json"), searched.near_front(0.05)
-        confirmed = _read(folder, {n: one.genome_hash for n, one in names.items()}) or {}
-        rows = make_rows(folder, searched, known.known, confirmed, meter.teacher_latency_ms)
-        changed_places(searched, confirmed)
+        confirmed = read_confirmed(folder)
+        if any(confirmed.measured.get(n) != one.genome_hash for n, one in names.items()):
+            confirmed = Confirmed()
+        rows = make_rows(folder, searched, known.known, confirmed, timing.teacher_latency_ms)
+        changed_places(searched, confirmed.latencies)
         json.dumps([vars(row) for row in rows], allow_nan=False)
         for one in searched.students.values():
             context.layout.unpack(one.genome)
@@ -292,7 +296,7 @@ def call(context, folder, monkeypatch):
     monkeypatch.setenv("MOODISTILL_CACHE", str(folder.parent / "cache"))
     for module in (run, shipping):
         monkeypatch.setattr(module, "load_context", lambda *_, **__: context)
-    monkeypatch.setattr(run, "_execute", execute)
+    monkeypatch.setattr(run, "execute", execute)
     monkeypatch.setattr(LatencyMeter, "_start", lambda self: None)
     digits = SimpleNamespace(
         name="digits", build=context.task.build, load_data=lambda _: context.data,

@@ -24,6 +24,7 @@ from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 from moodistill.io.tensorfile import save_atomic
 from moodistill.pareto.table import read_front
+from moodistill.settings import Settings
 from moodistill.teacher.weights import load_weights, read_state
 
 RNG = np.random.default_rng(0)
@@ -457,7 +458,7 @@ def test_a_network_of_which_nothing_can_be_left_out_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["population", "finalists", "distill_steps", "generations"])
 def test_budgets_of_nothing_are_refused_before_anything_is_done(name):
     with pytest.raises(UserError, match="expected"):
-        new_config("digits", 8, **{name: 0})
+        new_config("digits", Settings(**{name: 0}))
 
 
 def test_the_package_is_light_until_it_is_used():
