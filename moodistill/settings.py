@@ -114,6 +114,26 @@ class Settings:
     channels: int | None = _setting(
         NETWORK, "of your own pictures: 3 (RGB), 1 or 4", "own.channels", 3
     )
+    resize: str | None = _setting(
+        NETWORK, "how your own pictures are brought to that size: squash, crop or letterbox",
+        "own.resize", "squash",
+    )  # fmt: skip
+    shorter_side: int | None = _setting(
+        NETWORK, "of a picture before its centre is cropped, in pixels", "own.shorter_side",
+        "the size", least=1,
+    )  # fmt: skip
+    fill: int | None = _setting(NETWORK, "value of a letterbox's borders", "own.fill", 0)
+    interpolation: str | None = _setting(
+        NETWORK, "nearest, box, bilinear, hamming, bicubic or lanczos", "own.interpolation",
+        "bilinear",
+    )  # fmt: skip
+    channel_order: str | None = _setting(
+        NETWORK, "of your own pictures: RGB, or BGR as OpenCV reads them", "own.channel_order",
+        "RGB",
+    )  # fmt: skip
+    exif: bool | None = _setting(
+        NETWORK, "turn your own pictures as their EXIF tag says", "own.exif", True
+    )
     mean: tuple[float, ...] | None = _setting(
         NETWORK, "of pixels in [0, 1], as the teacher was trained with", "own.mean", "measured"
     )

@@ -73,8 +73,6 @@ def shipped_model(
             helper.make_node("Softmax", [logits.name], [PROBABILITIES], PROBABILITIES, axis=1)
         )
         logits.name = PROBABILITIES
-    if options.batch is not None:
-        _fix_batch(graph, options.batch)
     facts = {
         **properties,
         "opset": str(opset_of(made)),
@@ -84,7 +82,7 @@ def shipped_model(
         made.metadata_props.add(key=key, value=value)
     data = made.SerializeToString(deterministic=True)
     onnx.checker.check_model(data)
-    return data
+    return data if options.batch is None else fixed_batch(data, options.batch)
 
 
 def _prepend_normalisation(
@@ -116,12 +114,16 @@ def _prepend_normalisation(
     graph.node.extend([*nodes, *rest])
 
 
-def _fix_batch(graph: onnx.GraphProto, batch: int) -> None:
-    """Write a number where the batch was free."""
-    for value in (*graph.input, *graph.output, *graph.value_info):
+def fixed_batch(model: bytes, batch: int) -> bytes:
+    """A model that takes `batch` images at once, in place of any number."""
+    made = onnx.load_from_string(model)
+    for value in (*made.graph.input, *made.graph.output, *made.graph.value_info):
         axes = value.type.tensor_type.shape.dim
         if axes and axes[0].dim_param:
             axes[0].dim_value = batch  # takes the name's place
+    data: bytes = made.SerializeToString(deterministic=True)
+    onnx.checker.check_model(data)
+    return data
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from moodistill.io.atomic import write_json_atomic
 from moodistill.io.records import parse_json
 
 SPLITS = ("train", "validation", "test")
+CUT_FILE = "cut.json"  # of a run
 SHARE = 10  # a tenth of each class is for validation, another for the test
 
 

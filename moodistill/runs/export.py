@@ -10,7 +10,7 @@ from typing import Any
 
 from moodistill.bundle.folder import MODEL, write_package
 from moodistill.bundle.int8 import judge_speed, quantise_student
-from moodistill.bundle.model import Origin, ShipOptions
+from moodistill.bundle.model import Origin, ShipOptions, fixed_batch
 from moodistill.bundle.parity import Parity, export_onnx
 from moodistill.config import RunConfig
 from moodistill.data.images import ImageData
@@ -171,15 +171,22 @@ def export_student(
     device = stored.get("device")
     if not isinstance(device, dict) or DEVICE_KEYS - set(device):
         raise UserError(f"{run / RUN_FILE} does not say on which device; restore it from a copy")
-    parity = export_onnx(made.module, data, origin, out / MODEL, options)
+    free = replace(options, batch=None)  # latency is measured of the run's own batch
+    parity = export_onnx(made.module, data, origin, out / MODEL, options if not int8 else free)
     if int8:
         twin = rows.get(name + SUFFIX)
         try:
-            row = _quantise(made, row, twin, data, origin, out, device, config, options)
+            row = _quantise(made, row, twin, data, origin, out, device, config, free)
+            if options.batch is not None:
+                write_atomic(out / MODEL, fixed_batch((out / MODEL).read_bytes(), options.batch))
         except BaseException:
             (out / MODEL).unlink(missing_ok=True)
             raise
-    write_package(out, row, teacher, data, origin, device, options)
+    try:
+        write_package(out, row, teacher, data, origin, device, options)
+    except BaseException:
+        (out / MODEL).unlink(missing_ok=True)
+        raise
     return Exported(out / MODEL, None if int8 else parity)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moodistill.config import Budget, RunConfig, refuse_older
-from moodistill.data.images import metric_name
+from moodistill.data.cut import CUT_FILE
+from moodistill.data.images import ImageData, metric_name
 from moodistill.errors import UnfinishedRun, UserError
 from moodistill.finalists.confirm import Confirmed
 from moodistill.genome.layout_file import LAYOUT_FILE, write_layout
@@ -63,7 +64,9 @@ def start_run(
         UnfinishedRun: if it ended early and can be carried on.
     """
     use_threads(places.threads)
+    reporter = reporter or Reporter()
     context = _context(task or load_task(config.model, config.own), config, places)
+    _say_data(context.data, reporter)
     _refuse_uncuttable(context)
     config = _with_least_accuracy(config, context)
     folder = new_run_folder(out)
@@ -74,9 +77,11 @@ def start_run(
         new_run_folder(folder, locked=True)  # nobody has begun a run in it since
         place = cluster.config.place if cluster is not None else None
         write_run(folder, _record(config, context, backend.timing, place))
+        if context.data.cut is not None:
+            context.data.cut.write(folder / CUT_FILE)
         write_layout(folder, context.layout)
         with Store.create(folder, lock) as store:
-            execute(Session(folder, store, config, context, backend, reporter or Reporter()))
+            execute(Session(folder, store, config, context, backend, reporter))
     return folder
 
 
@@ -107,6 +112,7 @@ def resume_run(
             ended = stored.get("status") == "finished" or whole
             check_students(folder, store, kept, budget.students, ended)
         context = _context(task or load_task(config.model, config.own), config, places)
+        _say_data(context.data, reporter)
         scales = check_resumed(folder, stored, context, cluster)
         with open_backend(context, config, places, scales, cluster) as backend:
             note = compare_devices(folder, stored.get("devices"), backend.timing.devices)
@@ -184,6 +190,12 @@ def _unconfirmed(session: Session, error: LatencyError) -> UserError:
     return UnfinishedRun(message, session.folder)
 
 
+def _say_data(data: ImageData, reporter: Reporter) -> None:
+    """What the pictures are, and what became of every file."""
+    if data.table is not None:
+        reporter.say("\n".join(data.table.lines()), data=asdict(data.table))
+
+
 def _refuse_uncuttable(context: TeacherContext) -> None:
     """Refuse a network of which nothing can be left out."""
     if not context.layout.length:
@@ -247,7 +259,9 @@ def _writer(folder: Path) -> Store:
     """A run's store; a new one if the run was killed before it had any."""
     names = {path.name for path in folder.iterdir() if path.suffix != TEMPORARY}
     return (
-        Store.create(folder) if names <= {RUN_FILE, LOCK_FILE, LAYOUT_FILE} else Store.open(folder)
+        Store.create(folder)
+        if names <= {RUN_FILE, LOCK_FILE, LAYOUT_FILE, CUT_FILE}
+        else Store.open(folder)
     )
 
 
