@@ -97,14 +97,14 @@ class Preparation:
         height, width = self.size
         how = {
             "squash": f"squashed to {height} x {width} pixels (the aspect ratio is not kept)",
-            "crop": f"scaled until {height} x {width} pixels are covered, the centre cut out",
+            "crop": f"scaled until {height} x {width} pixels are covered, centre-cropped",
             "letterbox": f"scaled to fit into {height} x {width} pixels, with borders of value "
             f"{self.fill}",
         }[self.resize]
         if self.shorter_side is not None:
             how = (
-                f"scaled to {self.shorter_side} pixels on the shorter side, the centre "
-                f"{height} x {width} cut out"
+                f"scaled to {self.shorter_side} pixels on the shorter side, centre-cropped to "
+                f"{height} x {width}"
             )
         exif = "turned as EXIF says" if self.exif else "not turned (EXIF orientation is ignored)"
         order = {1: "grey", 4: "RGBA"}.get(channels, self.channel_order)

@@ -329,8 +329,12 @@ def test_other_pictures_are_not_exported_under_the_runs_accuracy(folder, call, t
         "--population", "6", "--generations", "1", "--finalists", "1", "--distill-steps", "2",
     )  # fmt: skip
     rows = read_front(tmp_path / "run")
+    searched = next(row for row in rows if row.stage == "searched")
+    picture(1).save(folder / "dark" / "new.png")  # comes too late for the run
+    call("export", tmp_path / "run", searched.student, "--out", tmp_path / "kept")
+    assert "as expected" in call("verify", tmp_path / "kept").stdout
     for number in range(40):
-        picture(1).save(folder / "dark" / f"new {number}.png")  # measured mean and std change
+        picture(1).save(folder / "dark" / f"{number}.png")
     for stage in ("distilled", "searched"):
         for row in [row for row in rows if row.stage == stage][:1]:
             done = call("export", tmp_path / "run", row.student, "--out", tmp_path / "out", code=2)
