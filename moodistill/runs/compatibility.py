@@ -20,6 +20,9 @@ from moodistill.training.teacher import accuracy
 if TYPE_CHECKING:
     from moodistill.cluster.client import Cluster
 
+# Where earlier versions had what is a metric now.
+EARLIER_METRICS = {"moodistill.data.fraction_right": "moodistill.data.images.fraction_right"}
+
 
 def least_accuracy(context: TeacherContext, config: RunConfig) -> float:
     """Two fifths of the way from chance to the teacher, a fraction.
@@ -97,9 +100,10 @@ def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContex
 def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None:
     """Refuse other pictures, normalisation or metric than `run.json` (`stored`) names."""
     for key, found in (("data_digest", data.digest), ("metric", metric_name(data))):
-        if stored.get(key) != found:
+        known = stored.get(key)
+        if known != found and (key != "metric" or EARLIER_METRICS.get(str(known)) != found):
             raise UserError(
-                f"{folder} was started with {key} {stored.get(key)}, found {found}; "
+                f"{folder} was started with {key} {known}, found {found}; "
                 "give the same data and metric"
             )
 

@@ -40,31 +40,16 @@ def make_rows(
     """
     finalists, latencies = read_finalists(folder, searched), confirmed.latencies
 
-    def row(name: str, one: Evaluation, finalist: Finalist | None = None) -> front.FrontRow:
-        latency = latencies.get(name, one.latency)
-        assert latency is not None and one.latency is not None
-        return front.FrontRow(
-            student=name,
-            stage="distilled" if finalist else "searched",
-            search_accuracy=one.accuracy,
-            accuracy=finalist.accuracy if finalist else known.get(one.genome_hash),
-            test_accuracy=finalist.test_accuracy if finalist else None,
-            parameters=one.parameters,
-            macs=one.macs,
-            latency_ms=latency.latency_ms,
-            latency_ms_low=latency.low_ms,
-            latency_ms_high=latency.high_ms,
-            teacher_latency_ms=teacher_latency_ms,
-            size_bytes=finalist.size_bytes if finalist else one.size_bytes,
-            onnx=f"students/{name}/model.onnx" if finalist else "",
-            genome_hash=one.genome_hash,
-            summary=one.summary,
+    def row(name: str, one: Evaluation) -> front.FrontRow:
+        assert one.latency is not None
+        again = replace(one, latency=latencies.get(name, one.latency))
+        made = replace(
+            searched_row(name, again, teacher_latency_ms),
+            accuracy=known.get(one.genome_hash),
             search_latency_ms=one.latency.latency_ms,
-            latency_ms_p90=latency.p90_ms,
-            latency_samples=len(latency.samples_ms),
-            memory_bytes=one.memory_bytes,
             on_devices=confirmed.on_devices(name),
         )
+        return _distilled(made, finalists[name]) if name in finalists else made
 
     rows = [
         replace(
@@ -76,23 +61,39 @@ def make_rows(
         )
     ]
     # A finalist of an earlier, smaller preset may have left the front: it stays exported.
-    confirmed_front = exported_front(searched, latencies)
-    for name in sorted({*finalists, *confirmed_front}):
-        rows.append(row(name, searched.students[name], finalists.get(name)))
-        twin = read_int8(folder / "students" / (name + SUFFIX))
-        if (
-            name in finalists
-            and twin is not None
-            and not twin.refused
-            and twin.student in latencies
-        ):
-            rows.append(
-                replace(
-                    int8_row(rows[-1], twin, latencies[twin.student]),
-                    on_devices=confirmed.on_devices(twin.student),
-                )
-            )
+    for name in sorted({*finalists, *exported_front(searched, latencies)}):
+        rows.append(row(name, searched.students[name]))
+        twin = read_int8(folder / "students" / (name + SUFFIX)) if name in finalists else None
+        if twin is not None and not twin.refused and twin.student in latencies:
+            quantised = int8_row(rows[-1], twin, latencies[twin.student])
+            rows.append(replace(quantised, on_devices=confirmed.on_devices(twin.student)))
     return rows
+
+
+def searched_row(name: str, one: Evaluation, teacher_latency_ms: float) -> front.FrontRow:
+    """The row of a student as the search has scored it."""
+    assert one.latency is not None
+    return front.FrontRow(
+        student=name, stage="searched", search_accuracy=one.accuracy, accuracy=None,
+        test_accuracy=None, parameters=one.parameters, macs=one.macs,
+        latency_ms=one.latency.latency_ms, latency_ms_low=one.latency.low_ms,
+        latency_ms_high=one.latency.high_ms, teacher_latency_ms=teacher_latency_ms,
+        size_bytes=one.size_bytes, onnx="", genome_hash=one.genome_hash, summary=one.summary,
+        search_latency_ms=one.latency.latency_ms, latency_ms_p90=one.latency.p90_ms,
+        latency_samples=len(one.latency.samples_ms), memory_bytes=one.memory_bytes,
+    )  # fmt: skip
+
+
+def _distilled(row: front.FrontRow, finalist: Finalist) -> front.FrontRow:
+    """The row of a student that has been distilled since."""
+    return replace(
+        row,
+        stage="distilled",
+        accuracy=finalist.accuracy,
+        test_accuracy=finalist.test_accuracy,
+        size_bytes=finalist.size_bytes,
+        onnx=f"students/{row.student}/model.onnx",
+    )
 
 
 def teacher_on_devices(folder: Path) -> dict[str, float]:

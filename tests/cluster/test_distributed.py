@@ -71,8 +71,6 @@ def searched(folder, layout, executor):
         ]
 
 
-
-
 @pytest.fixture(scope="module")
 def four(environment):
     with connect(ClusterConfig(workers=4), lambda text: None) as cluster:
@@ -84,8 +82,6 @@ def dask(*arguments):
         [sys.executable, "-m", "distributed.cli.dask_" + arguments[0], *arguments[1:]],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-
-
 
 
 @pytest.fixture
@@ -272,7 +268,7 @@ def test_options_that_do_not_fit(options, match):
 # more than once.
 SLOWER = """
 from dataclasses import replace
-from moodistill.latency import LatencyMeter
+from moodistill.latency.meter import LatencyMeter
 if not hasattr(LatencyMeter, "real"):
     LatencyMeter.real = LatencyMeter._latency
 def slower(self, samples, reference):

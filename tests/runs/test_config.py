@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT
@@ -14,8 +15,10 @@ from moodistill.config import (
     new_config,
     refuse_older,
 )
+from moodistill.data.images import fraction_right
 from moodistill.errors import UserError
 from moodistill.io.fields import convert, missing_fields, nearest
+from moodistill.runs.compatibility import check_data
 from moodistill.settings import Settings
 from moodistill.storage.folder import read_run
 from moodistill.teacher.task import OwnTask
@@ -111,6 +114,20 @@ def test_the_reference_runs_open(name):
     refuse_older(read_run(folder)["config"], folder)
     assert changed_settings(config, Settings(seed=1)) == ["seed 0, not 1"]
     assert not changed_settings(config, Settings(seed=0, generations=99))
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18"])
+def test_the_metric_of_the_reference_runs_is_still_theirs(name):
+    folder = ROOT / "results" / "reference" / name
+    stored = read_run(folder)
+
+    def check(metric):
+        data = SimpleNamespace(digest=stored["data_digest"], metric=metric)
+        check_data(folder, stored, data)
+
+    check(fraction_right)
+    with pytest.raises(UserError, match="metric"):
+        check(len)
 
 
 def test_conversion_says_what_is_missing_and_near():

@@ -29,7 +29,7 @@ from moodistill.errors import UserError
 from moodistill.finalists.confirm import Confirmed, read_confirmed
 from moodistill.io.cache import content_digest
 from moodistill.io.tensorfile import read_safetensors, save_atomic
-from moodistill.latency import device
+from moodistill.latency import simd
 from moodistill.latency.meter import LatencyError, LatencyMeter
 from moodistill.latency.simd import probe_simd
 from moodistill.pareto.evaluation import Evaluation
@@ -580,7 +580,7 @@ def test_cached_probe(tmp_path, monkeypatch, seeds):
         def confirm(self, models, rounds=64, report=None):
             return {name: SimpleNamespace(ratio=int(name) / 64) for name in models}
 
-    monkeypatch.setattr(device, "LatencyMeter", Meter)
+    monkeypatch.setattr(simd, "LatencyMeter", Meter)
     probe_simd(None, tmp_path)
 
     def check():
