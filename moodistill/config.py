@@ -11,7 +11,7 @@ from typing import Any
 from moodistill.bundle.int8 import Int8Config
 from moodistill.data.cut import CUT_FILE
 from moodistill.errors import UserError
-from moodistill.genome.layout import CONNECTIONS
+from moodistill.genome.layout import FORMER_CONNECTIONS
 from moodistill.io.fields import convert, missing_fields
 from moodistill.latency.meter import LatencyConfig
 from moodistill.pareto.objectives import check_objectives
@@ -42,7 +42,7 @@ PRESETS = {
 # Settings that may change when a run is resumed.
 BUDGET = ("preset", "generations", "finalists", "distill_steps")
 # What runs of earlier versions had, which do not say so in `run.json`.
-EARLIER: dict[str, Any] = {"search.connections": tuple(CONNECTIONS)}
+EARLIER: dict[str, Any] = {"search.connections": tuple(FORMER_CONNECTIONS)}
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from moodistill.onnx.opset import opset_of
 from moodistill.onnx.runtime import outputs
 from moodistill.pareto.evaluation import accuracy_interval
 from moodistill.pareto.table import FrontRow
+from moodistill.storage.folder import MODEL_FILE
 from moodistill.version import __version__
 
-MANIFEST, MODEL = "manifest.json", "model.onnx"
+MANIFEST, MODEL = "manifest.json", MODEL_FILE
 FORMAT = 1
 
 
@@ -198,7 +199,4 @@ Limits: it knows the classes above and pictures like those it was trained on, no
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a shipped folder, whatever it holds; `verify` checks it."""
-    found = parse_json((folder / MANIFEST).read_bytes())
-    if not isinstance(found, dict):
-        raise ValueError(f"{MANIFEST} holds a {type(found).__name__}, expected an object")
-    return found
+    return parse_json((folder / MANIFEST).read_bytes(), dict[str, Any])

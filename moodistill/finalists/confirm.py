@@ -7,14 +7,15 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moodistill.bundle.model import Origin, ShipOptions, ship
 from moodistill.io.atomic import write_json_atomic
-from moodistill.io.records import parse_json, typed
+from moodistill.io.records import parse_json
 from moodistill.onnx.writer import to_onnx
 from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.progress import Reporter
+from moodistill.storage.folder import model_file
 from moodistill.storage.searched import Searched
 from moodistill.student.builder import build_student
 from moodistill.student.context import TeacherContext
@@ -115,7 +116,7 @@ def confirm(
         found = meter.confirm(models, report=stage.update)
     confirmed = Confirmed(measured, found, dict(meter.elsewhere))
     record = {
-        "load_average": os.getloadavg(),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else (),  # not on Windows
         "rejected_windows": meter.rejected_windows - rejected,
         "measured": measured,
         "students": {name: asdict(latency) for name, latency in found.items()},
@@ -132,7 +133,7 @@ def still_confirmed(folder: Path, searched: Searched) -> Confirmed:
     """The latencies in `folder` of students and files that are still those that were measured."""
     record, kept = read_confirmed(folder), set()
     for name, digest in record.measured.items():
-        path = folder / "students" / name / "model.onnx"
+        path = model_file(folder, name)
         now = {hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else set()
         if name in searched.students:
             now.add(searched.students[name].genome_hash)
@@ -148,19 +149,20 @@ def still_confirmed(folder: Path, searched: Searched) -> Confirmed:
 def read_confirmed(folder: Path) -> Confirmed:
     """What `confirmed.json` holds; nothing if it is damaged."""
     try:
-        record = parse_json((folder / CONFIRMED_FILE).read_bytes())
-        latencies = _latencies(record["students"])
-        devices = {name: _latencies(ones) for name, ones in record.get("devices", {}).items()}
-        return Confirmed({n: str(record["measured"][n]) for n in latencies}, latencies, devices)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = parse_json((folder / CONFIRMED_FILE).read_bytes(), _Record)
+        for ones in (record.students, *record.devices.values()):
+            if not all(0 < one.latency_ms < 1e15 for one in ones.values()):
+                raise ValueError(f"{CONFIRMED_FILE} holds a latency that is no time")
+        measured = {name: record.measured[name] for name in record.students}
+    except (OSError, ValueError, KeyError):
         return Confirmed()
+    return Confirmed(measured, record.students, record.devices)
 
 
-def _latencies(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Latency]:
-    found = {}
-    for name, one in stored.items():
-        values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
-        found[name] = typed(Latency, values)
-        if not 0 < found[name].latency_ms < 1e15:
-            raise ValueError(f"the latency of {name} is {found[name].latency_ms}")
-    return found
+@dataclass(frozen=True)
+class _Record:
+    """`Confirmed` as `confirmed.json` has it."""
+
+    students: Mapping[str, Latency]
+    measured: Mapping[str, str]
+    devices: Mapping[str, Mapping[str, Latency]] = field(default_factory=dict)

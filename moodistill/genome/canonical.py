@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from moodistill.genome.kernels import write_kernel
 from moodistill.genome.layout import GenomeLayout
+from moodistill.genome.ranks import write_rank
 from moodistill.genome.resolve import resolve
 from moodistill.genome.structure import alive_in
 
@@ -42,6 +44,11 @@ def _canonical(layout: GenomeLayout, genome: np.ndarray, step: int) -> np.ndarra
         layout.view(result, f"merge/{name}")[:] = inputs
     for name in structure.bypassed:
         layout.view(result, f"bypass/{name}")[:] = False
+    for path, taps in structure.kernels.items():
+        node = layout.kernels[path]
+        write_kernel(layout.view(result, f"kernel/{path}"), node.kernel, node.rings, taps)
+    for path, rank in structure.ranks.items():
+        write_rank(layout.view(result, f"rank/{path}"), layout.ranked[path].ranks, rank)
     return result
 
 

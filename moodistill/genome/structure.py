@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Structure:
         merges: for every live Add, the inputs that stay.
         live: names of all nodes that the output depends on.
         dropped: groups that nobody reads in this student, though their layers could be there.
+        kernels: by module path, the taps by axis of convolutions that lost some.
+        ranks: by module path, the rank of layers that are not of full rank.
     """
 
     kept: dict[str, np.ndarray]
@@ -36,6 +38,8 @@ class Structure:
     merges: dict[str, tuple[bool, ...]]
     live: frozenset[str]
     dropped: frozenset[str] = frozenset()
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
 
 
 def alive_blocks(group: Group, kept: np.ndarray) -> np.ndarray:

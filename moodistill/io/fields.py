@@ -1,24 +1,17 @@
-"""Objects from files, typed by their dataclasses; one line names what a file has wrong."""
+"""Settings from files: as `records` reads them, but an unknown key is refused by its nearest."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import is_dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-import msgspec
-
 from moodistill.errors import UserError
+from moodistill.io import records
 
 T = TypeVar("T")
-
-_MISMATCH = re.compile(r"Expected `(?P<type>[^`]*)`(?P<length> of length \d+)?, got .*", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
-_NAMES = {"array": "list"}  # of msgspec, in Python's words
 
 
 def convert(values: Any, cls: type[T], source: str) -> T:
@@ -35,9 +28,9 @@ def convert(values: Any, cls: type[T], source: str) -> T:
     """
     _refuse_unknown(values, cls, source)
     try:
-        return msgspec.convert(values, cls, dec_hook=_decode)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{source}: {_explain(str(error), values)}") from error
+        return records.convert(values, cls)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
     except UserError as error:
         raise UserError(f"{source}: {str(error).replace('`', '')}") from error
 
@@ -84,33 +77,3 @@ def _dataclass_in(hint: Any) -> type | None:
         if is_dataclass(one):
             return one  # type: ignore[return-value]
     return None
-
-
-def _decode(cls: type, value: Any) -> Any:
-    if cls is Path and isinstance(value, str):
-        return Path(value)
-    raise TypeError(f"Expected `{cls.__name__}`, got `{type(value).__name__}`")
-
-
-def _explain(message: str, values: Any) -> str:
-    """One line of a message of msgspec: field, found value and expected type."""
-    what, _, place = message.partition(" - at `$")
-    path = place.removesuffix("`").removeprefix(".").replace("[...]", "")
-    missing = _MISSING.fullmatch(what)
-    if missing:
-        return f"{path + '.' if path else ''}{missing['name']} is missing"
-    name = path or "the whole file"
-    mismatch = _MISMATCH.fullmatch(what)
-    if not mismatch:
-        return f"{name}: {what[:1].lower()}{' '.join(what[1:].split())}"
-    words = mismatch["type"].split(" | ")
-    expected = " or ".join(_NAMES.get(word, word) for word in words if word != "null")
-    return f"{name} is {_shown(path, values)}; expected {expected}{mismatch['length'] or ''}"
-
-
-def _shown(path: str, values: Any) -> str:
-    """The value at a path as msgspec writes it, at most 40 characters."""
-    for key in re.findall(r"[^.\[\]]+|\[\d+\]", path):
-        values = values[int(key[1:-1]) if key.startswith("[") else key]
-    text = repr(values)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -54,7 +54,7 @@ class _WorkerProcess:
     """One running worker and the pipes to it."""
 
     def __init__(self) -> None:
-        package_root = str(Path(__file__).resolve().parents[1])
+        package_root = str(Path(__file__).resolve().parents[2])
         paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             # -P: a file of the working directory must not stand in for a library.

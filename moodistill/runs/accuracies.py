@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from moodistill.data.images import fraction_right
 from moodistill.io.atomic import write_json_atomic
+from moodistill.io.cache_dir import cache_key, cached
 from moodistill.io.records import parse_json
 from moodistill.student.accuracy import student_accuracy
 from moodistill.student.context import TeacherContext
@@ -40,11 +40,20 @@ def measure_teacher(known: Accuracies, context: TeacherContext, cache_dir: Path)
     another metric than accuracy, which no name tells for certain.
     """
     data, teacher = context.data, context.graph.module
-    made_of = f"{context.teacher_digest} {network_digest(teacher)} {data.digest}"
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-    usual = data.metric is fraction_right
-    cached = Accuracies(cache_dir / f"accuracy-{key}.json") if usual else known
-    for name, split in (("teacher", data.validation), ("teacher_test", data.test)):
-        if name not in cached.known:
-            cached.add(name, student_accuracy(teacher, data, split))
-        known.add(name, cached.known[name])
+    splits = {"teacher": data.validation, "teacher_test": data.test}
+
+    def measure() -> dict[str, float]:
+        return {
+            name: known.known[name] if name in known.known else student_accuracy(teacher, data, one)
+            for name, one in splits.items()
+        }
+
+    def read(path: Path) -> dict[str, float]:
+        found = Accuracies(path).known
+        return {name: found[name] for name in splits}
+
+    key = cache_key(context.teacher_digest, network_digest(teacher), data.digest)
+    path = cache_dir / f"accuracy-{key}.json" if data.metric is fraction_right else None
+    found = cached(path, read, measure, lambda values, to: write_json_atomic(to, values))
+    for name, value in found.items():
+        known.add(name, value)

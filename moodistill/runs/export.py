@@ -15,7 +15,7 @@ from moodistill.bundle.parity import Parity, export_onnx
 from moodistill.config import RunConfig
 from moodistill.data.images import ImageData
 from moodistill.errors import UnfinishedRun, UserError
-from moodistill.finalists.distil import RESULT_FILE, Finalist, read_finalist
+from moodistill.finalists.distil import STUDENT_FILE, Finalist, read_finalist
 from moodistill.io.atomic import write_atomic
 from moodistill.latency.device import device_fingerprint
 from moodistill.latency.meter import LatencyMeter
@@ -24,7 +24,7 @@ from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.pareto.table import SUFFIX, FrontRow, read_front
 from moodistill.runs.compatibility import check_data, check_network, check_origin
 from moodistill.runs.rows import int8_row, searched_row
-from moodistill.storage.folder import RUN_FILE, read_run
+from moodistill.storage.folder import RESULT_FILE, RUN_FILE, STUDENTS, read_run, student_folder
 from moodistill.storage.searched import student_id
 from moodistill.storage.store import Store
 from moodistill.student.accuracy import student_accuracy
@@ -79,7 +79,7 @@ def rebuild_student(
     """
     name = name.removesuffix(SUFFIX)
     evaluation = _evaluation(run, name)
-    path = run / "students" / name / "student.safetensors"
+    path = student_folder(run, name) / STUDENT_FILE
     if path.exists():
         return _read_distilled(run, path, evaluation, task, data_dir)
     if any(row.student == name and row.stage == "distilled" for row in read_front(run)):
@@ -217,7 +217,7 @@ def _evaluation(run: Path, name: str) -> Evaluation:
     with Store.open(run, readonly=True) as store:
         evaluations = {student_id(n): e for n, e in store.numbered().items()}
     if name not in evaluations or evaluations[name].latency is None:
-        known = sorted(p.name for p in (run / "students").glob("s*"))
+        known = sorted(p.name for p in (run / STUDENTS).glob("s*"))
         raise UserError(
             f"unknown student {name!r} in {run}; expected an id from its pareto.csv"
             + (f", for example {', '.join(known[:6])}" if known else "")

@@ -20,6 +20,7 @@ from moodistill.pareto.table import SUFFIX
 from moodistill.runs.accuracies import measure_teacher
 from moodistill.runs.rows import exported_front
 from moodistill.runs.session import Session
+from moodistill.storage.folder import MODEL_FILE, STUDENTS
 from moodistill.storage.searched import Searched
 from moodistill.student.accuracy import inherited_accuracy
 from moodistill.student.evaluator import make_student
@@ -41,7 +42,7 @@ def finish(session: Session, searched: Searched) -> Confirmed:
     twins = quantise(session, searched, finalists) if session.config.int8.wanted else {}
     measure_teacher(session.accuracies, session.context, default_cache_dir())
     offered = [*finalists, *(twin.student for twin in twins.values() if not twin.refused)]
-    shipped = {name: session.student_folder(name) / "model.onnx" for name in offered}
+    shipped = {name: session.student_folder(name) / MODEL_FILE for name in offered}
     confirmed = confirm(
         session.folder, searched, shipped, session.context, session.backend.timing.meter,
         session.reporter,
@@ -109,7 +110,7 @@ def _distil(session: Session, chosen: Mapping[str, Evaluation]) -> list[str]:
             if done % 10 == 0 or done == steps:
                 stage.update(finished * steps + done, student=name, loss=f"{loss:.3f}")
 
-        folder = session.folder / "students"
+        folder = session.folder / STUDENTS
         for name, result in session.backend.distil(chosen, folder, step):
             finished += 1
             stage.update(finished * steps, student=name)
@@ -158,7 +159,7 @@ def judge(session: Session, twin: Int8Result, name: str, confirmed: Confirmed) -
         if not passed or latency.low_ms > floating.latency_ms:
             twin = judge_speed(twin, latency, floating)
         if not twin.refused and not passed:
-            model, data = (folder / "model.onnx").read_bytes(), session.context.data
+            model, data = (folder / MODEL_FILE).read_bytes(), session.context.data
             reached = onnx_accuracy(model, data, data.test, torch.get_num_threads())
             twin = replace(twin, test_accuracy=reached)
         save_int8(folder, twin)

@@ -58,7 +58,7 @@ def write_table(session: Session, rows: Sequence[FrontRow]) -> None:
     """`pareto.csv`, `pareto.json` and the figures."""
     folder, config = session.folder, session.config
     title = f"{config.model}: {len(session.store)} students searched, {config.preset} preset"
-    write_front(folder / "pareto.csv", list(rows))
+    write_front(folder, list(rows))
     figures.plot_front(list(rows), folder / "pareto.png", title)
     figures.plot_history(session.store.generations(), folder / "history.png")
 

@@ -15,7 +15,7 @@ from moodistill.pareto import table as front
 from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.pareto.table import SUFFIX
 from moodistill.runs.accuracies import Accuracies
-from moodistill.storage.folder import read_run
+from moodistill.storage.folder import read_run, relative_model_file, student_folder
 from moodistill.storage.searched import Searched
 from moodistill.storage.store import Store
 
@@ -63,7 +63,7 @@ def make_rows(
     # A finalist of an earlier, smaller preset may have left the front: it stays exported.
     for name in sorted({*finalists, *exported_front(searched, latencies)}):
         rows.append(row(name, searched.students[name]))
-        twin = read_int8(folder / "students" / (name + SUFFIX)) if name in finalists else None
+        twin = read_int8(student_folder(folder, name + SUFFIX)) if name in finalists else None
         if twin is not None and not twin.refused and twin.student in latencies:
             quantised = int8_row(rows[-1], twin, latencies[twin.student])
             rows.append(replace(quantised, on_devices=confirmed.on_devices(twin.student)))
@@ -92,7 +92,7 @@ def _distilled(row: front.FrontRow, finalist: Finalist) -> front.FrontRow:
         accuracy=finalist.accuracy,
         test_accuracy=finalist.test_accuracy,
         size_bytes=finalist.size_bytes,
-        onnx=f"students/{row.student}/model.onnx",
+        onnx=relative_model_file(row.student),
     )
 
 
@@ -115,7 +115,7 @@ def current_rows(folder: Path, store: Store) -> list[front.FrontRow]:
         UserError: if not even the teacher has been scored.
     """
     run = read_run(folder)
-    if run.get("status") != "running" and (folder / "pareto.csv").is_file():
+    if run.get("status") != "running" and front.has_front(folder):
         return front.read_front(folder)
     config = RunConfig.read(folder)
     searched = Searched.read(store, config.search.limits, config.search.objectives)
@@ -147,6 +147,6 @@ def int8_row(floating: front.FrontRow, twin: Int8Result, latency: Latency) -> fr
         latency_ms_p90=latency.p90_ms,
         latency_samples=len(latency.samples_ms),
         size_bytes=twin.size_bytes,
-        onnx=f"students/{twin.student}/model.onnx",
+        onnx=relative_model_file(twin.student),
         search_latency_ms=None,
     )

@@ -11,6 +11,7 @@ from moodistill.config import RunConfig
 from moodistill.progress import Reporter
 from moodistill.runs.accuracies import Accuracies
 from moodistill.runs.backend import Backend
+from moodistill.storage.folder import student_folder
 from moodistill.storage.searched import Searched
 from moodistill.storage.store import Store
 from moodistill.student.context import TeacherContext
@@ -56,7 +57,7 @@ class Session:
 
     def student_folder(self, name: str) -> Path:
         """Where a student's files are."""
-        return self.folder / "students" / name
+        return student_folder(self.folder, name)
 
     def tell(self, text: str) -> None:
         """Say something that nobody may be there to hear any more."""

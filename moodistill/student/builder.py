@@ -22,7 +22,14 @@ from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.resolve import resolve
 from moodistill.student.partition import Parts
-from moodistill.student.slicing import Unit, slice_grouped, slice_layer, slice_norm
+from moodistill.student.slicing import (
+    GroupedSlice,
+    Unit,
+    centred,
+    slice_grouped,
+    slice_layer,
+    slice_norm,
+)
 from moodistill.student.values import Key, Tensor, Tensors, Value
 from moodistill.teacher.graph import TeacherGraph
 from moodistill.teacher.operations import JOINS
@@ -46,6 +53,7 @@ class Student:
     module: fx.GraphModule
     units: tuple[Unit, ...]
     norms: tuple[NormSlice, ...]
+    grouped: tuple[GroupedSlice, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -77,6 +85,7 @@ class _Builder:
         self.values: dict[str, Value] = {}
         self.units: list[Unit] = []
         self.norms: list[NormSlice] = []
+        self.grouped: list[GroupedSlice] = []
         self.tensors = Tensors(graph, self.parts, self.graph, self.modules)
         self.norm_calls = Counter(s.target for s in graph.steps if s.kind == "norm")
         self.first_cut: dict[str, tuple[tuple[Key, ...], ...]] = {}
@@ -111,7 +120,7 @@ class _Builder:
                 value = write[step.kind](step, self.values[step.inputs[0]])
             self.values[step.name] = value
         module = fx.GraphModule(self.modules, self.graph, "Student")
-        return Student(module.eval(), tuple(self.units), tuple(self.norms))
+        return Student(module.eval(), tuple(self.units), tuple(self.norms), tuple(self.grouped))
 
     @staticmethod
     def _path(target: str, index: int, count: int) -> str:
@@ -151,13 +160,27 @@ class _Builder:
             else:
                 out_groups = (self.tensors.channels(step, outs),)
                 in_groups = (self.tensors.channels(value.of, ins),)
-            unit = Unit(path, step.target, out_groups, in_groups, value.through, value.form.repeat)
-            if path not in self.modules:
-                layer = self.teacher.layer_module(step.target)
-                self.modules[path] = slice_layer(layer, unit)
+            layer = self.teacher.layer_module(step.target)
+            rank = self.structure.ranks.get(step.target)
+            unit = Unit(
+                path if rank is None else f"{path}.reduce", step.target, out_groups, in_groups,
+                value.through, value.form.repeat, self._taps(layer, step), rank,
+                None if rank is None else f"{path}.expand",
+            )  # fmt: skip
+            if unit.target not in self.modules:
+                self.modules |= slice_layer(layer, unit)
                 self.units.append(unit)
-            outputs.append(Tensor(self._call(path, self.tensors.gather(value, ins), step), outs))
+            node = self._call(unit.target, self.tensors.gather(value, ins), step)
+            if unit.expand is not None:
+                node = self._call(unit.expand, node, step)
+            outputs.append(Tensor(node, outs))
         return Value(tuple(outputs), step, step.form)
+
+    def _taps(self, layer: nn.Module, step: Step) -> tuple[slice, ...]:
+        """The taps of a convolution that stay."""
+        if not isinstance(layer, nn.Conv2d):
+            return ()
+        return centred(layer.kernel_size, self.structure.kernels.get(step.target))
 
     def _unit_keys(
         self, step: Step, value: Value
@@ -215,9 +238,11 @@ class _Builder:
             if path not in self.modules:
                 module = self._module(step)
                 if isinstance(module, nn.Conv2d):
-                    self.modules[path] = slice_grouped(
-                        module, channels, self.tensors.channels(step, tensor.keys), step.name
-                    )
+                    outputs = self.tensors.channels(step, tensor.keys)
+                    taps = self._taps(module, step)
+                    part = GroupedSlice(path, step.target, channels, outputs, taps)
+                    self.modules[path] = slice_grouped(module, part, step.name)
+                    self.grouped.append(part)
                 else:
                     assert isinstance(module, nn.PReLU)
                     made = nn.PReLU(len(channels))

@@ -108,7 +108,11 @@ class Evaluator:
                     parameters = student.parameters
                     macs = count_macs(student)
                 with _timed(seconds, "inherit"):
-                    inherit(student, self.context.graph, self.context.samples, self.recipe.inherit)
+                    unsolved = inherit(
+                        student, self.context.graph, self.context.samples, self.recipe.inherit
+                    )
+                if unsolved:  # their solve was not finite
+                    summary += f"; weights sliced {', '.join(unsolved)}"
                 with _timed(seconds, "export"):
                     model = to_onnx(student.module, self.context.data.input_shape)
                     key = structure_hash(student.module)

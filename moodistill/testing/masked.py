@@ -60,6 +60,11 @@ class _Masked(fx.Interpreter):
         if step is not None and step.kind == "layer" and step.name in self.structure.connected:
             (source,) = n.all_input_nodes
             return self._layer(step, self.env[source])
+        if step is not None and step.kind == "channelwise" and n.op == "call_module":
+            module = self.teacher.module.get_submodule(step.target)
+            if isinstance(module, nn.Conv2d):
+                (source,) = n.all_input_nodes
+                return _convolved(self.env[source], module, self._tapped(step, module.weight))
         return super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -79,11 +84,29 @@ class _Masked(fx.Interpreter):
         connected = self.structure.connected[step.name][np.ix_(rows, columns)]
         kept = np.array([self._keeps(source, c) for c in range(source.form.channels)])
         mask = torch.from_numpy(connected & kept[None, :])
+        weight = layer.weight.detach()
         if isinstance(layer, nn.Linear):
-            mask = mask.repeat_interleave(source.form.repeat, dim=1)
-            return F.linear(values, layer.weight * mask, layer.bias)
-        weight = layer.weight * mask[:, :, None, None]
-        return F.conv2d(values, weight, layer.bias, layer.stride, layer.padding, layer.dilation)
+            weight = weight * mask.repeat_interleave(source.form.repeat, dim=1)
+        else:
+            weight = self._tapped(step, weight * mask[:, :, None, None])
+        if step.target in self.structure.ranks:
+            own = np.array([self._keeps(step, c) for c in range(step.form.channels)])
+            weight = _approximated(weight, own, self.structure.ranks[step.target])
+        if isinstance(layer, nn.Linear):
+            return F.linear(values, weight, layer.bias)
+        return _convolved(values, layer, weight)
+
+    def _tapped(self, step: Step, weight: torch.Tensor) -> torch.Tensor:
+        """A convolution's weight with zeros at the taps that it lost."""
+        sizes = weight.shape[2:]
+        kept = self.structure.kernels.get(step.target, sizes)
+        mask = torch.zeros(*sizes)
+        rows, columns = (
+            slice((size - left) // 2, (size + left) // 2)
+            for size, left in zip(sizes, kept, strict=True)
+        )
+        mask[rows, columns] = 1.0
+        return weight.detach() * mask
 
     def _blocks(self, step: Step) -> np.ndarray:
         """`(channels,)`: every channel's block among those of all the step's groups."""
@@ -95,6 +118,24 @@ class _Masked(fx.Interpreter):
     def _keeps(self, step: Step, channel: int) -> bool:
         kept = self.structure.kept.get(step.groups[step.owner[channel]])
         return kept is not None and bool(kept[step.place[channel]])
+
+
+def _convolved(values: torch.Tensor, layer: nn.Conv2d, weight: torch.Tensor) -> torch.Tensor:
+    """A convolution's output with another weight of the same shape."""
+    return F.conv2d(
+        values, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+
+
+def _approximated(weight: torch.Tensor, rows: np.ndarray, rank: int) -> torch.Tensor:
+    """The weight whose kept rows `(outputs,)` are their best approximation of a rank."""
+    matrix = weight[torch.from_numpy(rows)].reshape(int(rows.sum()), -1).double().numpy()
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    nearest = (left[:, :rank] * values[:rank]) @ right[:rank]
+    result = torch.zeros_like(weight)
+    shape = (-1, *weight.shape[1:])
+    result[torch.from_numpy(rows)] = torch.from_numpy(nearest).float().reshape(shape)
+    return result
 
 
 def _cloned(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from moodistill.data.images import ImageData
 from moodistill.errors import UserError
 from moodistill.io.cache import read_cached, save_cached
+from moodistill.io.cache_dir import cache_key, read_or_none
 from moodistill.teacher.weights import network_digest
 from moodistill.training.augment import augment
 from moodistill.training.checkpoint import Checkpoint
@@ -80,16 +80,10 @@ class SoftTargets:
         self.config = config
         made_of = (teacher_digest, network_digest(teacher), data.digest)
         parts = (*made_of, config.batch_size, config.pad, config.flip)
-        self.key = hashlib.sha256(f"{parts} {config.seed}".encode()).hexdigest()[:16]
+        self.key = cache_key(parts, config.seed)
         self.path = cache_dir / f"logits-{self.key}.safetensors" if cache_dir else None
-        self.logits: dict[str, torch.Tensor] = {}
-        self.saved = 0  # how many of them
-        if self.path is not None and self.path.exists():
-            try:
-                self.logits = read_cached(self.path)
-                self.saved = len(self.logits)
-            except UserError:
-                self.path.unlink()
+        self.logits: dict[str, torch.Tensor] = read_or_none(self.path, read_cached) or {}
+        self.saved = len(self.logits)
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images `(B, C, H, W)` and labels `(B,)` of view batch `index`; always the same."""

@@ -1,6 +1,9 @@
-"""Seconds per evaluation by stage and peak memory, over the initial students of a search.
+"""Seconds per evaluation by stage, and peak memory (the table in docs/results.md).
 
 python scripts/bench/evaluation.py --model vgg16
+
+Scores the first students that a search would draw, one after another in this process. Compare two
+versions in one session on one machine.
 """
 
 import argparse

@@ -1,6 +1,9 @@
-"""How well two measurements of the same students agree, quiet and beside a busy neighbour.
+"""Repeatability of latencies: the same students measured twice, idle and beside a busy process.
 
 python scripts/bench/latency.py --model vgg16
+
+Prints the rank correlation (Spearman) and the median difference of the two measurements
+(docs/method.md).
 """
 
 import argparse

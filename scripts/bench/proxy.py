@@ -1,9 +1,11 @@
-"""How well scores without long training foretell accuracy after it: Kendall's tau by recipe.
+"""Rank correlation of cheap scores with accuracy after distillation (the table in docs/method.md).
 
 python scripts/bench/proxy.py --model vgg16 --students 24
 python scripts/bench/proxy.py --model vgg16 --table-only
 
-Every student is kept in `<out>/proxy-<model>.json` as it is done: run it again to carry on.
+Kendall's tau over random students of all sizes, and within thirds of them by size, for each way of
+inheritance with and without a few training steps. Every student is stored in
+`<out>/proxy-<model>.json` when it is done: run the command again to continue.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ from moodistill.training.distill import DistillConfig, SoftTargets, distill
 
 MODES: dict[str, Mode] = {
     "plain slicing": "slice",
-    "closed form, teacher's channels": "teacher",
     "closed form, student's channels": "student",
+    "closed form, whole patches": "patches",
 }
 SHORT = (20, 100)  # steps at a small rate behind the closed form
 SMALL_RATE = 0.003
@@ -151,7 +153,7 @@ def main() -> int:
     rng = np.random.default_rng(0)
     genomes = sampling._do(None, arguments.students + 1, random_state=rng)[1:]
     path = arguments.out / f"proxy-{arguments.model}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     targets = SoftTargets(
         context.graph.module, context.data, DistillConfig(steps=arguments.steps),
         default_cache_dir(), context.teacher_digest,

@@ -1,13 +1,13 @@
-"""Our search against pruning libraries, plain operators and itself without its ingredients.
+"""The search against pruning libraries, random draws and itself without each of its parts.
 
 python scripts/bench/search.py --model vgg16 --evaluations 160 --seeds 3
 python scripts/bench/search.py --model vgg16 --evaluations 160 --seeds 3 --min-accuracy 0.42
 python scripts/bench/search.py --model vgg16 --table-only
 
-Every arm scores the same number of students by the same measures and keeps them in a store of its
-own: run the command again to carry on. Table and figure are made from `<out>/search-<model>.json`;
-a run that is there is not made again: delete its line and its store to do so. Torch-Pruning comes
-with `pip install -e ".[bench]"`. With `--min-accuracy` it is `<out>/search-<model>-limited.json`.
+Every arm scores the same number of students by the same measures and stores them: run the command
+again to continue. Table and figure (docs/comparison.md) are made from `<out>/search-<model>.json`
+(`search-<model>-limited.json` with `--min-accuracy`). An arm and seed that is in the file is not
+run again; delete its line and its store to do so. Torch-Pruning comes with the extra `bench`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Bench:
     def meter(self) -> LatencyMeter:
         """Measures latency, with the teacher's as it was when this folder was begun."""
         path = self.folder / "teacher.json"
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
         made = LatencyMeter(
             teacher_onnx(self.context), self.context.data.input_shape,
             teacher_latency_ms=stored.get("teacher_latency_ms"),
@@ -224,7 +224,7 @@ def main() -> int:
     name = Path(arguments.model).stem + ("-limited" if arguments.min_accuracy else "")
     arguments.folder = arguments.folder or Path("results") / f"bench-{name}"
     path = arguments.out / f"search-{name}.json"
-    records = json.loads(path.read_text()) if path.exists() else {}
+    records = json.loads(path.read_text("utf-8")) if path.exists() else {}
     try:
         unknown = [arm for arm in arms if arm not in ARMS]
         if unknown:

@@ -1,4 +1,4 @@
-"""Records of `scripts/bench/search.py`: a run's students as rows of a table and as a figure."""
+"""Records of `scripts/bench/search.py`: hypervolume, best accuracies, table and figure."""
 
 from __future__ import annotations
 

@@ -620,14 +620,12 @@ def test_export_says_what_the_weights_reach_not_what_the_table_did(finished, cal
     shutil.copytree(finished, folder)
     name = distilled(folder)[0]["student"]
     result = json.loads((folder / "students" / name / "result.json").read_text())
-    table = (folder / "pareto.csv").read_text()
-    (folder / "pareto.csv").write_text(
-        "".join(
-            line.replace(",distilled,", ",searched,", 1) if line.startswith(f"{name},") else line
-            for line in table.splitlines(keepends=True)
-            if not line.startswith(f"{name}-int8,")
-        )
-    )
+    table = json.loads((folder / "pareto.json").read_text())
+    for row in table:
+        if row["student"] == name:
+            row["stage"] = "searched"
+    kept = [row for row in table if row["student"] != f"{name}-int8"]
+    (folder / "pareto.json").write_text(json.dumps(kept))
     call("export", folder, name, "--out", tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["stage"] == "distilled"

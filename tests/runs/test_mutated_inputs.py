@@ -441,20 +441,26 @@ def test_student(folder, context, call, tmp_path, seeds):
     assert torture(path, mutate, check, seeds, folder) > len(seeds) // 2
 
 
-@some(24, 150)
-def test_pareto_csv(folder, call, seeds):
+@some(12, 150)
+@pytest.mark.parametrize(
+    ("name", "mutate"), [("pareto.json", mutated_json), ("pareto.csv", mutated_csv)]
+)
+def test_the_front(folder, call, tmp_path, name, mutate, seeds):
+    run = tmp_path / "run"  # with that file alone, as runs of earlier versions have CSV
+    run.mkdir()
+    shutil.copy(folder / name, run)
+
     def check():
         refused = 0
         for options in ([], ["--knee"], ["--weights", "accuracy=1,latency=2"]):
-            code, text = call("choose", folder, "--json", *options)
+            code, text = call("choose", run, "--json", *options)
             if code == 0:
                 chosen = json.loads(text, parse_constant=lambda name: pytest.fail(name))
                 assert 0 <= chosen["student"]["test_accuracy"] <= 1
             refused |= code == 2
         return refused
 
-    refused = torture(folder / "pareto.csv", mutated_csv, check, seeds, folder)
-    assert refused > len(seeds) // 3
+    assert torture(run / name, mutate, check, seeds, run) > len(seeds) // 3
 
 
 @some(16, 120)

@@ -13,30 +13,32 @@ from moodistill.genome.layout import GenomeLayout, Group
 class LayerCrossover(Crossover):
     """Two parents, two children.
 
-    The genes of one channel group (its mask, the connections and bypasses of the layers that
-    write it) travel together; merge edges travel one Add at a time. Half of the matings exchange
-    one run of layers (so that what fits together stays together), half every group by a coin. In
-    `within` of the exchanged groups only some blocks of channels change hands.
+    The genes of one channel group (its mask, the connections, bypasses, kernels and ranks of the
+    layers that write it) travel together; merge edges travel one Add at a time. Half of the
+    matings exchange one run of layers (so that what fits together stays together), half every
+    group by a coin. In `within` of the exchanged groups only some blocks of channels change hands.
     """
 
     def __init__(self, layout: GenomeLayout, within: float = 0.2) -> None:
         super().__init__(2, 2, prob=1.0)
         self.layout = layout
         self.within = within
-        # Of a frozen group (the output) the connections of its layers are heritable.
-        written = {n.groups[0] for n in layout.layers if f"block/{n.name}" in layout.slices}
-        self.heritable = [g for g in layout.groups.values() if not g.frozen or g.name in written]
-        # What travels with each of them.
-        self.genes = [
-            [layout.slices[name] for name in self._genes(group) if name in layout.slices]
-            for group in self.heritable
-        ]
+        # What travels with each of them. Of a frozen group (the output) there may be no genes.
+        genes = {
+            group.name: [layout.slices[n] for n in self._genes(group) if n in layout.slices]
+            for group in layout.groups.values()
+        }
+        self.heritable = [group for group in layout.groups.values() if genes[group.name]]
+        self.genes = [genes[group.name] for group in self.heritable]
         self.merge_genes = [layout.slices[f"merge/{merge.name}"] for merge in layout.merges]
 
     def _genes(self, group: Group) -> list[str]:
-        writers = [n.name for n in self.layout.layers if n.groups[0] == group.name]
-        edges = [f"{kind}/{name}" for name in writers for kind in ("block", "bypass")]
-        return [f"mask/{group.name}", *edges]
+        nodes = [n for n in self.layout.nodes if n.groups[:1] == (group.name,)]
+        edges = [f"{k}/{n.name}" for n in nodes for k in ("block", "bypass") if n.kind == "layer"]
+        shapes = [
+            f"{k}/{path}" for path in {n.path: None for n in nodes} for k in ("kernel", "rank")
+        ]
+        return [f"mask/{group.name}", *edges, *shapes]
 
     def _do(
         self,
