@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from moodistill.data.pixels import read_picture
-
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-3
 
@@ -40,6 +38,8 @@ def load(path, entry):
 
 def picture(path, entry):
     """Pixels `(H, W, C)` of a picture's file."""
+    from moodistill.data.pixels import read_picture
+
     channels, height, width = entry["shape"]
     settings = entry["preparation"]
     try:

@@ -18,15 +18,17 @@ from moodistill.onnx.runtime import outputs
 
 TRIED = 12  # original files
 TOLERANCE = 1e-3
-IMPORT = "from moodistill.data.pixels import read_picture\n"
+IMPORT = "    from moodistill.data.pixels import read_picture\n\n"
+LAST = "import onnxruntime\n"
 
 
 def script_text() -> str:
-    """`run.py`: `run_script` with the text of `data.pixels` in the place of its import."""
+    """`run.py`: `run_script` with the text of `data.pixels` in place of importing it."""
     script = Path(run_script.__file__).read_text(encoding="utf-8")
     _, _, code = Path(pixels.__file__).read_text(encoding="utf-8").partition("import numpy as np\n")
-    assert script.count(IMPORT) == 1 and code
-    return script.replace(IMPORT, f"# How the search reads pictures.\n{code}")
+    assert script.count(IMPORT) == script.count(LAST) == 1 and code
+    whole = f"{LAST}\n# How the search reads pictures.\n{code}\n# What this script does with them."
+    return script.replace(IMPORT, "").replace(LAST, whole)
 
 
 def try_run_script(folder: Path, data: ImageData, model: bytes, output: str) -> int:
