@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         search,
     )  # fmt: skip
     from moodistill.data import (
+        DataTable,
         ImageData,
+        Preparation,
         Split,
         from_datasets,
         load_cifar10,
@@ -42,8 +44,8 @@ _HOMES = {
         "moodistill.api",
     ),
     **dict.fromkeys(
-        ("ImageData", "Split", "from_datasets", "load_cifar10", "load_digits",
-         "load_image_folder"),
+        ("DataTable", "ImageData", "Preparation", "Split", "from_datasets", "load_cifar10",
+         "load_digits", "load_image_folder"),
         "moodistill.data",
     ),
     "Task": "moodistill.teacher.task",
@@ -51,9 +53,10 @@ _HOMES = {
     "load_weights": "moodistill.teacher.weights",
 }  # fmt: skip
 __all__ = [
-    "ImageData", "Int8Config", "LatencyConfig", "LayerRules", "Limits", "Run", "RunStudent",
-    "Split", "Task", "TrainConfig", "UserError", "__version__", "from_datasets", "load_cifar10",
-    "load_digits", "load_image_folder", "load_weights", "open_run", "search",
+    "DataTable", "ImageData", "Int8Config", "LatencyConfig", "LayerRules", "Limits", "Preparation",
+    "Run", "RunStudent", "Split", "Task", "TrainConfig", "UserError", "__version__",
+    "from_datasets", "load_cifar10", "load_digits", "load_image_folder", "load_weights", "open_run",
+    "search",
 ]  # fmt: skip
 
 

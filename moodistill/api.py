@@ -26,6 +26,7 @@ from moodistill.bundle.model import ShipOptions
 from moodistill.config import Budget, RunConfig, new_config, refuse_changes
 from moodistill.data.datasets import from_datasets, from_splits
 from moodistill.data.images import ImageData, Metric, Split, fraction_right
+from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 from moodistill.io.cache import default_cache_dir
 from moodistill.io.tensorfile import save_atomic
@@ -83,7 +84,14 @@ class RunStudent:
         return self.run.student(name)
 
     def export(
-        self, out: str | Path, *, input: str = "uint8", softmax: bool = False, int8: bool = False
+        self,
+        out: str | Path,
+        *,
+        input: str = "uint8",
+        softmax: bool = False,
+        int8: bool = False,
+        opset: int | None = None,
+        batch: int | None = None,
     ) -> Path:
         """Write a folder that can be shipped; returns the path of its `model.onnx`.
 
@@ -92,11 +100,13 @@ class RunStudent:
             input: `uint8` or `float32` pixels from 0 to 255, or `normalised` images.
             softmax: probabilities instead of logits.
             int8: quantise, if that is faster on the run's device.
+            opset: of the file; None for the lowest that its operations need.
+            batch: pictures that the file takes at once; None leaves that free.
 
         Raises:
             UserError: if the file does not pass the comparison with torch, or INT8 is no gain.
         """
-        options = ShipOptions(input, softmax)
+        options = ShipOptions(input, softmax, opset, batch)
         return export_student(
             self.run.folder, self.row.student, Path(out), None, options, int8, self.run.task
         ).path
@@ -162,7 +172,7 @@ class Run:
 def search(
     teacher: nn.Module,
     train: Any,
-    validation: Any,
+    validation: Any = None,
     test: Any = None,
     *,
     out: str | Path,
@@ -170,6 +180,7 @@ def search(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     metric: Metric = fraction_right,
+    preparation: Preparation | None = None,
     preset: str | None = None,
     generations: int | None = None,
     finalists: int | None = None,
@@ -195,7 +206,8 @@ def search(
         train, validation, test: map-style datasets of `(picture, label)` (see
             `own_data.from_datasets`), or pairs of a uint8 array `(N, H, W, C)` and labels `(N,)`.
             `train` calibrates and distils, `validation` scores and chooses, `test` chooses
-            nothing (None takes half of `validation` for it).
+            nothing (None takes half of `validation` for it). Or `train` alone: an `ImageData`, as
+            `load_image_folder` gives it, with its labels, normalisation and metric.
         out: the run's folder. The teacher's weights are kept beside it, in
             `<out>.teacher.safetensors`. Of a run that it holds already only the budget may change
             (`preset` and the next three).
@@ -204,6 +216,9 @@ def search(
             measures them on `train`.
         metric: `(logits (n, classes), labels (n,)) -> [0, 1]`, larger is better, in place of
             accuracy everywhere.
+        preparation: how the datasets prepare the pictures of files; None reads it from
+            torchvision's transforms (see `from_datasets`). Where it is not known, a shipped
+            `run.py` takes pictures of exactly the input's size alone.
         preset: `quick` (the default of a new run), `standard` or `thorough`; the next three replace
             its numbers.
         generations, finalists, distill_steps: of the search and of its finalists.
@@ -227,7 +242,7 @@ def search(
         UserError: if the network, the data or a setting cannot be used, or `out` holds a run of
             others; one line says why.
     """
-    data = _image_data(train, validation, test, labels, mean, std, metric)
+    data = _image_data(train, validation, test, labels, mean, std, metric, preparation)
     settings = Settings(
         preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
         population=population, seed=seed, objectives=_tuple(objectives), algorithm=algorithm,
@@ -297,16 +312,34 @@ def _copies_of(teacher: nn.Module) -> Callable[[], nn.Module]:
 
 
 def _image_data(
-    train: Any, validation: Any, test: Any, labels: Any, mean: Any, std: Any, metric: Metric
+    train: Any,
+    validation: Any,
+    test: Any,
+    labels: Any,
+    mean: Any,
+    std: Any,
+    metric: Metric,
+    preparation: Preparation | None,
 ) -> ImageData:
+    if isinstance(train, ImageData):
+        others = (validation, test, labels, mean, std, preparation)
+        if any(one is not None for one in others) or metric is not fraction_right:
+            raise UserError(
+                "an ImageData has all splits, labels, normalisation, metric and preparation "
+                "itself; give it alone"
+            )
+        return train
+    if validation is None:
+        raise UserError("validation is not given; expected a dataset, or an ImageData as train")
     given = {"train": train, "validation": validation, "test": test}
     arrays = {k: isinstance(v, tuple) and len(v) == 2 for k, v in given.items() if v is not None}
     if not all(arrays.values()):
         if any(arrays.values()):
             raise UserError("give all splits as arrays, or all as datasets")
         return from_datasets(
-            train, validation, test, labels=labels, mean=mean, std=std, metric=metric
-        )
+            train, validation, test, labels=labels, mean=mean, std=std, metric=metric,
+            preparation=preparation,
+        )  # fmt: skip
     splits = {}
     for name in arrays:
         images, answers = (np.asarray(part) for part in given[name])
@@ -316,7 +349,7 @@ def _image_data(
                 "uint8 (N, H, W, C) and N labels"
             )
         splits[name] = Split(images, answers.astype(np.int64))
-    return from_splits("own", splits, labels, mean, std, metric)
+    return from_splits("own", splits, labels, mean, std, metric, preparation)
 
 
 def _html_table(rows: Sequence[FrontRow]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moodistill.bundle.int8 import Int8Config
+from moodistill.data.cut import CUT_FILE
 from moodistill.errors import UserError
 from moodistill.genome.layout import FORMER_CONNECTIONS
 from moodistill.io.fields import convert, missing_fields
@@ -101,12 +102,16 @@ class RunConfig:
 
     @staticmethod
     def read(folder: Path) -> RunConfig:
-        """That of a run in a folder.
+        """That of a run in a folder, whose own pictures are cut as the run has cut them.
 
         Raises:
             UserError: if the folder is no run, or its `run.json` is damaged.
         """
-        return RunConfig.from_dict(read_run(folder).get("config", {}), str(folder / RUN_FILE))
+        config = RunConfig.from_dict(read_run(folder).get("config", {}), str(folder / RUN_FILE))
+        cut = folder / CUT_FILE
+        if config.own is None or not cut.is_file():
+            return config
+        return replace(config, own=replace(config.own, cut=str(cut)))
 
     def with_budget(self, budget: Budget) -> RunConfig:
         """The same run with other generations and another finalists' budget."""

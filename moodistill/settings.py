@@ -114,6 +114,26 @@ class Settings:
     channels: int | None = _setting(
         NETWORK, "of your own pictures: 3 (RGB), 1 or 4", "own.channels", 3
     )
+    resize: str | None = _setting(
+        NETWORK, "how your own pictures are brought to that size: squash, crop or letterbox",
+        "own.resize", "squash",
+    )  # fmt: skip
+    shorter_side: int | None = _setting(
+        NETWORK, "of a picture before its centre is cropped, in pixels", "own.shorter_side",
+        "the size", least=1,
+    )  # fmt: skip
+    fill: int | None = _setting(NETWORK, "value of a letterbox's borders", "own.fill", 0)
+    interpolation: str | None = _setting(
+        NETWORK, "nearest, box, bilinear, hamming, bicubic or lanczos", "own.interpolation",
+        "bilinear",
+    )  # fmt: skip
+    channel_order: str | None = _setting(
+        NETWORK, "of your own pictures: RGB, or BGR as OpenCV reads them", "own.channel_order",
+        "RGB",
+    )  # fmt: skip
+    exif: bool | None = _setting(
+        NETWORK, "turn your own pictures as their EXIF tag says", "own.exif", True
+    )
     mean: tuple[float, ...] | None = _setting(
         NETWORK, "of pixels in [0, 1], as the teacher was trained with", "own.mean", "measured"
     )
@@ -182,7 +202,7 @@ class Settings:
         "search.limits.max_memory_bytes",
     )  # fmt: skip
     connections: tuple[str, ...] | None = _setting(
-        LAYERS, "kinds that are searched, of blocks, merges, bypasses; or none",
+        LAYERS, "kinds that are searched, of kernels, ranks, merges, bypasses, blocks; or none",
         "search.connections", ("merges", "bypasses"), metavar="KIND,KIND",
     )  # fmt: skip
     keep: tuple[str, ...] | None = _setting(

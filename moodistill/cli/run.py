@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from moodistill.teacher.task import OwnTask, Task
 
 # Of these a run that is carried on has its own.
-NETWORK = ("teacher", "data", "size", "channels", "mean", "std", "weights_key")
+NETWORK = (
+    "teacher", "data", "size", "channels", "resize", "shorter_side", "fill", "interpolation",
+    "channel_order", "exif", "mean", "std", "weights_key",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,8 @@ def _own_task(settings: Settings, base: RunConfig | None) -> OwnTask | None:
     if settings.teacher is not None and settings.model is not None:
         raise UserError("`teacher` and `model` both name a network; give one of them")
     if settings.model is None and base is not None and base.own is not None:
-        return replace(base.own, **given)
+        own = replace(base.own, cut=None) if "data" in given else base.own  # others: cut anew
+        return replace(own, **given)
     if settings.teacher is not None:
         for name in ("weights", "data"):
             if name not in given:

@@ -9,9 +9,13 @@ from moodistill.data.datasets import from_datasets
 from moodistill.data.digits import load_digits
 from moodistill.data.folders import load_image_folder
 from moodistill.data.images import ImageData, Split
+from moodistill.data.preparation import Preparation
+from moodistill.data.table import DataTable
 
 __all__ = [
+    "DataTable",
     "ImageData",
+    "Preparation",
     "Split",
     "from_datasets",
     "load_cifar10",

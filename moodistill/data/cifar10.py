@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from moodistill.data.images import ImageData, Split, sha256_array
+from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 from moodistill.io.atomic import write_atomic
 
@@ -73,6 +74,7 @@ def load_cifar10(data_dir: Path | None = None, download: bool = True) -> ImageDa
         std=(0.2470, 0.2435, 0.2616),
         labels=CIFAR10_LABELS,
         digest=digest,
+        preparation=Preparation(),  # they are of that size already; other pictures are squashed
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from moodistill.bundle.folder import MODEL, write_package
 from moodistill.bundle.int8 import judge_speed, quantise_student
-from moodistill.bundle.model import Origin, ShipOptions
+from moodistill.bundle.model import Origin, ShipOptions, fixed_batch
 from moodistill.bundle.parity import Parity, export_onnx
 from moodistill.config import RunConfig
 from moodistill.data.images import ImageData
@@ -159,18 +159,25 @@ def export_student(
     row = _current_row(name, rebuilt, rows.get(name), teacher)
     origin = Origin(task.name, str(stored.get("teacher_digest")), rebuilt.evaluation.genome)
     module, data = rebuilt.student.module, rebuilt.data
-    parity = export_onnx(module, data, origin, out / MODEL, options)
     int8 = int8 or name != student
+    free = replace(options, batch=None)  # latency is measured of the run's own batch
+    parity = export_onnx(module, data, origin, out / MODEL, free if int8 else options)
     if int8:
         # Distilled since the table was written, its twin in there is of other weights.
         known = rows.get(name + SUFFIX) if row == rows.get(name) else None
-        request = _Int8(row, known, device, config, origin, options)
+        request = _Int8(row, known, device, config, origin, free)
         try:
             row = _quantise(rebuilt, out, request)
+            if options.batch is not None:
+                write_atomic(out / MODEL, fixed_batch((out / MODEL).read_bytes(), options.batch))
         except BaseException:
             (out / MODEL).unlink(missing_ok=True)
             raise
-    write_package(out, row, teacher, data, origin, device, options)
+    try:
+        write_package(out, row, teacher, data, origin, device, options)
+    except BaseException:
+        (out / MODEL).unlink(missing_ok=True)
+        raise
     return Exported(out / MODEL, None if int8 else parity)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from moodistill.config import Budget, RunConfig, refuse_older
+from moodistill.data.cut import CUT_FILE
 from moodistill.data.images import ImageData, metric_name
 from moodistill.errors import UnfinishedRun, UserError
 from moodistill.finalists.confirm import Confirmed
@@ -71,6 +72,7 @@ def start_run(
     reporter = reporter or Reporter()
     task = task or load_task(config.model, config.own)
     context = _context(task, config, places, reporter, first=True)
+    _say_data(context.data, reporter)
     _refuse_uncuttable(context)
     config = _with_least_accuracy(config, context)
     folder = new_run_folder(out)
@@ -81,6 +83,8 @@ def start_run(
         new_run_folder(folder, locked=True)  # nobody has begun a run in it since
         place = cluster.config.place if cluster is not None else None
         write_run(folder, _record(config, context, backend.timing, place))
+        if context.data.cut is not None:
+            context.data.cut.write(folder / CUT_FILE)
         write_layout(folder, context.layout)
         with Store.create(folder, lock) as store:
             execute(Session(folder, store, config, context, backend, reporter))
@@ -115,6 +119,7 @@ def resume_run(
             check_students(folder, store, kept, budget.students, ended)
         task = task or load_task(config.model, config.own)
         context = _context(task, config, places, reporter)
+        _say_data(context.data, reporter)
         scales = check_resumed(folder, stored, context, cluster)
         with open_backend(context, config, places, scales, cluster) as backend:
             note = compare_devices(folder, stored.get("devices"), backend.timing.devices)
@@ -192,6 +197,12 @@ def _unconfirmed(session: Session, error: LatencyError) -> UserError:
     return UnfinishedRun(message, session.folder)
 
 
+def _say_data(data: ImageData, reporter: Reporter) -> None:
+    """What the pictures are, and what became of every file."""
+    if data.table is not None:
+        reporter.say("\n".join(data.table.lines()), data=asdict(data.table))
+
+
 def _refuse_uncuttable(context: TeacherContext) -> None:
     """Refuse a network of which nothing can be left out."""
     if not context.layout.length:
@@ -255,7 +266,9 @@ def _writer(folder: Path) -> Store:
     """A run's store; a new one if the run was killed before it had any."""
     names = {path.name for path in folder.iterdir() if path.suffix != TEMPORARY}
     return (
-        Store.create(folder) if names <= {RUN_FILE, LOCK_FILE, LAYOUT_FILE} else Store.open(folder)
+        Store.create(folder)
+        if names <= {RUN_FILE, LOCK_FILE, LAYOUT_FILE, CUT_FILE}
+        else Store.open(folder)
     )
 
 

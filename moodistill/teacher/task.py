@@ -6,13 +6,16 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
 from torch import nn
 
+from moodistill.data.cut import Cut
+from moodistill.data.folders import load_image_folder
 from moodistill.data.images import ImageData
+from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 
 
@@ -85,10 +88,13 @@ class OwnTask:
     Attributes:
         weights: path of the teacher's weights.
         data: folder of pictures, one folder a class (see `own_data.load_image_folder`).
-        size: `(height, width)` that pictures are resized to.
+        size: `(height, width)` that pictures are brought to.
         channels: 1, 3 or 4.
         mean, std: that the teacher was trained with; None measures them.
         weights_key: which set of weights to take of a file that holds several.
+        resize, interpolation, channel_order, exif, shorter_side, fill: how pictures are prepared;
+            see `Preparation`.
+        cut: path of the file that says which picture is in which split; None cuts anew.
     """
 
     weights: str
@@ -98,6 +104,37 @@ class OwnTask:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     weights_key: str | None = None
+    resize: str = "squash"
+    interpolation: str = "bilinear"
+    channel_order: str = "RGB"
+    exif: bool = True
+    shorter_side: int | None = None
+    fill: int = 0
+    cut: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a preparation that cannot be."""
+        self.preparation.check_channels(self.channels)
+
+    @property
+    def preparation(self) -> Preparation:
+        """How pictures become the network's input."""
+        return Preparation(
+            self.resize, self.size, self.interpolation, self.channel_order, self.exif,
+            self.shorter_side, self.fill,
+        )  # fmt: skip
+
+    def load(self) -> ImageData:
+        """The pictures, prepared.
+
+        Raises:
+            UserError: as `load_image_folder` does.
+        """
+        return load_image_folder(
+            Path(self.data), channels=self.channels, mean=self.mean, std=self.std,
+            cut=None if self.cut is None else Cut.read(Path(self.cut)),
+            **asdict(self.preparation),
+        )  # fmt: skip
 
 
 def load_task(name: str, own: OwnTask | None = None) -> Task:
@@ -164,8 +201,6 @@ def _module_of_file(name: str) -> ModuleType:
 
 
 def _own_task(name: str, own: OwnTask) -> Task:
-    from moodistill.data.folders import load_image_folder
-
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py"):
         module = _module_of_file(place)
@@ -196,9 +231,7 @@ def _own_task(name: str, own: OwnTask) -> Task:
     return Task(
         name=attribute,
         build=checked_build,
-        load_data=lambda _: load_image_folder(
-            Path(own.data), own.size, own.channels, own.mean, own.std
-        ),
+        load_data=lambda _: own.load(),
         weights=Path(own.weights),
         train=None,
         weights_key=own.weights_key,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moodistill.data import images as data_module
+from moodistill.data import cifar10 as data_module
 from moodistill.data.cifar10 import load_cifar10
 from moodistill.data.digits import load_digits
 from moodistill.data.images import Split, sha256_array
