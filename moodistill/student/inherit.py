@@ -44,7 +44,8 @@ class InheritConfig:
             `patches` does so, but solves convolutions larger than 1x1 on whole patches.
         ridge: pull towards the sliced weights, relative to the mean diagonal of the Gram matrix,
             where samples abound.
-        scarce: added to `ridge` times `(k / n)^2`, `k` unknowns from `n` samples.
+        scarce: added to `ridge` times `(k / n)^2`, `k` unknowns from `n` samples, at single pixels.
+        scarce_patches: the same on whole patches.
         widest: unknowns of one output above which a convolution is solved at single pixels: the
             cost grows with their cube, and so wide a layer gains nothing (docs/method.md).
     """
@@ -52,7 +53,8 @@ class InheritConfig:
     mode: Mode = "patches"
     ridge: float = 1e-2
     scarce: float = 2.0
-    widest: int = 2560
+    scarce_patches: float = 0.3
+    widest: int = 1536
 
 
 @torch.no_grad()
@@ -235,7 +237,9 @@ def _on_patches(
         anchor = torch.zeros(len(outputs), part.shape[1])
         if not unit.through:
             anchor = as_matrix(tapped(layer.weight[index], unit.taps)[:, torch.from_numpy(inputs)])
-        matrix, constant = regress(part, given[:, index], anchor, free, config.ridge, config.scarce)
+        matrix, constant = regress(
+            part, given[:, index], anchor, free, config.ridge, config.scarce_patches
+        )
         matrices.append(matrix)
         constants.append(constant)
     return _Solution(
