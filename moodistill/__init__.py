@@ -4,9 +4,7 @@ The names in `__all__` are the public interface (docs/api.md). Everything else l
 job each: docs/architecture.md says which one does what, and their docstrings what they may know.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from moodistill.version import __version__
@@ -58,20 +56,6 @@ __all__ = [
     "from_datasets", "load_cifar10", "load_digits", "load_image_folder", "load_weights", "open_run",
     "search",
 ]  # fmt: skip
-
-
-class _Package(ModuleType):
-    """This package, whose `search` stays the function.
-
-    Importing the room `moodistill.search` would set the attribute of that name to the module.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "search" or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -11,11 +11,11 @@ from typing import Any
 from moodistill.bundle.int8 import Int8Config
 from moodistill.data.cut import CUT_FILE
 from moodistill.errors import UserError
+from moodistill.evolution.driver import SearchConfig
 from moodistill.genome.layout import FORMER_CONNECTIONS
 from moodistill.io.fields import convert, missing_fields
 from moodistill.latency.meter import LatencyConfig
 from moodistill.pareto.objectives import check_objectives
-from moodistill.search.driver import SearchConfig
 from moodistill.settings import SETTINGS, Settings
 from moodistill.storage.folder import RUN_FILE, read_run
 from moodistill.student.evaluator import Recipe

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from moodistill.config import RunConfig
 from moodistill.errors import UserError
+from moodistill.evolution.executor import Executor, SerialExecutor
 from moodistill.finalists.confirm import Timer
 from moodistill.finalists.distil import Distiller, distil_here
 from moodistill.latency.device import device_fingerprint
 from moodistill.latency.meter import LatencyError, LatencyMeter
 from moodistill.pareto.evaluation import Latency
-from moodistill.search.executor import Executor, SerialExecutor
 from moodistill.student.context import TeacherContext, default_threads
 from moodistill.student.evaluator import Evaluator, teacher_onnx
 from moodistill.teacher.weights import network_digest

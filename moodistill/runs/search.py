@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
+from moodistill.evolution.driver import Progress, Search
+from moodistill.evolution.surrogate import TRUSTED
 from moodistill.progress import Stage
 from moodistill.runs.estimate import estimate_seconds
 from moodistill.runs.session import Session
-from moodistill.search.driver import Progress, Search
-from moodistill.search.surrogate import TRUSTED
 
 SHOWN = 10  # students in the live table
 

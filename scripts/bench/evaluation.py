@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from moodistill.errors import UserError
+from moodistill.evolution.operators import DensitySampling
 from moodistill.genome.layout import SEARCHED
 from moodistill.latency.meter import LatencyMeter
 from moodistill.latency.simd import probe_simd
-from moodistill.search.operators import DensitySampling
 from moodistill.student.context import load_context, use_threads
 from moodistill.student.evaluator import Evaluator, Recipe, teacher_onnx
 from moodistill.teacher.task import load_task

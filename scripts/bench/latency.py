@@ -17,6 +17,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from moodistill.errors import UserError
+from moodistill.evolution.operators import DensitySampling
 from moodistill.genome.canonical import canonical
 from moodistill.genome.layout import SEARCHED
 from moodistill.io.atomic import write_json_atomic
@@ -25,7 +26,6 @@ from moodistill.latency.device import check_provider, device_fingerprint
 from moodistill.latency.meter import LatencyConfig, LatencyMeter
 from moodistill.latency.simd import probe_simd
 from moodistill.onnx.writer import to_onnx
-from moodistill.search.operators import DensitySampling
 from moodistill.student.builder import build_student
 from moodistill.student.context import load_context
 from moodistill.student.evaluator import teacher_onnx

@@ -22,12 +22,12 @@ from rich.progress import track
 from scipy.stats import kendalltau
 
 from moodistill.errors import UserError
+from moodistill.evolution.operators import DensitySampling
 from moodistill.genome.canonical import canonical, summary
 from moodistill.genome.layout import SEARCHED
 from moodistill.io.atomic import write_atomic, write_json_atomic
 from moodistill.io.cache import default_cache_dir
 from moodistill.latency.simd import probe_simd
-from moodistill.search.operators import DensitySampling
 from moodistill.student.accuracy import student_accuracy
 from moodistill.student.context import TeacherContext, load_context, use_threads
 from moodistill.student.evaluator import Recipe, count_macs, make_student

@@ -17,8 +17,8 @@ from moodistill.cluster import tasks as remote
 from moodistill.cluster.client import Cluster, ClusterConfig, connect
 from moodistill.cluster.executor import DaskExecutor
 from moodistill.errors import UserError
+from moodistill.evolution.driver import Search, SearchConfig
 from moodistill.pareto.evaluation import Evaluation, Latency
-from moodistill.search.driver import Search, SearchConfig
 from moodistill.storage.store import Store
 from moodistill.student.context import load_context
 from moodistill.teacher.task import load_task

@@ -29,6 +29,10 @@ from rich.progress import track
 from search_records import ARMS, Records, best_within, keep, table
 
 from moodistill.errors import UserError
+from moodistill.evolution.algorithms import Operators, default_operators
+from moodistill.evolution.driver import Search, SearchConfig
+from moodistill.evolution.executor import SerialExecutor
+from moodistill.evolution.operators import DensitySampling
 from moodistill.genome.layout import SEARCHED
 from moodistill.io.atomic import write_json_atomic
 from moodistill.io.cache import default_cache_dir
@@ -37,10 +41,6 @@ from moodistill.latency.meter import LatencyMeter
 from moodistill.latency.simd import probe_simd
 from moodistill.pareto.evaluation import Evaluation
 from moodistill.pareto.objectives import DEFAULT, Limits, objective_values
-from moodistill.search.algorithms import Operators, default_operators
-from moodistill.search.driver import Search, SearchConfig
-from moodistill.search.executor import SerialExecutor
-from moodistill.search.operators import DensitySampling
 from moodistill.storage.store import Store
 from moodistill.student.accuracy import student_accuracy
 from moodistill.student.context import TeacherContext, load_context, use_threads

@@ -24,13 +24,13 @@ from moodistill.cluster.executor import DaskExecutor, distil_there
 from moodistill.cluster.meter import DeviceMeters
 from moodistill.config import RunConfig, new_config
 from moodistill.errors import UserError
+from moodistill.evolution.driver import Search, SearchConfig
+from moodistill.evolution.executor import SerialExecutor
+from moodistill.evolution.operators import DensitySampling
 from moodistill.finalists.distil import distil_here
 from moodistill.io.tensorfile import read_safetensors
 from moodistill.latency.meter import LatencyConfig
 from moodistill.pareto.table import read_front
-from moodistill.search.driver import Search, SearchConfig
-from moodistill.search.executor import SerialExecutor
-from moodistill.search.operators import DensitySampling
 from moodistill.settings import Settings
 from moodistill.storage.store import Store
 from moodistill.student.evaluator import Evaluator, Recipe, teacher_onnx

@@ -12,9 +12,9 @@ from helpers import ROOT
 import moodistill
 from moodistill.cli.program import COMMANDS
 from moodistill.config import PRESETS, SearchConfig
+from moodistill.evolution.algorithms import ALGORITHMS
 from moodistill.genome.layout import CONNECTIONS
 from moodistill.pareto.objectives import MEASURES
-from moodistill.search.algorithms import ALGORITHMS
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [

@@ -26,6 +26,8 @@ from helpers.driver import RecordedMeter
 from moodistill.cli import run_tool
 from moodistill.config import RunConfig
 from moodistill.errors import UserError
+from moodistill.evolution.driver import Search
+from moodistill.evolution.executor import SerialExecutor
 from moodistill.finalists.confirm import Confirmed, read_confirmed
 from moodistill.io.cache import content_digest
 from moodistill.io.tensorfile import read_safetensors, save_atomic
@@ -39,8 +41,6 @@ from moodistill.runs import run
 from moodistill.runs.accuracies import Accuracies
 from moodistill.runs.results import changed_places
 from moodistill.runs.rows import make_rows
-from moodistill.search.driver import Search
-from moodistill.search.executor import SerialExecutor
 from moodistill.storage.searched import Searched
 from moodistill.storage.store import Store
 from moodistill.student.context import load_context

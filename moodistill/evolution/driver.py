@@ -17,15 +17,15 @@ from pymoo.indicators.hv import HV
 from pymoo.problems.static import StaticProblem
 
 from moodistill.errors import UserError
+from moodistill.evolution.algorithms import ALGORITHMS, Operators, default_operators
+from moodistill.evolution.executor import Executor
+from moodistill.evolution.operators import SeenElimination
+from moodistill.evolution.problem import WORST_COST, Score, StructuralDistillationProblem
+from moodistill.evolution.surrogate import Surrogate
 from moodistill.genome.layout import CONNECTIONS, SEARCHED, GenomeLayout
 from moodistill.pareto.evaluation import Evaluation
 from moodistill.pareto.geometry import non_dominated, shrunk
 from moodistill.pareto.objectives import DEFAULT, Limits, check_objectives
-from moodistill.search.algorithms import ALGORITHMS, Operators, default_operators
-from moodistill.search.executor import Executor
-from moodistill.search.operators import SeenElimination
-from moodistill.search.problem import WORST_COST, Score, StructuralDistillationProblem
-from moodistill.search.surrogate import Surrogate
 from moodistill.storage.store import Store
 
 MAX_ALIKE_FAILURES = 8

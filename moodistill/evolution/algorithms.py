@@ -20,8 +20,7 @@ from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 from pymoo.operators.survival.rank_and_crowding.metrics import get_crowding_function
 from pymoo.util.ref_dirs import get_reference_directions
 
-from moodistill.genome.layout import GenomeLayout
-from moodistill.search.operators import (
+from moodistill.evolution.operators import (
     CanonicalRepair,
     ComposedMutation,
     ConnectionMutation,
@@ -29,6 +28,7 @@ from moodistill.search.operators import (
     LayerCrossover,
     MaskMutation,
 )
+from moodistill.genome.layout import GenomeLayout
 
 
 def log_crowding(F: np.ndarray, **kwargs: object) -> np.ndarray:

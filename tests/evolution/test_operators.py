@@ -10,10 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymoo.core.population import Population
 
-from moodistill.genome.canonical import canonical
-from moodistill.genome.ranks import read_rank
-from moodistill.genome.resolve import resolve
-from moodistill.search.operators import (
+from moodistill.evolution.operators import (
     CanonicalRepair,
     ComposedMutation,
     ConnectionMutation,
@@ -22,7 +19,10 @@ from moodistill.search.operators import (
     MaskMutation,
     SeenElimination,
 )
-from moodistill.search.operators.widths import kept_taps, noisy_top, snap, useful_ranks
+from moodistill.evolution.operators.widths import kept_taps, noisy_top, snap, useful_ranks
+from moodistill.genome.canonical import canonical
+from moodistill.genome.ranks import read_rank
+from moodistill.genome.resolve import resolve
 from moodistill.student.builder import build_student
 
 STEP = 8

@@ -10,15 +10,15 @@ from helpers.searches import CONFIG, LAYOUT, make, recorded
 from scipy.stats import spearmanr
 
 from moodistill.errors import UserError
+from moodistill.evolution.driver import SearchConfig, hypervolume
+from moodistill.evolution.operators import DensitySampling
+from moodistill.evolution.surrogate import TRUSTED, Surrogate, features, most_volume
 from moodistill.genome.canonical import canonical
 from moodistill.genome.layout import SEARCHED
 from moodistill.genome.ranks import write_rank
 from moodistill.genome.resolve import resolve
 from moodistill.pareto.geometry import shrunk
 from moodistill.pareto.objectives import DEFAULT, Limits, objective_values
-from moodistill.search.driver import SearchConfig, hypervolume
-from moodistill.search.operators import DensitySampling
-from moodistill.search.surrogate import TRUSTED, Surrogate, features, most_volume
 
 
 def students(count, seed):

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from pymoo.core.sampling import Sampling
 
+from moodistill.evolution.operators.widths import noisy_top, snap, useful_ranks
 from moodistill.genome.kernels import write_kernel
 from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.ranks import write_rank
-from moodistill.search.operators.widths import noisy_top, snap, useful_ranks
 
 
 class DensitySampling(Sampling):

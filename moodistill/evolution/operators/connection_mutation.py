@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from pymoo.core.mutation import Mutation
 
+from moodistill.evolution.operators.widths import kept_taps, useful_ranks
 from moodistill.genome.kernels import write_kernel
 from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.ranks import read_rank, write_rank
-from moodistill.search.operators.widths import kept_taps, useful_ranks
 
 
 class ConnectionMutation(Mutation):

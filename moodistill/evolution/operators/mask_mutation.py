@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from pymoo.core.mutation import Mutation
 
+from moodistill.evolution.operators.widths import noisy_top, snap
 from moodistill.genome.layout import GenomeLayout
-from moodistill.search.operators.widths import noisy_top, snap
 
 
 class MaskMutation(Mutation):

@@ -7,13 +7,13 @@ import pytest
 from helpers.searches import CONFIG, LAYOUT, chain_layout, make, recorded
 
 from moodistill.errors import UserError
+from moodistill.evolution.driver import RepeatedFailure, Search, SearchConfig, hypervolume
+from moodistill.evolution.executor import SerialExecutor
+from moodistill.evolution.problem import StructuralDistillationProblem
 from moodistill.genome.layout import CONNECTIONS
 from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.pareto.objectives import Limits
 from moodistill.runs.rows import exported_front
-from moodistill.search.driver import RepeatedFailure, Search, SearchConfig, hypervolume
-from moodistill.search.executor import SerialExecutor
-from moodistill.search.problem import StructuralDistillationProblem
 from moodistill.storage.searched import Searched
 from moodistill.storage.store import ReplayDiverged, Store
 
