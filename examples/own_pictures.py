@@ -65,10 +65,8 @@ def main() -> None:
     labels = torch.from_numpy(data.train.labels)
     train(teacher, data.normalise(data.train.images), labels, arguments.epochs)
 
-    splits = [(s.images, s.labels) for s in (data.train, data.validation, data.test)]
     run = moodistill.search(
-        teacher.eval(), *splits, out=arguments.out, labels=data.labels, mean=data.mean,
-        std=data.std, population=16, generations=arguments.generations,
+        teacher.eval(), data, out=arguments.out, population=16, generations=arguments.generations,
         distill_steps=arguments.distill_steps,
         flip=False,  # a mirrored digit is none
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Pareto fronts of physically smaller CNNs: accuracy, parameters, measured latency.
 
-The names below are the whole public interface; docs/architecture.md says which room holds what.
+The names in `__all__` are the public interface (docs/api.md). Everything else lies in packages, one
+job each: docs/architecture.md says which one does what, and their docstrings what they may know.
 """
 
 from importlib import import_module
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
         search,
     )  # fmt: skip
     from moodistill.data import (
+        DataTable,
         ImageData,
+        Preparation,
         Split,
         from_datasets,
         load_cifar10,
@@ -39,8 +42,8 @@ _HOMES = {
         "moodistill.api",
     ),
     **dict.fromkeys(
-        ("ImageData", "Split", "from_datasets", "load_cifar10", "load_digits",
-         "load_image_folder"),
+        ("DataTable", "ImageData", "Preparation", "Split", "from_datasets", "load_cifar10",
+         "load_digits", "load_image_folder"),
         "moodistill.data",
     ),
     "Task": "moodistill.teacher.task",
@@ -48,9 +51,10 @@ _HOMES = {
     "load_weights": "moodistill.teacher.weights",
 }  # fmt: skip
 __all__ = [
-    "ImageData", "Int8Config", "LatencyConfig", "LayerRules", "Limits", "Run", "RunStudent",
-    "Split", "Task", "TrainConfig", "UserError", "__version__", "from_datasets", "load_cifar10",
-    "load_digits", "load_image_folder", "load_weights", "open_run", "search",
+    "DataTable", "ImageData", "Int8Config", "LatencyConfig", "LayerRules", "Limits", "Preparation",
+    "Run", "RunStudent", "Split", "Task", "TrainConfig", "UserError", "__version__",
+    "from_datasets", "load_cifar10", "load_digits", "load_image_folder", "load_weights", "open_run",
+    "search",
 ]  # fmt: skip
 
 

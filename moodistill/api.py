@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch import fx, nn
 
 from moodistill.bundle.int8 import Int8Config
 from moodistill.bundle.model import ShipOptions
-from moodistill.config import Budget, RunConfig, flat_settings, new_config, refuse_changes
+from moodistill.config import Budget, RunConfig, new_config, refuse_changes
 from moodistill.data.datasets import from_datasets, from_splits
 from moodistill.data.images import ImageData, Metric, Split, fraction_right
+from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 from moodistill.io.cache import default_cache_dir
 from moodistill.io.tensorfile import save_atomic
@@ -39,7 +40,8 @@ from moodistill.progress import Mode, make_reporter
 from moodistill.runs.backend import Places
 from moodistill.runs.export import export_student, rebuild_student
 from moodistill.runs.run import resume_run, start_run
-from moodistill.storage.folder import RUN_FILE, read_run
+from moodistill.settings import Settings, flat
+from moodistill.storage.folder import RUN_FILE
 from moodistill.teacher.blocks import LayerRules
 from moodistill.teacher.plain import copied, refuse_unready
 from moodistill.teacher.task import Task, load_task
@@ -82,7 +84,14 @@ class RunStudent:
         return self.run.student(name)
 
     def export(
-        self, out: str | Path, *, input: str = "uint8", softmax: bool = False, int8: bool = False
+        self,
+        out: str | Path,
+        *,
+        input: str = "uint8",
+        softmax: bool = False,
+        int8: bool = False,
+        opset: int | None = None,
+        batch: int | None = None,
     ) -> Path:
         """Write a folder that can be shipped; returns the path of its `model.onnx`.
 
@@ -91,11 +100,13 @@ class RunStudent:
             input: `uint8` or `float32` pixels from 0 to 255, or `normalised` images.
             softmax: probabilities instead of logits.
             int8: quantise, if that is faster on the run's device.
+            opset: of the file; None for the lowest that its operations need.
+            batch: pictures that the file takes at once; None leaves that free.
 
         Raises:
             UserError: if the file does not pass the comparison with torch, or INT8 is no gain.
         """
-        options = ShipOptions(input, softmax)
+        options = ShipOptions(input, softmax, opset, batch)
         return export_student(
             self.run.folder, self.row.student, Path(out), None, options, int8, self.run.task
         ).path
@@ -161,7 +172,7 @@ class Run:
 def search(
     teacher: nn.Module,
     train: Any,
-    validation: Any,
+    validation: Any = None,
     test: Any = None,
     *,
     out: str | Path,
@@ -169,6 +180,7 @@ def search(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     metric: Metric = fraction_right,
+    preparation: Preparation | None = None,
     preset: str | None = None,
     generations: int | None = None,
     finalists: int | None = None,
@@ -194,7 +206,8 @@ def search(
         train, validation, test: map-style datasets of `(picture, label)` (see
             `own_data.from_datasets`), or pairs of a uint8 array `(N, H, W, C)` and labels `(N,)`.
             `train` calibrates and distils, `validation` scores and chooses, `test` chooses
-            nothing (None takes half of `validation` for it).
+            nothing (None takes half of `validation` for it). Or `train` alone: an `ImageData`, as
+            `load_image_folder` gives it, with its labels, normalisation and metric.
         out: the run's folder. The teacher's weights are kept beside it, in
             `<out>.teacher.safetensors`. Of a run that it holds already only the budget may change
             (`preset` and the next three).
@@ -203,6 +216,9 @@ def search(
             measures them on `train`.
         metric: `(logits (n, classes), labels (n,)) -> [0, 1]`, larger is better, in place of
             accuracy everywhere.
+        preparation: how the datasets prepare the pictures of files; None reads it from
+            torchvision's transforms (see `from_datasets`). Where it is not known, a shipped
+            `run.py` takes pictures of exactly the input's size alone.
         preset: `quick` (the default of a new run), `standard` or `thorough`; the next three replace
             its numbers.
         generations, finalists, distill_steps: of the search and of its finalists.
@@ -212,7 +228,8 @@ def search(
             first three).
         algorithm: `nsga2` (default), `nsga3` or `sms`.
         screen: offspring bred for each one scored (24; 1: no screening).
-        connections: kinds that are searched, of `blocks`, `merges` and `bypasses` (the last two).
+        connections: kinds that are searched, of `kernels`, `ranks`, `merges`, `bypasses` and
+            `blocks` (`merges` and `bypasses`).
         simd_step: channels per SIMD block; None probes this device.
         limits: hard ones (None in them, of a run that is carried on: as it has them).
         latency: threads, batch and execution provider.
@@ -226,10 +243,14 @@ def search(
             others; one line says why.
     """
     refuse_unready(teacher)
-    data = _image_data(train, validation, test, labels, mean, std, metric)
-    folder = Path(out)
-    place = folder.resolve()
-    weights = place.with_name(f"{place.name}.{TEACHER_FILE}")
+    data = _image_data(train, validation, test, labels, mean, std, metric, preparation)
+    settings = Settings(
+        preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
+        population=population, seed=seed, objectives=_tuple(objectives), algorithm=algorithm,
+        screen=screen, connections=_tuple(connections), simd_step=simd_step, flip=flip,
+        **flat(limits=limits, latency=latency, int8=int8, rules=rules),
+    )  # fmt: skip
+    folder, weights = Path(out), _weights_beside(Path(out))
     task = Task(
         name=type(teacher).__name__,
         build=_copies_of(teacher),
@@ -238,32 +259,28 @@ def search(
         train=None,
     )
     reporter = make_reporter(progress)
-    given: dict[str, Any] = {
-        "population": population, "seed": seed, "objectives": objectives, "algorithm": algorithm,
-        "screen": screen, "connections": connections, "simd_step": simd_step, "limits": limits,
-        "latency": latency, "int8": int8, "rules": rules, "flip": flip,
-    }  # fmt: skip
     if (folder / RUN_FILE).is_file():
-        config = RunConfig.from_dict(read_run(folder).get("config", {}))
-        refuse_changes(config, flat_settings(**given), folder)
+        refuse_changes(RunConfig.read(folder), settings, folder)
         _refuse_another(teacher, weights)
-        budget = Budget(preset, generations, finalists, distill_steps)
-        resume_run(folder, budget, Places(), reporter, task)
+        resume_run(folder, Budget.of(settings), Places(), reporter, task)
         return Run(folder, task)
     save_atomic({k: v.clone() for k, v in teacher.state_dict().items()}, weights)
     latency = latency or LatencyConfig()
     check_provider(latency.provider)
-    given["simd_step"] = simd_step or probe_simd(latency, default_cache_dir()).step
-    config = new_config(
-        task.name,
-        preset=preset,
-        generations=generations,
-        finalists=finalists,
-        distill_steps=distill_steps,
-        **given,
-    )
-    start_run(config, folder, Places(), reporter, task)
+    if simd_step is None:
+        settings = replace(settings, simd_step=probe_simd(latency, default_cache_dir()).step)
+    start_run(new_config(task.name, settings), folder, Places(), reporter, task)
     return Run(folder, task)
+
+
+def _tuple(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(names)
+
+
+def _weights_beside(out: Path) -> Path:
+    """Where the teacher's weights of the run in `out` are kept."""
+    place = out.resolve()
+    return place.with_name(f"{place.name}.{TEACHER_FILE}")
 
 
 def _refuse_another(teacher: nn.Module, weights: Path) -> None:
@@ -286,7 +303,7 @@ def open_run(folder: str | Path, task: Task | None = None) -> Run:
         UserError: if the folder is no run, or its task cannot be loaded by name.
     """
     folder = Path(folder)
-    config = RunConfig.from_dict(read_run(folder).get("config", {}))
+    config = RunConfig.read(folder)
     return Run(folder, task or load_task(config.model, config.own))
 
 
@@ -296,16 +313,34 @@ def _copies_of(teacher: nn.Module) -> Callable[[], nn.Module]:
 
 
 def _image_data(
-    train: Any, validation: Any, test: Any, labels: Any, mean: Any, std: Any, metric: Metric
+    train: Any,
+    validation: Any,
+    test: Any,
+    labels: Any,
+    mean: Any,
+    std: Any,
+    metric: Metric,
+    preparation: Preparation | None,
 ) -> ImageData:
+    if isinstance(train, ImageData):
+        others = (validation, test, labels, mean, std, preparation)
+        if any(one is not None for one in others) or metric is not fraction_right:
+            raise UserError(
+                "an ImageData has all splits, labels, normalisation, metric and preparation "
+                "itself; give it alone"
+            )
+        return train
+    if validation is None:
+        raise UserError("validation is not given; expected a dataset, or an ImageData as train")
     given = {"train": train, "validation": validation, "test": test}
     arrays = {k: isinstance(v, tuple) and len(v) == 2 for k, v in given.items() if v is not None}
     if not all(arrays.values()):
         if any(arrays.values()):
             raise UserError("give all splits as arrays, or all as datasets")
         return from_datasets(
-            train, validation, test, labels=labels, mean=mean, std=std, metric=metric
-        )
+            train, validation, test, labels=labels, mean=mean, std=std, metric=metric,
+            preparation=preparation,
+        )  # fmt: skip
     splits = {}
     for name in arrays:
         images, answers = (np.asarray(part) for part in given[name])
@@ -315,7 +350,7 @@ def _image_data(
                 f"{answers.shape}; expected uint8 (N, H, W, C) and N labels"
             )
         splits[name] = Split(images, answers)
-    return from_splits("own", splits, labels, mean, std, metric)
+    return from_splits("own", splits, labels, mean, std, metric, preparation)
 
 
 def _html_table(rows: Sequence[FrontRow]) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from moodistill.bundle.int8 import Int8Config
+from moodistill.data.cut import CUT_FILE
 from moodistill.errors import UserError
-from moodistill.genome.layout import CONNECTIONS
-from moodistill.io.records import typed
+from moodistill.evolution.driver import SearchConfig
+from moodistill.genome.layout import FORMER_CONNECTIONS
+from moodistill.io.fields import convert, missing_fields
 from moodistill.latency.meter import LatencyConfig
-from moodistill.pareto.objectives import DEFAULT, Limits, check_objectives
-from moodistill.search.driver import SearchConfig
+from moodistill.pareto.objectives import check_objectives
+from moodistill.settings import SETTINGS, Settings
+from moodistill.storage.folder import RUN_FILE, read_run
 from moodistill.student.evaluator import Recipe
-from moodistill.student.inherit import InheritConfig
 from moodistill.teacher.blocks import LayerRules
 from moodistill.teacher.samples import CalibrationConfig
 from moodistill.teacher.task import OwnTask
@@ -36,6 +39,13 @@ PRESETS = {
     "standard": Preset(generations=13, finalists=6, distill_steps=500),
     "thorough": Preset(generations=60, finalists=10, distill_steps=10_000),
 }
+# Settings that may change when a run is resumed.
+BUDGET = ("preset", "generations", "finalists", "distill_steps")
+# What runs of earlier versions had, which do not say so in `run.json`.
+EARLIER: dict[str, Any] = {
+    "search.connections": tuple(FORMER_CONNECTIONS),
+    "rules.opaque": (),
+}
 
 
 @dataclass(frozen=True)
@@ -53,10 +63,16 @@ class Budget:
     students: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("generations", "finalists", "distill_steps"):
+        """Refuse numbers below 1."""
+        for name in BUDGET[1:]:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; expected a whole number of at least 1")
+                raise UserError(f"`{name}` is {value}; expected a whole number of at least 1")
+
+    @staticmethod
+    def of(settings: Settings, students: tuple[str, ...] = ()) -> Budget:
+        """What `settings` say of it."""
+        return Budget(**{name: getattr(settings, name) for name in BUDGET}, students=students)
 
 
 @dataclass(frozen=True)
@@ -76,39 +92,29 @@ class RunConfig:
     rules: LayerRules = field(default_factory=LayerRules)
 
     @staticmethod
-    def from_dict(stored: dict[str, Any]) -> RunConfig:
-        """The inverse of `asdict`.
+    def from_dict(stored: Any, source: str = "run.json") -> RunConfig:
+        """The inverse of `asdict`; what a run of an earlier version lacks has its default.
 
         Raises:
-            UserError: if a key is missing or unknown.
+            UserError: if a field is missing, unknown, of another type or out of its range; names
+                the file and the field.
         """
-        try:
-            recipe, search = dict(stored["recipe"]), dict(stored["search"])
-            search["limits"] = typed(Limits, search["limits"])
-            search["objectives"] = tuple(search["objectives"])
-            # Runs of earlier versions do not say: they searched all kinds.
-            search["connections"] = tuple(search.get("connections", CONNECTIONS))
-            recipe["inherit"] = typed(InheritConfig, recipe["inherit"])
-            config = typed(RunConfig, {
-                "model": stored["model"],
-                "preset": stored["preset"],
-                "search": typed(SearchConfig, search),
-                "recipe": typed(Recipe, recipe),
-                "calibration": typed(CalibrationConfig, stored["calibration"]),
-                "distill": typed(DistillConfig, stored["distill"]),
-                "finalists": stored["finalists"],
-                "latency": typed(LatencyConfig, stored["latency"]),
-                "int8": typed(Int8Config, stored["int8"]),
-                "rules": _rules(stored["rules"]),
-                "own": None if stored["own"] is None else _own_task(stored["own"]),
-            })  # fmt: skip
-            _check_numbers(asdict(replace(config, own=None)))
+        config = convert(_with_earlier(stored), RunConfig, source)
+        _check_numbers(asdict(replace(config, own=None)), source)
+        return config
+
+    @staticmethod
+    def read(folder: Path) -> RunConfig:
+        """That of a run in a folder, whose own pictures are cut as the run has cut them.
+
+        Raises:
+            UserError: if the folder is no run, or its `run.json` is damaged.
+        """
+        config = RunConfig.from_dict(read_run(folder).get("config", {}), str(folder / RUN_FILE))
+        cut = folder / CUT_FILE
+        if config.own is None or not cut.is_file():
             return config
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"run.json does not hold a configuration of this version ({error}); "
-                "start a new run with another --out"
-            ) from error
+        return replace(config, own=replace(config.own, cut=str(cut)))
 
     def with_budget(self, budget: Budget) -> RunConfig:
         """The same run with other generations and another finalists' budget."""
@@ -128,107 +134,52 @@ class RunConfig:
 
 
 def new_config(
-    model: str,
-    simd_step: int,
-    *,
-    preset: str | None = None,
-    generations: int | None = None,
-    finalists: int | None = None,
-    distill_steps: int | None = None,
-    population: int | None = None,
-    seed: int | None = None,
-    objectives: Sequence[str] | None = None,
-    algorithm: str | None = None,
-    screen: int | None = None,
-    connections: Sequence[str] | None = None,
-    limits: Limits | None = None,
-    latency: LatencyConfig | None = None,
-    int8: Int8Config | None = None,
-    rules: LayerRules | None = None,
-    flip: bool | None = None,
-    own: OwnTask | None = None,
+    model: str, settings: Settings, own: OwnTask | None = None, base: RunConfig | None = None
 ) -> RunConfig:
-    """The configuration of a new run; whatever is None has its default, or its preset's value.
+    """The configuration of a new run.
+
+    Args:
+        model: a problem's name or file, or where the builder of an `own` teacher is.
+        settings: whatever is None in them is that of `base`, or of the preset.
+        own: weights and pictures of a teacher that no problem file describes.
+        base: of a run that is started anew, else the defaults.
 
     Raises:
         UserError: if a setting cannot be used.
     """
-    distill = DistillConfig()
-    budget = Budget(preset, generations, finalists, distill_steps)
-    settings = get_preset(preset or "quick")
-    defaults = SearchConfig()
-    return RunConfig(
-        model=model,
-        preset=preset or "quick",
-        search=SearchConfig(
-            population=defaults.population if population is None else population,
-            generations=budget.generations or settings.generations,
-            seed=defaults.seed if seed is None else seed,
-            simd_step=simd_step,
-            limits=limits or Limits(),
-            objectives=check_objectives(DEFAULT if objectives is None else objectives),
-            algorithm=algorithm or defaults.algorithm,
-            screen=defaults.screen if screen is None else screen,
-            connections=defaults.connections if connections is None else tuple(connections),
-        ),
-        recipe=Recipe(simd_step=simd_step),
-        calibration=CalibrationConfig(),
-        distill=replace(
-            distill,
-            steps=budget.distill_steps or settings.distill_steps,
-            flip=distill.flip if flip is None else flip,
-        ),
-        finalists=budget.finalists or settings.finalists,
-        latency=latency or LatencyConfig(),
-        int8=int8 or Int8Config(),
-        own=own,
-        rules=rules or LayerRules(),
-    )
-
-
-def flat_settings(
-    limits: Limits | None = None,
-    latency: LatencyConfig | None = None,
-    int8: Int8Config | None = None,
-    rules: LayerRules | None = None,
-    **others: Any,
-) -> dict[str, Any]:
-    """What decides a run's result, one plain value an option; what is None is left out."""
-    named = {
-        **others,
-        **(asdict(limits) if limits else {}),
-        **(asdict(latency) if latency else {}),
-        **({"int8_twins": int8.wanted, "int8_max_loss": int8.max_loss} if int8 else {}),
+    base = base or _defaults(model)
+    values = {
+        SETTINGS[name].path: value
+        for name, value in settings.given().items()
+        if name not in BUDGET and _is_of_config(SETTINGS[name].path)
     }
-    if rules:
-        named |= {"keep": rules.keep, "min_width": rules.least, "max_width": rules.most}
-        named |= {"opaque": rules.opaque}
-    return {name: value for name, value in named.items() if value is not None}
+    if settings.objectives is not None:
+        values["search.objectives"] = check_objectives(settings.objectives)
+    if settings.simd_step is not None:
+        values["recipe.simd_step"] = settings.simd_step
+    return _replaced(replace(base, model=model, own=own).with_budget(Budget.of(settings)), values)
 
 
-def refuse_changes(config: RunConfig, given: Mapping[str, Any], folder: Path) -> None:
+def changed_settings(config: RunConfig, settings: Settings) -> list[str]:
+    """What is given of another value than a run has, in words; its budget may differ."""
+    changed = []
+    for name, value in settings.given().items():
+        path = SETTINGS[name].path if name != "model" else name
+        if name in BUDGET or not _is_of_config(path):
+            continue
+        stored = _value_at(config, path)
+        if _comparable(name, stored) != _comparable(name, value):
+            changed.append(f"{name} {_shown(stored)}, not {_shown(value)}")
+    return changed
+
+
+def refuse_changes(config: RunConfig, settings: Settings, folder: Path) -> None:
     """Refuse a resume of the run in `folder` by settings other than it was started with.
-
-    Args:
-        given: as `flat_settings` has them; what is not in it stays as it is.
 
     Raises:
         UserError: names each setting, with both values.
     """
-    stored = flat_settings(
-        config.search.limits,
-        config.latency,
-        config.int8,
-        config.rules,
-        model=config.model,
-        flip=config.distill.flip,
-        **{name: getattr(config.search, name) for name in _SEARCH},
-    )
-    changed = [
-        f"{name} {_shown(stored.get(name))}, not {_shown(value)}"
-        for name, value in given.items()
-        if _comparable(name, stored.get(name)) != _comparable(name, value)
-    ]
+    changed = changed_settings(config, settings)
     if changed:
         raise UserError(
             f"{folder} was started with {'; with '.join(changed)}; leave that out, or start a new "
@@ -236,10 +187,70 @@ def refuse_changes(config: RunConfig, given: Mapping[str, Any], folder: Path) ->
         )
 
 
-# Fields of SearchConfig that a resume cannot change.
-_SEARCH = (
-    "population", "seed", "objectives", "algorithm", "screen", "connections", "simd_step",
-)  # fmt: skip
+def refuse_older(stored: Any, folder: Path) -> None:
+    """Refuse to carry on a run whose `config` in `run.json` does not say all of this version.
+
+    Raises:
+        UserError: names what is not said.
+    """
+    missing = missing_fields(_with_earlier(stored), RunConfig)
+    if missing:
+        raise UserError(
+            f"{folder} was started by another version (run.json does not say "
+            f"{', '.join(missing)}) and cannot be carried on: choose and export from it, or start "
+            "a new run in another folder"
+        )
+
+
+def get_preset(name: str) -> Preset:
+    """A preset by name."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _defaults(model: str) -> RunConfig:
+    preset = PRESETS["quick"]
+    config = RunConfig(
+        model=model, preset="quick", search=SearchConfig(), recipe=Recipe(),
+        calibration=CalibrationConfig(), distill=DistillConfig(), finalists=preset.finalists,
+    )  # fmt: skip
+    return config.with_budget(Budget("quick"))
+
+
+def _is_of_config(path: str) -> bool:
+    """Whether a setting's path leads into `RunConfig`."""
+    owner = path.partition(".")[0]
+    return owner in RunConfig.__dataclass_fields__ and owner != "own"
+
+
+def _replaced(config: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass with other values at dotted fields."""
+    changed = {path: value for path, value in values.items() if "." not in path}
+    for part in {path.partition(".")[0] for path in values if "." in path}:
+        inner = {
+            path.removeprefix(f"{part}."): value
+            for path, value in values.items()
+            if path.startswith(f"{part}.")
+        }
+        changed[part] = _replaced(getattr(config, part), inner)
+    return replace(config, **changed)
+
+
+def _value_at(config: RunConfig, path: str) -> Any:
+    return reduce(getattr, path.split("."), config)
+
+
+def _with_earlier(stored: Any) -> Any:
+    """What `run.json` says, and what runs of earlier versions had where they do not say it."""
+    if not isinstance(stored, Mapping):
+        return stored
+    full = {k: dict(v) if isinstance(v, Mapping) else v for k, v in stored.items()}
+    for path, value in EARLIER.items():
+        part, _, name = path.partition(".")
+        if isinstance(full.get(part), dict):
+            full[part].setdefault(name, value)
+    return full
 
 
 def _comparable(name: str, value: Any) -> Any:
@@ -254,17 +265,7 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, Mapping):
         value = [f"{name}={bound}" for name, bound in value.items()]
-    return (",".join(value) or "none") if isinstance(value, list | tuple) else str(value)
-
-
-def _rules(stored: dict[str, Any]) -> LayerRules:
-    names = {"keep": tuple(stored["keep"]), "opaque": tuple(stored.get("opaque", ()))}
-    return typed(LayerRules, {**stored, **names})
-
-
-def _own_task(stored: dict[str, Any]) -> OwnTask:
-    lists = {k: tuple(v) for k, v in stored.items() if isinstance(v, list)}
-    return typed(OwnTask, {**stored, **lists})
+    return (",".join(map(str, value)) or "none") if isinstance(value, list | tuple) else str(value)
 
 
 # May be zero.
@@ -273,20 +274,17 @@ _FROM_ZERO = {
 }  # fmt: skip
 
 
-def _check_numbers(values: Mapping[str, Any]) -> None:
+def _check_numbers(values: Mapping[str, Any], source: str, path: str = "") -> None:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            _check_numbers(value)
+            _check_numbers(value, source, f"{path}{name}.")
         elif (
             name != "max_loss"
             and type(value) in (int, float)
             and not (0 <= value < 1e15 and (value > 0 or name in _FROM_ZERO))
         ):
-            raise ValueError(f"{name} is {str(value)[:40]}")
-
-
-def get_preset(name: str) -> Preset:
-    """A preset by name."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+            least = "from 0" if name in _FROM_ZERO else "above 0"
+            raise UserError(
+                f"{source}: {path}{name} is {str(value)[:40]}; expected a number {least} and "
+                "below 1e15"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -195,7 +196,13 @@ class TensorBoardReporter(Reporter):
 
 
 def make_reporter(mode: Mode) -> Reporter:
-    """The reporter of a mode; `auto` is live in a terminal and plain elsewhere."""
+    """The reporter of a mode; `auto` is live in a terminal and plain elsewhere.
+
+    From here on a name that the terminal's encoding lacks is escaped: it ends no run.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if mode == "json":
         return JsonReporter()
     if mode == "quiet":

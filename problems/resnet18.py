@@ -22,5 +22,5 @@ TASK = Task(
     build=build,
     load_data=load_cifar10,
     weights=Path(__file__).parent / "teachers" / "resnet18_cifar10.safetensors",
-    train=TrainConfig(phases=((3, 16), (2, 24), (1, 32))),
+    train=TrainConfig(phases=((4, 16), (6, 24), (12, 32)), batch_size=500, pad=4, cutout=8),
 )

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from moodistill.errors import UserError
+from moodistill.evolution.operators import DensitySampling
 from moodistill.genome.canonical import canonical
 from moodistill.io.atomic import write_json_atomic
 from moodistill.latency.meter import LatencyMeter
 from moodistill.onnx.graph import OnnxGraph
 from moodistill.onnx.ops import UnsupportedOperation
 from moodistill.onnx.writer import to_onnx
-from moodistill.search.operators import DensitySampling
 from moodistill.student.builder import build_student
 from moodistill.student.context import check_graph
 from moodistill.teacher.blocks import build_layout

@@ -62,6 +62,23 @@ def test_modes(mode, kind):
     assert type(make_reporter(mode)) is kind  # not a terminal here
 
 
+@pytest.mark.parametrize("mode", ["plain", "json"])
+def test_names_that_the_terminal_cannot_print(mode):
+    code = (
+        "from moodistill.progress import make_reporter;"
+        f"make_reporter({mode!r}).say('classes: caf\\xe9, \\u65e5')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    text = done.stdout.decode("latin-1")
+    if mode == "json":
+        assert json.loads(text)["text"] == "classes: café, 日"
+    else:
+        assert text == "classes: café, \\u65e5\n"
+
+
 def run(cache, folder, **streams):
     return subprocess.Popen(
         [sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder, *TINY,

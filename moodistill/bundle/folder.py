@@ -5,24 +5,28 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
-from moodistill.bundle import run_script as shipped_run
-from moodistill.bundle.model import OPSET, PIXELS, PROBABILITIES, Origin, ShipOptions
+from moodistill.bundle.model import PIXELS, PROBABILITIES, Origin, ShipOptions, colour
+from moodistill.bundle.trial import script_text, try_run_script
 from moodistill.data.images import ImageData
 from moodistill.io.atomic import write_atomic, write_json_atomic
 from moodistill.io.records import parse_json
+from moodistill.onnx.opset import opset_of
 from moodistill.onnx.runtime import outputs
-from moodistill.onnx.writer import IR_VERSION
 from moodistill.pareto.evaluation import accuracy_interval
 from moodistill.pareto.table import FrontRow
+from moodistill.storage.folder import MODEL_FILE
 from moodistill.version import __version__
 
-MANIFEST, MODEL = "manifest.json", "model.onnx"
+MANIFEST, MODEL = "manifest.json", MODEL_FILE
 FORMAT = 1
 
 
@@ -37,6 +41,8 @@ def write_package(
 ) -> None:
     """Complete `folder`, which holds `model.onnx`, into one that can be shipped.
 
+    Its `run.py` is run on some of the data's files first and must give the answers of the search.
+
     Args:
         folder: written into; `manifest.json` comes last.
         row, teacher: what was measured of the student and of its teacher.
@@ -44,9 +50,13 @@ def write_package(
         origin: task, teacher and genome.
         device: fingerprint of the device that the latency was measured on.
         options: those that `model.onnx` was written with.
+
+    Raises:
+        UserError: if `run.py` gives other answers; nothing is written then.
     """
     options = options or ShipOptions()
     model = (folder / MODEL).read_bytes()
+    proto = onnx.load_from_string(model)
     first = data.validation.head(1)
     (answer,) = next(iter(outputs(model, data, first, threads=1)))
     sample = io.BytesIO()
@@ -61,14 +71,19 @@ def write_package(
         "teacher_sha256": origin.teacher_digest,
         "genome": base64.b64encode(origin.genome).decode(),
         "structure": row.summary,
-        "opset": OPSET,
-        "ir_version": IR_VERSION,
+        "opset": opset_of(proto),
+        "ir_version": proto.ir_version,
         "input": {
             "name": "input" if options.input == "normalised" else PIXELS,
             "kind": options.input,
             "layout": "NCHW",
             "shape": list(data.input_shape),
-            "colour": "RGB" if data.input_shape[0] == 3 else f"{data.input_shape[0]} channel(s)",
+            "batch": options.batch,
+            "colour": colour(data),
+            "preparation": data.preparation.settings() if data.preparation else None,
+            "prepared": data.preparation.describe(data.input_shape[0])
+            if data.preparation
+            else "not known: give pictures of exactly the input's size, made as for training",
             "mean": list(data.mean),
             "std": list(data.std),
         },
@@ -100,11 +115,13 @@ def write_package(
             "expected": [round(float(v), 6) for v in answer],
         },
     }
-    files = {
-        "README.md": _card(manifest).encode(),
-        "run.py": Path(shipped_run.__file__).read_bytes(),
-        "sample.npy": sample.getvalue(),
-    }
+    files = {"run.py": script_text().encode(), "sample.npy": sample.getvalue()}
+    with tempfile.TemporaryDirectory() as place:
+        whole = {**files, MODEL: model, MANIFEST: json.dumps(manifest).encode()}
+        for name, content in whole.items():
+            (Path(place) / name).write_bytes(content)
+        manifest["tried"] = try_run_script(Path(place), data, model, manifest["output"])
+    files["README.md"] = _card(manifest).encode()
     for name, content in files.items():
         write_atomic(folder / name, content)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -136,6 +153,12 @@ def _card(manifest: Mapping[str, Any]) -> str:
         "float32": "float32 pixels from 0 to 255; the normalisation is inside the graph",
         "normalised": "float32, (pixels / 255 - mean) / std; nothing is inside the graph",
     }[entry["kind"]]
+    tried = ""
+    if manifest["tried"]:
+        tried = (
+            f"Before this folder was written, run.py gave the search's answers to\n"
+            f"{manifest['tried']} of the original files. "
+        )
     return f"""# {manifest["task"]}, student {manifest["student"]} ({manifest["precision"]})
 
 An image classifier, made smaller from its teacher by {manifest["made_by"]}.
@@ -158,15 +181,17 @@ test images chose nothing. Latency: ONNX Runtime {device["onnxruntime"]}, {devic
 
 ## Use
 
-- Input `{entry["name"]}`: {entry["colour"]}, {entry["layout"]}, (batch, \
+- Input `{entry["name"]}`: {entry["colour"]}, {entry["layout"]}, ({entry["batch"] or "batch"}, \
 {", ".join(map(str, entry["shape"]))}), {kind}.
-- Output `{manifest["output"]}`: (batch, {len(manifest["labels"])}): \
+- Pictures are prepared: {entry["prepared"]}.
+- Output `{manifest["output"]}`: ({entry["batch"] or "batch"}, {len(manifest["labels"])}): \
 {", ".join(manifest["labels"])}.
 - ONNX opset {manifest["opset"]}, IR version {manifest["ir_version"]}.
 
 `python run.py` classifies the sample picture and compares with the expected answer; it needs numpy
-and onnxruntime alone. `python run.py PICTURE` classifies pictures of yours. `manifest.json` holds
-the SHA-256 of every file; `moodistill verify FOLDER` checks them.
+and onnxruntime alone. `python run.py PICTURE` prepares and classifies pictures of yours (with
+Pillow). {tried}`manifest.json` holds the SHA-256 of every file; `moodistill verify FOLDER` checks
+them.
 
 Limits: it knows the classes above and pictures like those it was trained on, nothing else.
 """
@@ -174,7 +199,4 @@ Limits: it knows the classes above and pictures like those it was trained on, no
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a shipped folder, whatever it holds; `verify` checks it."""
-    found = parse_json((folder / MANIFEST).read_bytes())
-    if not isinstance(found, dict):
-        raise ValueError(f"{MANIFEST} holds a {type(found).__name__}, expected an object")
-    return found
+    return parse_json((folder / MANIFEST).read_bytes(), dict[str, Any])

@@ -14,10 +14,11 @@ from moodistill.bundle.model import Origin, ShipOptions, ship
 from moodistill.data.images import ImageData
 from moodistill.errors import UserError
 from moodistill.io.atomic import write_atomic, write_json_atomic
-from moodistill.io.records import parse_json, typed
+from moodistill.io.records import parse_json
 from moodistill.onnx.quantise import int8_scheme, quantise_measured
 from moodistill.onnx.runtime import onnx_accuracy
 from moodistill.pareto.evaluation import Latency
+from moodistill.storage.folder import MODEL_FILE, RESULT_FILE
 
 CALIBRATION_IMAGES = 256
 
@@ -119,7 +120,7 @@ def quantise_student(
         name, digest, asdict(made.scheme), made.excluded, reached, None, len(model), refused
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "model.onnx", model)
+    write_atomic(folder / MODEL_FILE, model)
     save_int8(folder, result)
     return result
 
@@ -139,16 +140,15 @@ def save_int8(folder: Path, result: Int8Result) -> None:
     """Write `result.json`; of a refused student nothing else stays."""
     if result.refused and folder.is_dir():
         for path in folder.iterdir():
-            if path.is_file() and path.name != "result.json":
+            if path.is_file() and path.name != RESULT_FILE:
                 path.unlink()
-    write_json_atomic(folder / "result.json", asdict(result))
+    write_json_atomic(folder / RESULT_FILE, asdict(result))
 
 
 def read_int8(folder: Path) -> Int8Result | None:
     """The complete result in a twin's folder, or None."""
     try:
-        stored = parse_json((folder / "result.json").read_bytes())
-        result = typed(Int8Result, {**stored, "excluded": tuple(stored["excluded"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        result = parse_json((folder / RESULT_FILE).read_bytes(), Int8Result)
+    except (OSError, ValueError):
         return None
-    return result if result.refused or (folder / "model.onnx").is_file() else None
+    return result if result.refused or (folder / MODEL_FILE).is_file() else None

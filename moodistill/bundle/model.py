@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moodistill.data.images import ImageData
 from moodistill.errors import UserError
-from moodistill.onnx.writer import IR_VERSION
+from moodistill.onnx.opset import check_opset, opset_of, set_opset
 from moodistill.version import __version__
 
 PIXELS, PROBABILITIES = "pixels", "probabilities"
@@ -28,15 +28,23 @@ class ShipOptions:
         input: `uint8` or `float32` pixels from 0 to 255 with the normalisation inside the graph, or
             `normalised` floats, the bare network. All are `(batch, C, H, W)`.
         softmax: probabilities instead of logits.
+        opset: of the file; None for the lowest that the student's operations need.
+        batch: images that the file takes at once; None leaves that free. Some converters want a
+            number there.
     """
 
     input: str = "uint8"
     softmax: bool = False
+    opset: int | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse unknown inputs."""
+        """Refuse what no file can be written with."""
         if self.input not in INPUTS:
             raise UserError(f"input is {self.input!r}; expected one of {', '.join(INPUTS)}")
+        check_opset(self.opset)
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"batch is {self.batch}; expected a whole number of at least 1")
 
 
 def shipped_model(
@@ -58,17 +66,23 @@ def shipped_model(
     graph = made.graph
     if options.input != "normalised":
         _prepend_normalisation(graph, mean, std, options.input)
-    if options.softmax:
+    set_opset(made, options.opset)
+    if options.softmax:  # over (batch, classes) it is the same in every opset
         logits = graph.output[0]
         graph.node.append(
             helper.make_node("Softmax", [logits.name], [PROBABILITIES], PROBABILITIES, axis=1)
         )
         logits.name = PROBABILITIES
-    for key, value in sorted(properties.items()):
+    facts = {
+        **properties,
+        "opset": str(opset_of(made)),
+        "ir_version": str(made.ir_version),
+    }
+    for key, value in sorted(facts.items()):
         made.metadata_props.add(key=key, value=value)
     data = made.SerializeToString(deterministic=True)
     onnx.checker.check_model(data)
-    return data
+    return data if options.batch is None else fixed_batch(data, options.batch)
 
 
 def _prepend_normalisation(
@@ -100,7 +114,16 @@ def _prepend_normalisation(
     graph.node.extend([*nodes, *rest])
 
 
-OPSET = 17  # with IR version 8: read by every ONNX Runtime since 1.12
+def fixed_batch(model: bytes, batch: int) -> bytes:
+    """A model that takes `batch` images at once, in place of any number."""
+    made = onnx.load_from_string(model)
+    for value in (*made.graph.input, *made.graph.output, *made.graph.value_info):
+        axes = value.type.tensor_type.shape.dim
+        if axes and axes[0].dim_param:
+            axes[0].dim_value = batch  # takes the name's place
+    data: bytes = made.SerializeToString(deterministic=True)
+    onnx.checker.check_model(data)
+    return data
 
 
 @dataclass(frozen=True)
@@ -118,20 +141,26 @@ class Origin:
     genome: bytes
 
 
+def colour(data: ImageData) -> str:
+    """The order of the channels that a model takes."""
+    channels = data.input_shape[0]
+    if channels == 3:
+        return data.preparation.channel_order if data.preparation else "RGB"
+    return f"{channels} channel(s)"
+
+
 def properties(data: ImageData, origin: Origin, options: ShipOptions) -> dict[str, str]:
     """The `metadata_props` of a shipped model."""
-    channels = data.input_shape[0]
     inside = options.input != "normalised"
     return {
         "labels": json.dumps(data.labels),
         "input_layout": "NCHW",
-        "input_colour": "RGB" if channels == 3 else f"{channels} channel(s)",
+        "input_colour": colour(data),
         "input_range": "0-255" if inside else "normalised",
         "normalisation": json.dumps(
             {"scale": 1 / 255, "mean": data.mean, "std": data.std, "inside_graph": inside}
         ),
-        "opset": str(OPSET),
-        "ir_version": str(IR_VERSION),
+        "preparation": json.dumps(data.preparation.settings() if data.preparation else None),
         "task": origin.task,
         "data": data.name,
         "teacher_sha256": origin.teacher_digest,

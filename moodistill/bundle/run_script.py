@@ -1,7 +1,8 @@
 """Classify pictures with the model.onnx beside this file; needs numpy and onnxruntime alone.
 
 python run.py                  runs the sample picture and compares it with the expected answer
-python run.py PICTURE ...      .npy arrays of pixels (H, W, C), or any picture if Pillow is there
+python run.py PICTURE ...      any pictures if Pillow is there, or .npy arrays of pixels (H, W, C)
+python run.py --json PICTURE   one JSON object a line with all values of the answer
 """
 
 import json
@@ -15,21 +16,16 @@ HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-3
 
 
-def load(path, shape):
-    """Pixels `(C, H, W)` uint8 of a file."""
-    channels, height, width = shape
+def load(path, entry):
+    """Pixels `(C, H, W)` uint8 of a file, prepared as the manifest's `input` says."""
+    channels, height, width = entry["shape"]
     if path.suffix == ".npy":
-        pixels = np.load(path, allow_pickle=False)
-    else:
         try:
-            from PIL import Image
-        except ImportError:
-            sys.exit(f"error: {path}: install Pillow to read pictures, or give a .npy array")
-        picture = Image.open(path)
-        if picture.mode.startswith("I"):  # grey of 16 bits, of which Pillow would cut off the top
-            picture = Image.fromarray((np.asarray(picture) / 257.0).round().astype(np.uint8))
-        picture = picture.convert({3: "RGB", 4: "RGBA"}.get(channels, "L"))
-        pixels = np.asarray(picture.resize((width, height), Image.BILINEAR), np.uint8)
+            pixels = np.load(str(path), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            sys.exit(f"error: {path} is no readable array ({error})")
+    else:
+        pixels = picture(path, entry)
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.shape != (height, width, channels) or pixels.dtype != np.uint8:
@@ -40,16 +36,43 @@ def load(path, shape):
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def picture(path, entry):
+    """Pixels `(H, W, C)` of a picture's file."""
+    from moodistill.data.pixels import read_picture
+
+    channels, height, width = entry["shape"]
+    settings = entry["preparation"]
+    try:
+        pixels, seen = read_picture(path, channels, settings)
+    except ImportError:
+        sys.exit(f"error: {path}: install Pillow to read pictures, or give a .npy array")
+    except Exception as error:  # Pillow raises what it likes at damaged files
+        sys.exit(f"error: {path} is no readable picture ({error})")
+    if settings is None:
+        if pixels.shape[:2] != (height, width):
+            sys.exit(
+                f"error: {path} is {pixels.shape[0]} x {pixels.shape[1]} pixels, expected exactly "
+                f"{height} x {width} (height x width): how pictures of other sizes were prepared "
+                "for this model is not known; prepare it as the training data were"
+            )
+        if seen["tagged"]:
+            print(f"note: {path} has an EXIF orientation, which is ignored", file=sys.stderr)
+    return pixels
+
+
 def main():
     """Print one line for each picture; exit code 1 if the sample's answer is not the expected."""
-    manifest = json.loads((HERE / "manifest.json").read_text())
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack the letters of a label
+        sys.stdout.reconfigure(errors="backslashreplace")
+    manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
     model, sample = manifest["input"], manifest["sample"]
     session = onnxruntime.InferenceSession(
         str(HERE / "model.onnx"), providers=["CPUExecutionProvider"]
     )
-    names = sys.argv[1:]
+    as_json = sys.argv[1:2] == ["--json"]
+    names = sys.argv[2:] if as_json else sys.argv[1:]
     for path in map(Path, names or [HERE / sample["file"]]):
-        images = load(path, model["shape"])[None]
+        images = load(path, model)[None].repeat(model["batch"] or 1, 0)
         if model["kind"] != "uint8":
             images = images.astype(np.float32)
         if model["kind"] == "normalised":
@@ -58,7 +81,12 @@ def main():
             images = (images / np.float32(255) - mean) / std
         answer = session.run(None, {model["name"]: images})[0][0]
         best = int(answer.argmax())
-        print(f"{path.name}: {manifest['labels'][best]} ({manifest['output']} {answer[best]:.3f})")
+        label = manifest["labels"][best]
+        if as_json:
+            values = [float(value) for value in answer]
+            print(json.dumps({"file": str(path), "label": label, manifest["output"]: values}))
+        else:
+            print(f"{path.name}: {label} ({manifest['output']} {answer[best]:.3f})")
     if not names:
         difference = float(np.abs(answer - np.array(sample["expected"])).max())
         # INT8 kernels differ between processors; the class must not.

@@ -143,7 +143,7 @@ def _run_sample(folder: Path, model: bytes, manifest: dict[str, Any]) -> float:
         ) from error
     if not isinstance(picture, np.ndarray):
         raise UserError(f"{folder / 'sample.npy'} is an archive, expected one array")
-    images = pixels(picture[None])
+    images = pixels(picture[None]).repeat(entry.get("batch") or 1, 0)
     if entry["kind"] != "uint8":
         images = images.astype(np.float32)
     if entry["kind"] == "normalised":

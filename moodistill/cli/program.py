@@ -3,77 +3,110 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 from moodistill.cli import results as cli_results
 from moodistill.cli import run as cli_run
-from moodistill.errors import UserError
+from moodistill.cli.options import with_flags
+from moodistill.errors import UnfinishedRun, UserError
 from moodistill.version import __version__
 
-Command = tuple[
-    str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None], str
-]
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        help: one line.
+        add_arguments: adds its options to a parser.
+        call: does it.
+        examples: arguments of examples, without the program.
+        script: the file in `scripts/` that is this command alone, if there is one.
+    """
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    call: Callable[[argparse.Namespace], None]
+    examples: tuple[str, ...]
+    script: str = ""
+
+
 COMMANDS: dict[str, Command] = {
-    "run": (
+    "run": Command(
         "search for a front of smaller networks",
         cli_run.run_arguments,
         cli_run.run_command,
-        "example: python scripts/run_nsga.py --model vgg16 --preset quick",
+        (
+            "--model vgg16 --preset quick",
+            "--config settings.toml --seed 1",
+            "--config results/mine/run.json --out results/again",
+            "--resume results/mine --preset standard",
+        ),
+        "run_nsga.py",
     ),
-    "resume": (
+    "resume": Command(
         "carry on a run, finished or not",
         cli_run.resume_arguments,
         cli_run.resume_command,
-        "example: moodistill resume results/mine --preset standard",
+        ("results/mine --preset standard", "results/mine --student s0123 --distill-steps 10000"),
     ),
-    "choose": (
+    "choose": Command(
         "choose a student from a run's front",
         cli_results.choose_arguments,
         cli_results.choose_command,
-        "example: python scripts/choose.py RUN --max-latency-ms 2 --min-accuracy 0.85",
+        ("results/mine --max-latency-ms 2 --min-accuracy 0.85", "results/mine --knee"),
+        "choose.py",
     ),
-    "export": (
+    "export": Command(
         "write a student's ONNX file",
         cli_results.export_arguments,
         cli_results.export_command,
-        "example: python scripts/export_onnx.py RUN s0042 --out my_student",
+        ("results/mine s0042 --out my_student",),
+        "export_onnx.py",
     ),
-    "report": (
+    "report": Command(
         "write report.html, also of a run that goes on",
         cli_results.report_arguments,
         cli_results.report_command,
-        "example: moodistill report results/mine --watch",
+        ("results/mine --watch",),
     ),
-    "verify": (
+    "verify": Command(
         "check a shipped folder",
         cli_results.verify_arguments,
         cli_results.verify_command,
-        "example: moodistill verify my_student",
+        ("my_student",),
     ),
-    "clean": (
+    "clean": Command(
         "free what can be made again",
         cli_results.clean_arguments,
         cli_results.clean_command,
-        "example: moodistill clean results/mine --cache",
+        ("results/mine --cache",),
     ),
-    "teacher": (
+    "teacher": Command(
         "train a teacher",
         cli_run.teacher_arguments,
         cli_run.teacher_command,
-        "example: python scripts/train_teacher.py --model resnet18",
+        ("--model resnet18",),
+        "train_teacher.py",
     ),
 }
 
 
 def run_tool(name: str, arguments: Sequence[str] | None = None) -> int:
     """One command as a program of its own (the files in `scripts/`); returns the exit code."""
-    help_text, add, command, example = COMMANDS[name]
-    parser = argparse.ArgumentParser(description=help_text, epilog=example)
-    add(parser)
-    return _call(command, parser.parse_args(arguments))
+    command = COMMANDS[name]
+    program = f"python scripts/{command.script}" if command.script else f"moodistill {name}"
+    parser = argparse.ArgumentParser(prog=program, **_description(command, program))
+    command.add_arguments(parser)
+    return _call(command.call, parser.parse_args(arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,34 +114,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moodistill")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (help_text, add, _, example) in COMMANDS.items():
-        add(commands.add_parser(name, help=help_text, description=help_text, epilog=example))
+    for name, command in COMMANDS.items():
+        described = _description(command, f"moodistill {name}")
+        command.add_arguments(commands.add_parser(name, help=command.help, **described))
     parsed = parser.parse_args(arguments)
-    return _call(COMMANDS[parsed.command][2], parsed)
+    return _call(COMMANDS[parsed.command].call, parsed)
 
 
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
+def _description(command: Command, program: str) -> dict[str, Any]:
+    lines = [f"  {program} {words}" for words in command.examples]
+    return {
+        "description": command.help,
+        "epilog": "\n".join(["examples:", *lines]),
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def _call(command: Callable[[argparse.Namespace], None], parsed: argparse.Namespace) -> int:
-    if threading.current_thread() is threading.main_thread():
-        # A service manager's way to say Ctrl-C.
-        signal.signal(signal.SIGTERM, _stop)
     try:
-        command(parsed)
+        with _signals():
+            command(parsed)
+            sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(_message(error))
     except KeyboardInterrupt:
+        _forget_closed_output()
         return 130
     except BrokenPipeError:
+        _forget_closed_output()
         return 1
     except OSError as error:
-        print(
-            f"error: {error}; what is stored is kept: check the disk's space and permissions and "
-            "call it again (a run: with --resume)",
-            file=sys.stderr,
+        return _refuse(
+            f"{error}; what is stored is kept: check the disk's space and permissions and "
+            "call it again (a run: with --resume)"
         )
-        return 2
     return 0
+
+
+def _refuse(message: str) -> int:
+    with suppress(OSError):
+        print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _message(error: UserError) -> str:
+    """In the words of the command line: settings by their options, and how to carry on."""
+    message = with_flags(str(error))
+    if isinstance(error, UnfinishedRun):
+        message += f"; carry on with --resume {shlex.quote(str(error.folder))}"
+    return message
+
+
+def _forget_closed_output() -> None:
+    """Keep Python from failing at exit where nobody reads the output any more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):  # a stream of a test has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """What a service manager or a closing terminal sends ends a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {}
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        # Under nohup it is ignored, and is to be.
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, _: object) -> None:
+    if number != signal.SIGTERM:
+        # A terminal that closes may say so more than once: the results are being written then.
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -8,7 +8,7 @@ import shlex
 import time
 from pathlib import Path
 
-from moodistill.cli.run import number
+from moodistill.cli.options import number
 from moodistill.errors import UserError
 from moodistill.pareto import choose
 from moodistill.pareto import table as front
@@ -74,6 +74,13 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, help="the teacher's, if the run was given others")
     parser.add_argument("--softmax", action="store_true", help="probabilities instead of logits")
     parser.add_argument("--int8", action="store_true", help="quantised, if that is faster here")
+    parser.add_argument(
+        "--opset", type=int, help="of the ONNX file (default: the lowest that it needs)"
+    )
+    parser.add_argument(
+        "--fixed-batch", type=int, metavar="N",
+        help="a file that takes N pictures at once, no other number, as some converters want",
+    )  # fmt: skip
     entry = parser.add_mutually_exclusive_group()
     entry.add_argument("--float32", action="store_true", help="take 0-255 pixels as float32")
     entry.add_argument(
@@ -87,7 +94,7 @@ def export_command(arguments: argparse.Namespace) -> None:
     from moodistill.runs.export import export_student
 
     kind = "float32" if arguments.float32 else "normalised" if arguments.bare else "uint8"
-    options = ShipOptions(kind, arguments.softmax)
+    options = ShipOptions(kind, arguments.softmax, arguments.opset, arguments.fixed_batch)
     done = export_student(
         arguments.run, arguments.student, arguments.out, arguments.data_dir,
         options, arguments.int8, weights=arguments.weights,

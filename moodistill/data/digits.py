@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from moodistill.data.images import ImageData, Split, sha256_array
+from moodistill.data.preparation import Preparation
 
 
 def load_digits() -> ImageData:
@@ -35,4 +36,5 @@ def load_digits() -> ImageData:
         std=(0.345,),
         labels=tuple(str(i) for i in range(10)),
         digest=hashlib.sha256((sha256_array(images) + sha256_array(labels)).encode()).hexdigest(),
+        preparation=Preparation(),  # they are of that size already; other pictures are squashed
     )

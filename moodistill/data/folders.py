@@ -1,23 +1,27 @@
-"""Data of one's own: folders of pictures and map-style datasets, made into `ImageData`."""
+"""Folders of pictures, made into `ImageData`; every file is read, passed over or refused."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
+from moodistill.data.arrangement import class_of, cut_anew, keep_cut, sorted_out, split_folders
+from moodistill.data.cut import Cut
 from moodistill.data.datasets import from_splits
 from moodistill.data.images import ImageData, Metric, Split, fraction_right
+from moodistill.data.pixels import MODES, read_picture
+from moodistill.data.preparation import Preparation
+from moodistill.data.table import DataTable
 from moodistill.errors import UserError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
+LATER = "not there when the run began"
+NAMED = 200  # damaged files that a message names
 
 
 def load_image_folder(
@@ -27,114 +31,132 @@ def load_image_folder(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     metric: Metric = fraction_right,
+    *,
+    resize: str = "squash",
+    interpolation: str = "bilinear",
+    channel_order: str = "RGB",
+    exif: bool = True,
+    shorter_side: int | None = None,
+    fill: int = 0,
+    cut: Cut | None = None,
 ) -> ImageData:
-    """Pictures in one folder a class, resized to `size` and held in memory as uint8.
+    """Pictures in one folder a class, prepared alike and held in memory as uint8.
 
-    Either `folder/{train,validation,test}/<class>/*` (also `val`, `valid`; a missing validation or
-    test split is cut from `train`), or `folder/<class>/*`: then every class is cut 80 : 10 : 10, by
-    the digest of the files' names, so that a new picture moves no old one.
+    Either `folder/{train,validation,test}/<class>/...` (also val, valid, dev, training, testing, in
+    any case; a split that is not there is cut from `train`), or `folder/<class>/...`. Pictures may
+    lie deeper in the folder of their class. What is cut is cut within each class: a tenth for the
+    validation and a tenth for the test, at least one picture each (see `cut.cut_class`).
+
+    The data carry a `DataTable` of every file and the `Preparation`.
 
     Args:
         folder: of the pictures.
-        size: `(height, width)` that they are resized to (bilinear, aspect ratio not kept).
-        channels: 3 (RGB), 1 (grey) or 4 (RGBA).
+        size: `(height, width)` that they are brought to.
+        channels: 3 (RGB or BGR), 1 (grey) or 4 (RGBA).
         mean, std: of each channel of pixels in [0, 1]; None measures them on the training split.
             Give those that the teacher was trained with.
         metric: in place of accuracy.
+        resize, interpolation, channel_order, exif, shorter_side, fill: see `Preparation`.
+        cut: of a run, which keeps its own; None cuts anew.
 
     Raises:
-        UserError: if the folder has no such form, a split or class is empty, or a picture is
-            damaged.
+        UserError: if the folder has no such form, a class is not in every split, or pictures are
+            damaged; all of them are named.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; expected pictures in {folder}/<class>/")
-    found = {
-        part: next((folder / n for n in names if (folder / n).is_dir()), None)
-        for part, names in PARTS.items()
-    }
-    root = found["train"]
-    classes = _classes(root or folder)
-    files: dict[str, list[tuple[Path, int]]] = {part: [] for part in PARTS}
-    for label, name in enumerate(classes):
-        for part in PARTS:
-            place = found[part]
-            if place is not None:
-                files[part] += [(path, label) for path in _pictures(place / name)]
-        if root is None:
-            for path in _pictures(folder / name):
-                files[_part_of(path, True, True)].append((path, label))
-    if root is not None and not (found["validation"] and found["test"]):
-        # What is not there is cut from the training pictures.
-        rest = files["train"]
-        files["train"] = []
-        for path, label in rest:
-            part = _part_of(path, found["validation"] is None, found["test"] is None)
-            files[part].append((path, label))
-    splits = {}
-    for part, chosen in files.items():
-        present = {label for _, label in chosen}
-        if len(present) < len(classes):
-            absent = next(n for i, n in enumerate(classes) if i not in present)
-            raise UserError(
-                f"{folder} has no {part} picture of class {absent!r}; expected some of every class "
-                f"(formats: {', '.join(PICTURES)})"
-            )
-        images = np.stack([_read(path, size, channels) for path, _ in chosen])
-        splits[part] = Split(images, np.array([label for _, label in chosen], np.int64))
-    return from_splits(folder.name, splits, classes, mean, std, metric)
-
-
-def _classes(folder: Path) -> list[str]:
-    names = sorted(
-        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    if len(names) < 2:
-        raise UserError(
-            f"{folder} holds {len(names)} class folders, expected at least 2: "
-            f"{folder}/<class>/picture.png"
-        )
-    return names
-
-
-def _pictures(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
-
-
-def _part_of(path: Path, validation: bool, test: bool) -> str:
-    """The split of a picture, by its name alone; a tenth each where wanted."""
-    place = int(hashlib.sha256(f"{path.parent.name}/{path.name}".encode()).hexdigest()[:8], 16) % 10
-    if place == 0 and validation:
-        return "validation"
-    return "test" if place == 1 and test else "train"
-
-
-def _read(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    from PIL import Image
-
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
-    if mode is None:
+    if channels not in MODES:
         raise UserError(f"channels is {channels}; expected 1, 3 or 4")
-    try:
-        with Image.open(path) as opened:
-            picture = _eight_bits(opened, path)
-            resized = picture.convert(mode).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            return np.asarray(resized, np.uint8).reshape(*size, channels)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no readable picture ({error}); mend or delete it") from error
+    preparation = Preparation(
+        resize, (int(size[0]), int(size[1])), interpolation, channel_order, exif, shorter_side, fill
+    )
+    preparation.check_channels(channels)
+    places = split_folders(folder)
+    by_class, passed = sorted_out(folder, places)
+    classes, parts = (
+        cut_anew(folder, places, by_class) if cut is None else keep_cut(folder, places, cut)
+    )
+    if cut is not None:
+        known = cut.places()
+        for files in by_class.values():
+            for file in files:
+                if file not in known:
+                    passed.setdefault(LATER, []).append(file)
+    splits, seen = _read_all(folder, places, classes, parts, channels, preparation)
+    table = _table(folder, classes, passed, seen, preparation)
+    return from_splits(
+        folder.resolve().name, splits, classes, mean, std, metric, preparation, table,
+        Path(os.path.abspath(folder)),
+    )  # fmt: skip
 
 
-def _eight_bits(picture: Image.Image, path: Path) -> Image.Image:
-    """Grey pictures of 16 bits as bytes: Pillow itself would make white of all above 255."""
+def _read_all(
+    folder: Path,
+    places: Mapping[str, str],
+    classes: Sequence[str],
+    parts: Mapping[str, Sequence[str]],
+    channels: int,
+    preparation: Preparation,
+) -> tuple[dict[str, Split], list[dict[str, Any]]]:
+    """The splits, and what was seen of each picture; damaged ones are named all at once."""
     from PIL import Image
 
-    if picture.mode == "F":
-        raise UserError(f"{path} has floating-point pixels; expected 8 or 16 bits: convert it")
-    if not picture.mode.startswith("I"):
-        return picture
-    values = np.asarray(picture).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise UserError(f"{path} has pixels of more than 16 bits; expected 8 or 16: convert it")
-    return Image.fromarray((values / 257.0).round().astype(np.uint8))
+    settings = preparation.settings()
+
+    def read(file: str) -> tuple[np.ndarray, dict[str, Any]] | str:
+        try:
+            return read_picture(folder / file, channels, settings)
+        except Exception as error:  # Pillow's plugins raise what they like at damaged files
+            reason = " ".join(str(error).replace(str(folder / file), "it").split())
+            if isinstance(error, Image.DecompressionBombError):
+                reason = "larger than Pillow opens, shrink it; " + reason.split(",")[0]
+            return f"{file} ({reason or type(error).__name__})"
+
+    splits, seen, damaged = {}, [], []
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Pillow warns of odd metadata and of large pictures; what it cannot read it raises.
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        for split, files in parts.items():
+            images = []
+            for found in pool.map(read, files):
+                if isinstance(found, str):
+                    damaged.append(found)
+                    continue
+                images.append(found[0])
+                seen.append(found[1])
+            labels = [classes.index(class_of(file, places)) for file in files]
+            if not damaged:
+                paths = tuple(os.path.abspath(folder / file) for file in files)
+                splits[split] = Split(np.stack(images), np.array(labels, np.int64), paths)
+    if damaged:
+        more = f", and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
+        raise UserError(
+            f"{folder} holds {len(damaged)} file(s) that are no readable picture: "
+            f"{', '.join(damaged[:NAMED])}{more}; mend or delete them"
+        )
+    return splits, seen
+
+
+def _table(
+    folder: Path,
+    classes: Sequence[str],
+    passed: Mapping[str, Sequence[str]],
+    seen: Sequence[Mapping[str, Any]],
+    preparation: Preparation,
+) -> DataTable:
+    height, width = preparation.size
+    ratios = [one["size"][1] / one["size"][0] * height / width for one in seen]
+    return DataTable(
+        source=str(folder),
+        classes=tuple(classes),
+        pictures={},
+        passed_over={reason: tuple(files) for reason, files in sorted(passed.items())},
+        turned=sum(one["tagged"] for one in seen),
+        exif=preparation.exif,
+        reshaped=sum(not 0.98 < ratio < 1.02 for ratio in ratios),
+        resize=preparation.resize,
+        more_frames=sum(one["frames"] > 1 for one in seen),
+        transparent=sum(one["transparent"] for one in seen),
+    )

@@ -11,11 +11,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from moodistill.data.cut import Cut
+from moodistill.data.preparation import Preparation
+from moodistill.data.table import DataTable
 from moodistill.errors import UserError
 
 # Logits `(n, classes)` and labels `(n,)` to a figure in [0, 1], the larger the better.
@@ -29,21 +33,35 @@ def fraction_right(logits: np.ndarray, labels: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Split:
-    """Images `(N, H, W, C)` uint8 and labels `(N,)` int64."""
+    """Images `(N, H, W, C)` uint8 and labels `(N,)` int64, and the files that they are of.
+
+    Attributes:
+        files: paths, one an image; empty if there are none or they are not known.
+    """
 
     images: np.ndarray
     labels: np.ndarray
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def head(self, count: int) -> Split:
         """The first `count` images (all of them if there are fewer)."""
-        return Split(self.images[:count], self.labels[:count])
+        return self.part(slice(None, count))
 
     def behind(self, count: int) -> Split:
         """All images but the first `count`."""
-        return Split(self.images[count:], self.labels[count:])
+        return self.part(slice(count, None))
+
+    def part(self, which: slice) -> Split:
+        """Some of the images."""
+        return Split(self.images[which], self.labels[which], self.files[which])
+
+    def ordered(self, order: np.ndarray) -> Split:
+        """The images with these indices `(n,)`."""
+        files = tuple(self.files[index] for index in order) if self.files else ()
+        return Split(self.images[order], self.labels[order], files)
 
 
 AT_ONCE = 2**19  # pixels; the maps of more may not fit into a small machine's memory
@@ -57,6 +75,9 @@ class ImageData:
         mean, std: of each channel of pixels scaled to [0, 1].
         labels: names of the classes, in the order of the logits.
         metric: what stands wherever this project says accuracy.
+        preparation: how files became these pictures; None if that is not known.
+        table: classes, splits and files; None for the data sets that the project knows.
+        folder: that the files lie in; None if they do not come from one folder.
     """
 
     name: str
@@ -68,6 +89,21 @@ class ImageData:
     labels: tuple[str, ...]
     digest: str
     metric: Metric = fraction_right
+    preparation: Preparation | None = None
+    table: DataTable | None = None
+    folder: Path | None = None
+
+    @property
+    def cut(self) -> Cut | None:
+        """Which file of the folder is in which split; None if the data come from none."""
+        if self.folder is None:
+            return None
+        root = self.folder
+        parts = [
+            tuple(sorted(Path(file).relative_to(root).as_posix() for file in split.files))
+            for split in (self.train, self.validation, self.test)
+        ]
+        return Cut(*parts)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

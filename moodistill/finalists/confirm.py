@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moodistill.bundle.model import Origin, ShipOptions, ship
 from moodistill.io.atomic import write_json_atomic
-from moodistill.io.records import parse_json, typed
+from moodistill.io.records import parse_json
 from moodistill.onnx.writer import to_onnx
 from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.progress import Reporter
+from moodistill.storage.folder import model_file
 from moodistill.storage.searched import Searched
 from moodistill.student.builder import build_student
 from moodistill.student.context import TeacherContext
@@ -43,6 +44,30 @@ class Timer(Protocol):
     ) -> dict[str, Latency]:
         """As `LatencyMeter.confirm`."""
 
+    def close(self) -> None:
+        """End what times here."""
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """Latencies that were measured again; what `confirmed.json` holds.
+
+    Attributes:
+        measured: digest of what was timed, by name.
+        latencies: by name, as the objective has them.
+        devices: by device and name, where there are several devices.
+    """
+
+    measured: Mapping[str, str] = field(default_factory=dict)
+    latencies: Mapping[str, Latency] = field(default_factory=dict)
+    devices: Mapping[str, Mapping[str, Latency]] = field(default_factory=dict)
+
+    def on_devices(self, name: str) -> dict[str, float]:
+        """Milliseconds of one student by device."""
+        return {
+            device: ones[name].latency_ms for device, ones in self.devices.items() if name in ones
+        }
+
 
 def confirm(
     folder: Path,
@@ -51,7 +76,7 @@ def confirm(
     context: TeacherContext,
     meter: Timer,
     reporter: Reporter,
-) -> dict[str, Latency]:
+) -> Confirmed:
     """Latency of the front, of what is near it, and of the files that ship; kept in `folder`.
 
     Args:
@@ -83,55 +108,61 @@ def confirm(
     # Measured anew only if something is: a resumed run keeps what it found.
     measured = {name: one.genome_hash for name, one in near.items()}
     measured |= {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in shipped.items()}
-    found = _read(folder, measured)
-    if found is not None:
-        return found
+    before = read_confirmed(folder)
+    if all(before.measured.get(name) == digest for name, digest in measured.items()):
+        return before
     rejected = meter.rejected_windows
     with reporter.stage("latency again", len(models), "student") as stage:
         found = meter.confirm(models, report=stage.update)
+    confirmed = Confirmed(measured, found, dict(meter.elsewhere))
     record = {
-        "load_average": os.getloadavg(),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else (),  # not on Windows
         "rejected_windows": meter.rejected_windows - rejected,
         "measured": measured,
         "students": {name: asdict(latency) for name, latency in found.items()},
         "devices": {
             device: {name: asdict(latency) for name, latency in ones.items()}
-            for device, ones in meter.elsewhere.items()
+            for device, ones in confirmed.devices.items()
         },
     }
     write_json_atomic(folder / CONFIRMED_FILE, record)
-    return found
+    return confirmed
 
 
-def still_confirmed(folder: Path, searched: Searched) -> dict[str, Latency]:
+def still_confirmed(folder: Path, searched: Searched) -> Confirmed:
     """The latencies in `folder` of students and files that are still those that were measured."""
-    record, found = _record(folder), {}
-    for name, latency in record.items():
-        path = folder / "students" / name / "model.onnx"
+    record, kept = read_confirmed(folder), set()
+    for name, digest in record.measured.items():
+        path = model_file(folder, name)
         now = {hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else set()
         if name in searched.students:
             now.add(searched.students[name].genome_hash)
-        if latency[0] in now:
-            found[name] = latency[1]
-    return found
+        if digest in now:
+            kept.add(name)
+    return Confirmed(
+        {name: digest for name, digest in record.measured.items() if name in kept},
+        {name: latency for name, latency in record.latencies.items() if name in kept},
+        record.devices,
+    )
 
 
-def _read(folder: Path, measured: Mapping[str, str]) -> dict[str, Latency] | None:
-    """The latencies in `folder` if these very models are among those they are of."""
-    record = _record(folder)
-    if any(name not in record or record[name][0] != one for name, one in measured.items()):
-        return None
-    return {name: latency for name, (_, latency) in record.items()}
-
-
-def _record(folder: Path) -> dict[str, tuple[str, Latency]]:
-    """Digest of what was measured, and its latency, by name; empty if the file is damaged."""
+def read_confirmed(folder: Path) -> Confirmed:
+    """What `confirmed.json` holds; nothing if it is damaged."""
     try:
-        record = parse_json((folder / CONFIRMED_FILE).read_bytes())
-        found = {}
-        for name, one in record["students"].items():
-            values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}
-            found[name] = record["measured"][name], typed(Latency, values)
-        return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        record = parse_json((folder / CONFIRMED_FILE).read_bytes(), _Record)
+        for ones in (record.students, *record.devices.values()):
+            if not all(0 < one.latency_ms < 1e15 for one in ones.values()):
+                raise ValueError(f"{CONFIRMED_FILE} holds a latency that is no time")
+        measured = {name: record.measured[name] for name in record.students}
+    except (OSError, ValueError, KeyError):
+        return Confirmed()
+    return Confirmed(measured, record.students, record.devices)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """`Confirmed` as `confirmed.json` has it."""
+
+    students: Mapping[str, Latency]
+    measured: Mapping[str, str]
+    devices: Mapping[str, Mapping[str, Latency]] = field(default_factory=dict)

@@ -16,20 +16,19 @@ from moodistill.bundle.parity import checked_onnx
 from moodistill.errors import UserError
 from moodistill.io.atomic import TEMPORARY, write_atomic, write_json_atomic
 from moodistill.io.cache import default_cache_dir
-from moodistill.io.records import parse_json, typed
+from moodistill.io.records import parse_json
 from moodistill.onnx.runtime import onnx_accuracy
 from moodistill.onnx.writer import to_onnx
 from moodistill.pareto.evaluation import Evaluation
+from moodistill.storage.folder import MODEL_FILE, RESULT_FILE, student_folder
 from moodistill.storage.searched import Searched
 from moodistill.student.accuracy import inherited_accuracy, student_accuracy
-from moodistill.student.builder import Student
 from moodistill.student.context import TeacherContext
 from moodistill.student.evaluator import Recipe, make_student
 from moodistill.student.file import load_student, save_student
 from moodistill.training.distill import DistillConfig, SoftTargets, distill
 
 STUDENT_FILE = "student.safetensors"
-RESULT_FILE = "result.json"  # written last: a folder with a result is complete
 CHECKPOINT_FILES = "distilling-*.checkpoint"  # by the number of steps they are on the way to
 
 
@@ -124,7 +123,7 @@ def finish(
         write_json_atomic(folder / RESULT_FILE, asdict(replace(earlier, budget=budget)))
         checkpoint.unlink(missing_ok=True)
         return replace(earlier, budget=budget)
-    kept = Student(module, student.units, student.norms)
+    kept = replace(student, module=module)
     origin = Origin(context.task.name, context.teacher_digest, evaluation.genome)
     model, parity = checked_onnx(kept.module, data, origin)
     result = Finalist(
@@ -140,9 +139,9 @@ def finish(
         seconds=time.perf_counter() - began,
     )
     # Both files are written before either is replaced: a full disk leaves what there was.
-    drafts = {name: folder / f".{name}{TEMPORARY}" for name in (STUDENT_FILE, "model.onnx")}
+    drafts = {name: folder / f".{name}{TEMPORARY}" for name in (STUDENT_FILE, MODEL_FILE)}
     save_student(kept, context.layout, genome, drafts[STUDENT_FILE], context.task.name)
-    write_atomic(drafts["model.onnx"], model)
+    write_atomic(drafts[MODEL_FILE], model)
     (folder / RESULT_FILE).unlink(missing_ok=True)
     for name, draft in drafts.items():
         os.replace(draft, folder / name)
@@ -175,8 +174,8 @@ def read_finalist(folder: Path) -> Finalist | None:
 def parse_finalist(content: bytes) -> Finalist | None:
     """What a `result.json` holds, or None if it is damaged."""
     try:
-        return typed(Finalist, parse_json(content))
-    except (ValueError, TypeError, AttributeError):
+        return parse_json(content, Finalist)
+    except ValueError:
         return None
 
 
@@ -189,7 +188,7 @@ def float_model(folder: Path, context: TeacherContext) -> bytes:
 
 def read_finalists(folder: Path, searched: Searched) -> dict[str, Finalist]:
     """Distilled students of a run whose results are complete on disk, whatever their budget."""
-    found = {name: read_finalist(folder / "students" / name) for name in searched.students}
+    found = {name: read_finalist(student_folder(folder, name)) for name in searched.students}
     return {
         name: one
         for name, one in found.items()

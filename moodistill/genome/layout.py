@@ -8,7 +8,12 @@ Slices, all True for the teacher itself:
   block of neurons reads that one),
 * `merge/<add>`: one bit per input of an Add (True: the input stays),
 * `bypass/<layer>`: one bit (True: the layer stays; False: it is left out and its consumers read
-  what it read).
+  what it read),
+* `kernel/<layer>`: one bit per ring of a convolution's taps that may go, see `kernels`,
+* `rank/<layer>`: one bit per rank below the full one that a layer may have, see `ranks`.
+
+The last two kinds came later and stand last: what was packed without them is read with their bits
+True.
 
 This module knows numpy alone: operators and the search work on it without a network at hand.
 """
@@ -26,7 +31,11 @@ from moodistill.errors import UserError
 
 INPUT = "<input>"  # the group of the input channels; no module path looks like that
 # Kinds of connections, with what the names of their slices begin with.
-CONNECTIONS = {"blocks": "block/", "merges": "merge/", "bypasses": "bypass/"}
+CONNECTIONS = {
+    "kernels": "kernel/", "ranks": "rank/", "merges": "merge/", "bypasses": "bypass/",
+    "blocks": "block/",
+}  # fmt: skip
+FORMER_CONNECTIONS = ("blocks", "merges", "bypasses")  # before there were kernels and ranks
 # Searched by default. Without blocks a search finds better students (docs/comparison.md).
 SEARCHED = ("merges", "bypasses")
 
@@ -90,6 +99,13 @@ class Node:
         bypassable: for a layer, whether it may be left out.
         energy: for a layer, `(blocks of groups, blocks of reads)` weight energy between blocks.
         fixed: for a layer, whether its connections stay, so that it has no connection genes.
+        shared: for a layer, whether its module is called more than once.
+        module: its module path, where that is not the name.
+        lanes: real channels of its output per channel of each group's mask.
+        repeat: features per real channel of its output (behind a flatten).
+        kernel: for a convolution, taps by axis.
+        rings: for a convolution, rings of taps by axis that may go.
+        ranks: for a layer, the ranks below the full one that it may have, ascending.
     """
 
     name: str
@@ -100,6 +116,18 @@ class Node:
     bypassable: bool = False
     energy: np.ndarray | None = None
     fixed: bool = False
+    shared: bool = False
+    module: str = ""
+    lanes: tuple[int, ...] = ()
+    repeat: int = 1
+    kernel: tuple[int, ...] = ()
+    rings: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """The module path, which names kernel and rank genes: all calls of a module share them."""
+        return self.module or self.name
 
 
 class GenomeLayout:
@@ -121,19 +149,36 @@ class GenomeLayout:
         for layer in self.layers:
             shape = (self.blocks(layer.groups), self.blocks(layer.reads))
             behind_input = set(layer.reads) <= set(self.inputs)
-            if not behind_input and shape != (1, 1) and not layer.fixed:
+            if not behind_input and shape != (1, 1) and not layer.fixed and not layer.shared:
                 self.shapes[f"block/{layer.name}"] = shape
         for merge in self.merges:
             self.shapes[f"merge/{merge.name}"] = (len(merge.inputs),)
         for layer in self.layers:
             if layer.bypassable:
                 self.shapes[f"bypass/{layer.name}"] = (1,)
+        former = len(self.shapes)
+        # By module path: the first call of what has a kernel or rank gene, and the names of all.
+        self.kernels: dict[str, Node] = {}
+        self.ranked: dict[str, Node] = {}
+        self.calls: dict[str, list[str]] = {}
+        for node in nodes:
+            if sum(node.rings):
+                self.kernels.setdefault(node.path, node)
+            if node.ranks:
+                self.ranked.setdefault(node.path, node)
+            self.calls.setdefault(node.path, []).append(node.name)
+        for path, node in self.kernels.items():
+            self.shapes[f"kernel/{path}"] = (sum(node.rings),)
+        for path, node in self.ranked.items():
+            self.shapes[f"rank/{path}"] = (len(node.ranks),)
         ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes.values()])
         self.slices = {
             name: slice(int(end) - int(np.prod(shape)), int(end))
             for (name, shape), end in zip(self.shapes.items(), ends, strict=True)
         }
         self.length = int(ends[-1]) if len(ends) else 0
+        # Of genomes that were packed when there were no kernel and rank genes.
+        self.former_length = int(ends[former - 1]) if former else 0
 
     def blocks(self, groups: tuple[str, ...]) -> int:
         """Number of blocks of some groups, one after another."""
@@ -177,23 +222,27 @@ class GenomeLayout:
         return genomes[:, self.slices[name]].reshape(len(genomes), *self.shapes[name])
 
     def pack(self, genome: np.ndarray) -> bytes:
-        """The genome as bytes, eight bits a byte."""
-        return np.packbits(genome).tobytes()
+        """The genome as bytes, eight bits a byte; kernel and rank bits with True as 0."""
+        bits = genome.copy()
+        bits[self.former_length :] ^= True
+        return np.packbits(bits).tobytes()
 
     def unpack(self, packed: bytes) -> np.ndarray:
-        """The inverse of `pack`.
+        """The inverse of `pack`; bytes without kernel and rank bits are read with these True.
 
         Raises:
             UserError: if the bytes have another length than this layout's genomes.
         """
-        expected = (self.length + 7) // 8
-        if len(packed) != expected:
+        expected, former = ((n + 7) // 8 for n in (self.length, self.former_length))
+        if len(packed) not in (former, expected):
             raise UserError(
                 f"genome has {len(packed)} bytes, expected {expected} for this teacher; "
                 "it was written for another teacher or layout"
             )
-        bits = np.frombuffer(packed, dtype=np.uint8)
-        return np.unpackbits(bits, count=self.length).astype(bool)
+        bits = np.frombuffer(packed.ljust(expected, b"\0"), dtype=np.uint8)
+        genome = np.unpackbits(bits, count=self.length).astype(bool)
+        genome[self.former_length :] ^= True
+        return genome
 
     def digest(self, genome: np.ndarray) -> str:
         """Hex digest of a genome (take it of the canonical form)."""

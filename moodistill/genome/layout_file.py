@@ -29,7 +29,9 @@ def write_layout(folder: Path, layout: GenomeLayout) -> None:
             {
                 "name": n.name, "kind": n.kind, "inputs": list(n.inputs),
                 "groups": list(n.groups), "reads": list(n.reads),
-                "bypassable": n.bypassable, "fixed": n.fixed,
+                "bypassable": n.bypassable, "fixed": n.fixed, "shared": n.shared,
+                "module": n.module, "lanes": list(n.lanes), "repeat": n.repeat,
+                "kernel": list(n.kernel), "rings": list(n.rings), "ranks": list(n.ranks),
             }
             for n in layout.nodes
         ],
@@ -69,6 +71,14 @@ def read_layout(folder: Path) -> GenomeLayout | None:
                 tuple(n["reads"]),
                 n["bypassable"],
                 fixed=n["fixed"],
+                # Runs of earlier versions have no kernel and rank genes, and lack all of these.
+                shared=n.get("shared", False),
+                module=n.get("module", ""),
+                lanes=tuple(n.get("lanes", ())),
+                repeat=n.get("repeat", 1),
+                kernel=tuple(n.get("kernel", ())),
+                rings=tuple(n.get("rings", ())),
+                ranks=tuple(n.get("ranks", ())),
             )
             for n in content["nodes"]
         )

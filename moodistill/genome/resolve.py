@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from moodistill.genome.kernels import read_kernel
 from moodistill.genome.layout import GenomeLayout, Group, Node
+from moodistill.genome.ranks import read_rank, saves
 from moodistill.genome.structure import Alive, Structure, alive_blocks
 
 
@@ -17,8 +21,13 @@ class _Wiring:
     merges: dict[str, tuple[bool, ...]]
     bypassed: frozenset[str]
     live: frozenset[str]
-    groups: dict[str, tuple[str, ...]]  # of every node's value in the student
+    of: dict[str, Node]  # whose channels every node's value has: an earlier one's past a bypass
+    repeat: dict[str, int]  # features per channel of every node's value
     past: dict[str, bool]  # whether a node's value comes past a bypassed layer
+
+    def groups(self, name: str) -> tuple[str, ...]:
+        """The groups of a node's value in the student."""
+        return self.of[name].groups
 
 
 def _wire(layout: GenomeLayout, genome: np.ndarray) -> _Wiring:
@@ -34,20 +43,24 @@ def _wire(layout: GenomeLayout, genome: np.ndarray) -> _Wiring:
         for layer in layout.layers
         if layer.bypassable and not layout.view(genome, f"bypass/{layer.name}")[0]
     }
-    groups: dict[str, tuple[str, ...]] = {}
+    of: dict[str, Node] = {}
+    repeat: dict[str, int] = {}
     past: dict[str, bool] = {}
     for node in layout.nodes:
         out = node.name in bypassed
         behind = len(node.inputs) == 1 and past[node.inputs[0]]
         past[node.name] = out or (behind and node.kind != "layer")
-        groups[node.name] = groups[node.inputs[0]] if past[node.name] else node.groups
+        of[node.name] = of[node.inputs[0]] if past[node.name] else node
+        # Norms and activations are left out with their layer, what changes the form is not.
+        same = out or (past[node.name] and node.kind in ("norm", "activation"))
+        repeat[node.name] = repeat[node.inputs[0]] if same else node.repeat
     live: set[str] = set()
     for node in reversed(layout.nodes):
         if node.kind == "output":
             live.add(node.name)
         if node.name in live:
             live.update(_chosen(node, merges))
-    return _Wiring(merges, frozenset(bypassed & live), frozenset(live), groups, past)
+    return _Wiring(merges, frozenset(bypassed & live), frozenset(live), of, repeat, past)
 
 
 def _chosen(node: Node, merges: dict[str, tuple[bool, ...]]) -> list[str]:
@@ -62,14 +75,15 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
     Every Add keeps an input, every layer and every output block reads something, what nobody reads
     is dropped with what feeds only that (blocks, whole groups, layers), and widths are whole
     multiples of `step` channels (or the full width): per block in groups with missing connections,
-    else per group. The teacher's own genome is resolved without bounds of widths: it is what
-    students are compared with.
+    else per group. A rank is a whole multiple of `step` too; it is full where a lower one saves
+    nothing and where the layer is cut into several modules. The teacher's own genome is resolved
+    without bounds of widths: it is what students are compared with.
     """
     if genome.all():
         layout = layout.unbounded
     wiring = _wire(layout, genome)
     active = [n for n in layout.layers if n.name in wiring.live and n.name not in wiring.bypassed]
-    source = {n.name: wiring.groups[n.inputs[0]] for n in active}
+    source = {n.name: wiring.groups(n.inputs[0]) for n in active}
     through = frozenset(n.name for n in active if wiring.past[n.inputs[0]])
     kept: dict[str, np.ndarray] = {}
     for name in [*layout.given, *(g for n in active for g in n.groups)]:
@@ -101,6 +115,14 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
     present = {name: mask for name, mask in kept.items() if mask.any()}
     live = _still_live(layout, wiring, present)
     names = {n.name for n in active}
+    kernels = _kernels(layout, genome, live - wiring.bypassed)
+    ranks, full_ranks = {}, {}
+    wanted = list(_ranks(layout, genome, names, step))
+    split = repair.split(alive) if wanted else set()
+    for layer, rank in wanted:
+        inputs, outputs = _size(layout, wiring, layer, present, kernels)
+        if saves(rank, inputs, outputs) and split.isdisjoint(layer.groups):
+            ranks[layer.path], full_ranks[layer.path] = rank, min(inputs, outputs)
     return Structure(
         kept=present,
         connected={name: connected[name] for name in connected if name in names},
@@ -110,7 +132,56 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
         merges={k: v for k, v in wiring.merges.items() if k in live},
         live=live,
         dropped=frozenset(kept) - frozenset(present),
+        kernels=kernels,
+        ranks=ranks,
+        full_ranks=full_ranks,
     )
+
+
+def _kernels(
+    layout: GenomeLayout, genome: np.ndarray, there: frozenset[str]
+) -> dict[str, tuple[int, ...]]:
+    """Kernels that lost taps, of the modules that the student has."""
+    found = {}
+    for path, node in layout.kernels.items():
+        bits = genome[layout.slices[f"kernel/{path}"]]
+        if not bits.all() and not there.isdisjoint(layout.calls[path]):
+            found[path] = read_kernel(bits, node.kernel, node.rings)
+    return found
+
+
+def _ranks(
+    layout: GenomeLayout, genome: np.ndarray, names: set[str], step: int
+) -> Iterator[tuple[Node, int]]:
+    """Layers of the student with the rank that their gene asks for; without those of full rank."""
+    for path, node in layout.ranked.items():
+        bits = genome[layout.slices[f"rank/{path}"]]
+        if bits.all():
+            continue
+        called = [name for name in layout.calls[path] if name in names]
+        rank = read_rank(bits, node.ranks, step)
+        if called and rank is not None:
+            yield layout.by_name[called[0]], rank
+
+
+def _size(
+    layout: GenomeLayout,
+    wiring: _Wiring,
+    layer: Node,
+    kept: dict[str, np.ndarray],
+    kernels: dict[str, tuple[int, ...]],
+) -> tuple[int, int]:
+    """Values that an output of a layer is summed of, taps included, and outputs."""
+    inputs, outputs = (
+        sum(
+            int(np.count_nonzero(kept[group])) * lanes
+            for group, lanes in zip(node.groups, node.lanes, strict=True)
+            if group in kept
+        )
+        for node in (wiring.of[layer.inputs[0]], layer)
+    )
+    taps = math.prod(kernels.get(layer.path, layer.kernel))
+    return inputs * wiring.repeat[layer.inputs[0]] * taps, outputs
 
 
 def _still_live(layout: GenomeLayout, wiring: _Wiring, kept: Alive) -> frozenset[str]:
@@ -121,7 +192,7 @@ def _still_live(layout: GenomeLayout, wiring: _Wiring, kept: Alive) -> frozenset
             live.add(node.name)
         if node.name in live:
             for name in _chosen(node, wiring.merges):
-                if any(group in kept for group in wiring.groups[name]):
+                if any(group in kept for group in wiring.groups(name)):
                     live.add(name)
     return frozenset(live)
 
@@ -218,7 +289,7 @@ class _Repair:
 
     def round(self, alive: Alive) -> bool:
         """Round widths to whole SIMD steps."""
-        split = self._split(alive)
+        split = self.split(alive)
         changed = False
         for name, blocks in alive.items():
             group = self.layout.groups[name]
@@ -227,7 +298,7 @@ class _Repair:
                 changed |= _round_widths(group, self.kept[name], step, name in split)
         return changed
 
-    def _split(self, alive: Alive) -> set[str]:
+    def split(self, alive: Alive) -> set[str]:
         """Groups of which a layer that writes or reads them misses a connection of live blocks."""
         found: set[str] = set()
         for layer in self.active:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,9 @@ class Structure:
         merges: for every live Add, the inputs that stay.
         live: names of all nodes that the output depends on.
         dropped: groups that nobody reads in this student, though their layers could be there.
+        kernels: by module path, the taps by axis of convolutions that lost some.
+        ranks: by module path, the rank of layers that are not of full rank.
+        full_ranks: by module path, the rank that each of these would have at most.
     """
 
     kept: dict[str, np.ndarray]
@@ -36,6 +39,9 @@ class Structure:
     merges: dict[str, tuple[bool, ...]]
     live: frozenset[str]
     dropped: frozenset[str] = frozenset()
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    full_ranks: dict[str, int] = field(default_factory=dict)
 
 
 def alive_blocks(group: Group, kept: np.ndarray) -> np.ndarray:
@@ -53,3 +59,13 @@ def alive_in(layout: GenomeLayout, structure: Structure, groups: Iterable[str]) 
         kept = structure.kept.get(name, np.zeros(group.size, dtype=bool))
         parts.append(alive_blocks(group, kept))
     return np.concatenate(parts)
+
+
+def thinned(structure: Structure, path: str) -> str:
+    """The taps and the rank of a module that lost some, in words; empty if it lost none."""
+    words = []
+    if path in structure.kernels:
+        words.append("x".join(map(str, structure.kernels[path])))
+    if path in structure.ranks:
+        words.append(f"rank {structure.ranks[path]}/{structure.full_ranks[path]}")
+    return " ".join(words)

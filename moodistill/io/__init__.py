@@ -1,4 +1,5 @@
-"""Files: written whole or not at all, records as JSON, caches, safetensors.
+"""Files: written whole or not at all, JSON records with types, the cache, safetensors.
 
-Knows nothing of the project but its errors. Begin with `atomic`.
+May know: the errors, nothing else of the project.
+Begin with `atomic.write_atomic`.
 """

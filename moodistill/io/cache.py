@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 
 from moodistill.errors import UserError
+from moodistill.io.cache_dir import default_cache_dir as default_cache_dir
+from moodistill.io.cache_dir import writing
 from moodistill.io.tensorfile import read_safetensors, save_atomic
 
 
@@ -26,8 +27,13 @@ def content_digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -
 
 
 def save_cached(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a file of the cache."""
-    save_atomic(tensors, path, {"digest": content_digest(tensors, {})})
+    """Write a file of the cache.
+
+    Raises:
+        UserError: if the cache cannot be written.
+    """
+    with writing(path):
+        save_atomic(tensors, path, {"digest": content_digest(tensors, {})})
 
 
 def read_cached(path: Path) -> dict[str, torch.Tensor]:
@@ -40,8 +46,3 @@ def read_cached(path: Path) -> dict[str, torch.Tensor]:
     if metadata.get("digest") != content_digest(tensors, {}):
         raise UserError(f"{path} does not have the digest it states; delete it")
     return tensors
-
-
-def default_cache_dir() -> Path:
-    """`$MOODISTILL_CACHE`, or `~/.cache/moodistill`; everything in it can be made again."""
-    return Path(os.environ.get("MOODISTILL_CACHE", Path.home() / ".cache" / "moodistill"))

@@ -1,40 +1,81 @@
-"""Values that come from files: strict JSON, and dataclasses whose fields have their types."""
+"""Records in JSON files: strict JSON, and dataclasses whose fields have their types (msgspec).
+
+Unknown keys are passed over, so that files of a newer version stay readable. Settings are stricter:
+see `fields`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from functools import cache
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+import re
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import msgspec
+
+from moodistill.errors import UserError
 
 T = TypeVar("T")
 
+_MISMATCH = re.compile(r"Expected `(?P<type>[^`]*)`(?P<length> of length \d+)?, got .*", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
+_NAMES = {"array": "list"}  # of msgspec, in Python's words
 
-def parse_json(data: bytes | str) -> Any:
-    """Strict JSON.
+
+def read_record(path: Path, cls: type[T], advice: str) -> T:
+    """What a JSON file holds.
+
+    Args:
+        path: the file.
+        cls: a dataclass, or any type that JSON can be.
+        advice: what to do about a damaged file, the end of the message.
 
     Raises:
-        ValueError: whatever is wrong with it; NaN, infinity and very deep nesting are.
+        UserError: if the file cannot be read or is damaged; names the file, the field and what was
+            expected of it.
     """
     try:
-        return json.loads(data, parse_constant=_finite, parse_float=_finite)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        return parse_json(path.read_bytes(), cls)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; {advice}") from error
 
 
-def typed(cls: type[T], values: Mapping[str, Any]) -> T:
-    """`cls(**values)`, where every value must have its field's type.
+@overload
+def parse_json(data: bytes | str) -> Any: ...
+@overload
+def parse_json(data: bytes | str, cls: type[T]) -> T: ...
+def parse_json(data: bytes | str, cls: Any = Any) -> Any:
+    """Strict JSON as a value of `cls`.
 
     Raises:
-        TypeError: if one has not, or if keys are missing or unknown.
+        ValueError: says in one line what is wrong, and in which field; NaN, infinity and very deep
+            nesting are wrong.
     """
-    hints: dict[str, Any] = _hints(cls)  # type: ignore[arg-type]
-    for name, value in values.items():
-        if name in hints and not _fits(value, hints[name]):
-            raise TypeError(f"{name} is {str(value)[:40]!r}, expected {hints[name]}")
-    return cls(**values)
+    try:
+        # Not msgspec's own parser, which refuses names of files that are no UTF-8.
+        value = json.loads(data, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"it is no readable JSON ({error})") from error
+    return value if cls is Any else convert(value, cls)
+
+
+def convert(value: Any, cls: type[T]) -> T:
+    """A value of `cls` from plain values: dicts become dataclasses, lists tuples, ints floats.
+
+    Raises:
+        ValueError: names the field that is missing or has another type, and what was expected.
+    """
+    try:
+        return msgspec.convert(value, cls, str_keys=True, builtin_types=(bytes,), dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise ValueError(_explain(str(error), value)) from error
+    except (OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _finite(text: str) -> float:
@@ -44,23 +85,36 @@ def _finite(text: str) -> float:
     return value
 
 
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+def _decode(cls: type, value: Any) -> Any:
+    if cls is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"Expected `{cls.__name__}`, got `{type(value).__name__}`")
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    if hint in (int, float):
-        return type(value) is int or (hint is float and type(value) is float)
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        if inner[0] is float:  # raw timings: many, so without a call for each
-            return isinstance(value, tuple | list) and {type(v) for v in value} <= {int, float}
-        return isinstance(value, tuple | list) and all(_fits(v, inner[0]) for v in value)
-    if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
-    return hint is Any or isinstance(value, hint)
+def _explain(message: str, values: Any) -> str:
+    """One line of a message of msgspec: field, found value and expected type."""
+    what, _, place = message.partition(" - at ")
+    path = place.replace("`key` in ", "a key of ").replace("`$.", "").replace("`$", "")
+    path = path.strip("`").replace("[...]", "")
+    missing = _MISSING.fullmatch(what)
+    if missing:
+        return f"{path + '.' if path else ''}{missing['name']} is missing"
+    name = path or "the whole file"
+    mismatch = _MISMATCH.fullmatch(what)
+    if not mismatch:
+        return f"{name}: {what[:1].lower()}{' '.join(what[1:].split())}"
+    words = mismatch["type"].split(" | ")
+    expected = " or ".join(_NAMES.get(word, word) for word in words if word != "null")
+    found = _shown(path.removeprefix("a key of "), values)
+    return f"{name} is {found}; expected {expected}{mismatch['length'] or ''}"
+
+
+def _shown(path: str, values: Any) -> str:
+    """The value at a path as msgspec writes it, at most 40 characters."""
+    for key in re.findall(r"[^.\[\]]+|\[\d+\]", path):
+        try:
+            values = values[int(key[1:-1]) if key.startswith("[") else key]
+        except (KeyError, IndexError, TypeError):  # below a key, which msgspec does not name
+            break
+    text = " ".join(repr(values).split())
+    return text if len(text) <= 40 else f"{text[:37]}..."

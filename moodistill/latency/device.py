@@ -23,7 +23,7 @@ def device_fingerprint(config: LatencyConfig | None = None) -> dict[str, Any]:
     """What a latency depends on besides the model: processor, ONNX Runtime and its options."""
     model, flags = platform.processor(), set[str]()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         lines = []
     for line in lines:

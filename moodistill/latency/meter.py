@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moodistill.errors import UserError
+from moodistill.io.measuring import measuring
 from moodistill.latency import worker as latency_worker
 from moodistill.pareto.evaluation import Latency
 
@@ -54,7 +55,7 @@ class _WorkerProcess:
     """One running worker and the pipes to it."""
 
     def __init__(self) -> None:
-        package_root = str(Path(__file__).resolve().parents[1])
+        package_root = str(Path(__file__).resolve().parents[2])
         paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             # -P: a file of the working directory must not stand in for a library.
@@ -223,7 +224,8 @@ class LatencyMeter:
         if self._worker is None or not self._worker.alive:
             self._discard_worker()
             self._worker = self._start()
-        answer = self._worker.request(request, model, self._allowed_s)
+        with measuring():
+            answer = self._worker.request(request, model, self._allowed_s)
         self.rejected_windows += answer["rejected_windows"]
         latency = self._latency(answer["samples_ms"], answer["reference_ms"])
         if key is not None:
@@ -260,7 +262,8 @@ class LatencyMeter:
                     "min_rounds": rounds, "max_rounds": rounds, "target": 0.0, "max_seconds": 0.0,
                 }  # fmt: skip
                 timeout_s = self._allowed_s * (len(files) + 1)
-                answer = worker.request(request, b"".join(files.values()), timeout_s)
+                with measuring():
+                    answer = worker.request(request, b"".join(files.values()), timeout_s)
                 self.rejected_windows += answer["rejected_windows"]
                 reference, *samples = answer["times_ms"]
                 for name, times in zip(files, samples, strict=True):
@@ -297,7 +300,8 @@ class LatencyMeter:
         request = {"op": "start", "seed": self._seed, "calibrate": calibrate, **self._settings}
         try:
             timeout_s = self._allowed_s * (CALIBRATION_PATIENCE if calibrate else 1)
-            answer = worker.request(request, self._reference, timeout_s)
+            with measuring() if calibrate else contextlib.nullcontext():
+                answer = worker.request(request, self._reference, timeout_s)
         except LatencyError as error:
             worker.stop(kill=True)
             raise LatencyError(f"the reference model cannot be timed: {error}") from error

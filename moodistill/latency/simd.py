@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from moodistill.io.atomic import write_json_atomic
+from moodistill.io.cache_dir import cache_key, cached
 from moodistill.io.records import parse_json
 from moodistill.latency.device import device_fingerprint
 from moodistill.latency.meter import LatencyConfig, LatencyError, LatencyMeter
@@ -46,30 +46,36 @@ def probe_simd(config: LatencyConfig | None = None, cache_dir: Path | None = Non
 
     The result is kept in `cache_dir` by fingerprint, so that every run on a device has the same
     step. A device that cannot be timed gets the step of its instruction set.
+
+    Raises:
+        UserError: if the cache cannot be written.
     """
     fingerprint = device_fingerprint(config)
-    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    key = cache_key(json.dumps(fingerprint, sort_keys=True))
     path = cache_dir / f"simd-{key}.json" if cache_dir else None
-    if path is not None and path.is_file():
-        try:
-            stored = parse_json(path.read_bytes())
-            ratios = {int(w): float(r) for w, r in stored["ratios"].items()}
-            if not 0 < stored["step"] <= max(PROBED_WIDTHS) or min(ratios.values(), default=1) <= 0:
-                raise ValueError(f"{stored} is no probe of a device")
-            return SimdProbe(int(stored["step"]), ratios)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            path.unlink()
-    widest = max(PROBED_WIDTHS)
     try:
-        with LatencyMeter(_chain(widest), (3, 16, 16), config) as meter:
-            found = meter.confirm({str(w): partial(_chain, w) for w in PROBED_WIDTHS}, 32)
+        return cached(
+            path,
+            _read_probe,
+            lambda: _sweep(config),
+            lambda probe, to: write_json_atomic(to, asdict(probe)),
+        )
     except LatencyError:
         return SimdProbe(16 if "avx512f" in fingerprint["simd"] else 8, {})
+
+
+def _sweep(config: LatencyConfig | None) -> SimdProbe:
+    widest = max(PROBED_WIDTHS)
+    with LatencyMeter(_chain(widest), (3, 16, 16), config) as meter:
+        found = meter.confirm({str(w): partial(_chain, w) for w in PROBED_WIDTHS}, 32)
     ratios = {width: found[str(width)].ratio / found[str(widest)].ratio for width in PROBED_WIDTHS}
-    probe = SimdProbe(simd_step_of(ratios), dict(sorted(ratios.items())))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, asdict(probe))
+    return SimdProbe(simd_step_of(ratios), dict(sorted(ratios.items())))
+
+
+def _read_probe(path: Path) -> SimdProbe:
+    probe = parse_json(path.read_bytes(), SimdProbe)
+    if not 0 < probe.step <= max(PROBED_WIDTHS) or min(probe.ratios.values(), default=1) <= 0:
+        raise ValueError(f"{probe} is no probe of a device")
     return probe
 
 

@@ -34,20 +34,26 @@ def outputs(
     Models that take uint8 pixels get them; of those that take floats, the ones whose input is
     called `pixels` get 0 to 255 and all others normalised images. Each of `threads` threads runs
     whole batches: a third faster than all of them on one batch, and the sums within a batch do
-    not depend on their number.
+    not depend on their number. A model without a free batch axis gets batches of its own size, the
+    last one filled up with repeated images.
     """
     run = session(model, 1)
     first = run.get_inputs()[0]
+    fixed = first.shape[0] if isinstance(first.shape[0], int) else None
+    batch = fixed or batch
 
     def answer(start: int) -> np.ndarray:
         images = split.images[start : start + batch]
+        count = len(images)
+        if fixed is not None:
+            images = np.resize(images, (fixed, *images.shape[1:]))
         if first.type == "tensor(uint8)":
             feed = pixels(images)
         elif first.name == "pixels":
             feed = pixels(images).astype(np.float32)
         else:
             feed = data.normalise(images).numpy()
-        return np.asarray(run.run(None, {first.name: feed})[0])
+        return np.asarray(run.run(None, {first.name: feed})[0])[:count]
 
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(answer, range(0, len(split), batch))

@@ -27,9 +27,9 @@ from moodistill.errors import UserError
 from moodistill.onnx.graph import OnnxGraph, live_nodes
 from moodistill.onnx.modules import NO_OPS
 from moodistill.onnx.ops import INPUT, OUTPUT, Shape, UnsupportedOperation
+from moodistill.onnx.opset import FIRST, HIGHEST, LOWEST
 
-IR_VERSION = 8
-OPSETS = range(14, 22)  # HardSwish came with 14; newer sets than 21 want a newer IR version
+OPSETS = range(LOWEST, HIGHEST + 1)
 SMALLEST_WEIGHT = 1.2e-38  # below the smallest normal float32, where CPUs slow down
 _TENSOR_NAMES = {
     "BatchNormalization": ("scale", "bias", "mean", "variance"),
@@ -41,7 +41,6 @@ _TENSOR_NAMES = {
     "Pad": ("pads", "value"),
     "PRelu": ("slope",),
 }
-_SINCE = {"LayerNormalization": 17}  # the first opset, where it is later than `OPSETS`' first
 
 
 def to_onnx(student: fx.GraphModule, input_shape: tuple[int, ...], opset: int = 17) -> bytes:
@@ -126,7 +125,7 @@ def _describe_module(module: nn.Module) -> list[Any]:
 def _to_model(graph: OnnxGraph, opset: int) -> onnx.ModelProto:
     nodes, tensors = [], []
     for op in graph.ops:
-        if opset < _SINCE.get(op.kind, 0):
+        if opset < FIRST.get(op.kind, 0):
             raise UnsupportedOperation(f"{op.kind} in opset {opset}")
         names = _TENSOR_NAMES.get(op.kind, ("weight", "bias"))
         added = [f"{op.output}.{name}" for name in names[: len(op.tensors)]]
@@ -236,7 +235,8 @@ def _finish(model: onnx.ModelProto) -> bytes:
             clean = np.where(tiny, np.float32(0), values)
             tensor.CopyFrom(numpy_helper.from_array(clean, tensor.name))
     assert not any(_denormals(t)[1].any() for t in floats), "denormal weights left in the model"
-    model.ir_version, model.producer_name = IR_VERSION, "moodistill"
+    model.producer_name = "moodistill"
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
     data = model.SerializeToString(deterministic=True)
     onnx.checker.check_model(data)
     return data

@@ -1,4 +1,6 @@
-"""Pictures of a run: figures, and the HTML page.
+"""What people look at: figures, and the offline HTML page.
 
-Knows rows and the store as they lie on disk; no torch, no pymoo. Begin with `page`.
+May know: rows and the store as they lie on disk; no torch, no pymoo. matplotlib is
+imported in this room alone.
+Begin with `page.write_report`.
 """

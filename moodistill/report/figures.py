@@ -112,7 +112,7 @@ def plot_history(generations: Sequence[Generation], path: Path) -> None:
 
 
 def plot_structure(structure: Mapping[str, Any], path: Path, title: str) -> None:
-    """Write a PNG of `report_html.structure_data`: kept widths and block connections by layer."""
+    """Write a PNG of `report_html.structure_data`: widths, taps, ranks and connections by layer."""
     layers = structure["layers"]
     figure = _figure(7.0, 0.9 + 0.34 * len(layers))
     bars, blocks = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
@@ -124,6 +124,7 @@ def plot_structure(structure: Mapping[str, Any], path: Path, title: str) -> None
     bars.set_xlabel("channels or neurons kept (blue) of the teacher's (outline)")
     for place, layer in enumerate(layers):
         text = f"{layer['kept']}/{layer['full']}" if layer["kept"] else layer["state"]
+        text += f"  {layer['thinned']}" if layer["thinned"] else ""
         bars.text(layer["full"], place, f" {text}", va="center", fontsize=8)
         for row, cells in enumerate(layer["matrix"] or ()):
             for column, value in enumerate(cells):
@@ -131,7 +132,7 @@ def plot_structure(structure: Mapping[str, Any], path: Path, title: str) -> None
                 corner = (column, place - 0.4 + row * height)
                 colour = BLUE if value == 1 else "white" if value == 0 else "#eeeeee"
                 blocks.add_patch(_square(corner, height, colour))
-    bars.margins(x=0.2)
+    bars.margins(x=0.45 if any(layer["thinned"] for layer in layers) else 0.2)
     widest = max((len(layer["matrix"][0]) for layer in layers if layer["matrix"]), default=1)
     blocks.set_xlim(-0.2, widest + 0.2)
     blocks.set_xticks([])

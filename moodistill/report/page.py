@@ -16,7 +16,7 @@ from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.layout_file import read_layout
 from moodistill.genome.resolve import resolve
-from moodistill.genome.structure import alive_in
+from moodistill.genome.structure import alive_in, thinned
 from moodistill.io.atomic import write_atomic
 from moodistill.pareto.table import SUFFIX, FrontRow
 from moodistill.storage.folder import read_run
@@ -24,6 +24,8 @@ from moodistill.storage.store import Store
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+# plotly.js 4.1.1 without the traces that the page does not draw: a quarter of the whole.
+LIBRARY = Path(__file__).parent / "vendor" / "plotly-basic.min.js"
 ON, OFF, DEAD = 1, 0, -1  # a block connection: kept, cut, or one of its blocks is gone
 
 
@@ -35,7 +37,7 @@ def write_report(
     Args:
         folder: the run's.
         store: its evaluations.
-        rows: of `pareto.csv`.
+        rows: of its front.
         refresh_s: the page loads itself anew so often; None never.
     """
     run = read_run(folder)
@@ -118,22 +120,27 @@ def _row(row: FrontRow) -> dict[str, Any]:
 
 
 def structure_data(layout: GenomeLayout, genome: np.ndarray) -> dict[str, Any]:
-    """Each layer's width and block matrix, and the Adds that lost an input.
+    """Each layer's width, block matrix, taps and rank, and the Adds that lost an input.
 
+    `thinned` says in words what taps and rank are left (`1x3, rank 48/64`), empty if all are.
     `matrix` `(output blocks, input blocks)` holds 1 (kept), 0 (cut) and -1 (a block is gone); None
     where a layer has no connection genes of its own.
     """
     found = resolve(layout, genome)
     layers = []
-    for layer in layout.layers:
+    for layer in layout.nodes:
+        grouped = layer.kind == "channelwise" and layer.path in layout.kernels
+        if layer.kind != "layer" and not grouped:
+            continue
         full = sum(layout.groups[g].size * layout.groups[g].width for g in layer.groups)
-        entry: dict[str, Any] = {"name": layer.name, "full": full, "matrix": None}
-        if layer.name in found.connected:
+        name = layer.path if grouped else layer.name
+        entry: dict[str, Any] = {"name": name, "full": full, "matrix": None, "thinned": ""}
+        if layer.name in found.connected or (grouped and layer.name in found.live):
             kept = sum(
                 int(found.kept[g].sum()) * layout.groups[g].width
                 for g in layer.groups if g in found.kept
             )  # fmt: skip
-            entry |= {"kept": kept, "state": "kept"}
+            entry |= {"kept": kept, "state": "kept", "thinned": thinned(found, layer.path)}
             if f"block/{layer.name}" in layout.slices and layer.name not in found.through:
                 rows = alive_in(layout, found, layer.groups)
                 columns = alive_in(layout, found, found.source[layer.name])
@@ -155,11 +162,11 @@ def structure_data(layout: GenomeLayout, genome: np.ndarray) -> dict[str, Any]:
 
 
 def _page(data: Mapping[str, Any]) -> str:
-    from plotly.offline import get_plotlyjs
-
     # Nothing in the data may end the script element that holds it.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     title = str(data["title"]).replace("&", "&amp;").replace("<", "&lt;")
-    parts = {"{{TITLE}}": title, "{{PLOTLY}}": get_plotlyjs(), "{{DATA}}": text}
+    parts = {"{{TITLE}}": title, "{{PLOTLY}}": LIBRARY.read_text("utf-8"), "{{DATA}}": text}
     # One pass, since the library's text may hold a marker of ours.
-    return re.sub("|".join(map(re.escape, parts)), lambda m: parts[m[0]], TEMPLATE.read_text())
+    return re.sub(
+        "|".join(map(re.escape, parts)), lambda m: parts[m[0]], TEMPLATE.read_text("utf-8")
+    )

@@ -1,19 +1,22 @@
-"""What scores and times a run's students: this process and machine, or a cluster's workers."""
+"""What scores, times and distils a run's students: this process and machine, or a cluster's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from moodistill.config import RunConfig
 from moodistill.errors import UserError
+from moodistill.evolution.executor import Executor, SerialExecutor
+from moodistill.finalists.confirm import Timer
 from moodistill.finalists.distil import Distiller, distil_here
 from moodistill.latency.device import device_fingerprint
 from moodistill.latency.meter import LatencyError, LatencyMeter
-from moodistill.search.executor import Executor, SerialExecutor
+from moodistill.pareto.evaluation import Latency
 from moodistill.student.context import TeacherContext, default_threads
 from moodistill.student.evaluator import Evaluator, teacher_onnx
 from moodistill.teacher.weights import network_digest
@@ -24,104 +27,149 @@ if TYPE_CHECKING:
     from moodistill.cluster.meter import DeviceMeters
     from moodistill.cluster.tasks import ScoreSetup
 
-    Meter: TypeAlias = LatencyMeter | DeviceMeters
-
-
 HERE = "this machine"  # the device's name where no other is given
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where data and caches are on this machine (not part of a run's identity)."""
+    """What is not part of a run's identity: where data and caches are on this machine, and so on.
+
+    Attributes:
+        data_dir, weights: None for the task's own.
+        threads: of torch.
+        expected_accuracy: a teacher that falls short of it by more than two points is refused.
+    """
 
     data_dir: Path | None = None
     weights: Path | None = None
     threads: int | None = None
+    expected_accuracy: float | None = None
 
 
-def make_meter(
+@dataclass(frozen=True)
+class Timing:
+    """What times students, on this machine or on the named devices of a cluster.
+
+    Attributes:
+        meter: times several models side by side.
+        teacher_latency_ms: of the teacher, as the objective has it.
+        teacher_latencies_ms: the teacher's calibrated ms by device, which a resumed run keeps as
+            its scale.
+        devices: fingerprints by name; the first one's latency is the objective.
+        here: times one model in this process; None where other devices do.
+        there: the cluster's devices; None where this machine times.
+    """
+
+    meter: Timer
+    teacher_latency_ms: float
+    teacher_latencies_ms: dict[str, float]
+    devices: dict[str, dict[str, Any]]
+    here: Callable[[bytes, str], Latency] | None = None
+    there: DeviceMeters | None = None
+
+    @property
+    def device(self) -> dict[str, Any]:
+        """Fingerprint of the device that latencies are of, the first of several."""
+        return next(iter(self.devices.values()))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What does a run's work."""
+
+    timing: Timing
+    executor: Executor
+    distil: Distiller
+
+
+@contextmanager
+def open_backend(
     context: TeacherContext,
     config: RunConfig,
+    places: Places,
     calibrated: Mapping[str, float] | None,
     cluster: Cluster | None,
-) -> Meter:
-    """What times students: a process of this machine, or the cluster's named devices.
+) -> Iterator[Backend]:
+    """Calibrate what times students, and make ready what scores and distils them.
 
     Args:
         context: of the teacher, which is the reference.
         config: the run's.
-        calibrated: the teacher's ms by device, as `calibration` gave it to an earlier part of the
-            run.
+        places: where workers find data and weights.
+        calibrated: the teacher's ms by device of an earlier part of the run; None measures.
         cluster: None for this process alone.
 
     Raises:
         UserError: if the teacher cannot be timed there.
     """
-    teacher, shape = teacher_onnx(context), context.data.input_shape
+    remote = cluster is not None and bool(cluster.config.latency_on)
     try:
-        if cluster is not None and cluster.config.latency_on:
-            from moodistill.cluster.meter import DeviceMeters
-
-            return DeviceMeters(cluster, teacher, shape, config.latency, calibrated)
-        return LatencyMeter(
-            teacher,
-            shape,
-            config.latency,
-            teacher_latency_ms=(calibrated or {}).get(HERE),
-        )
+        if cluster is not None and remote:
+            timing = _time_there(context, config, calibrated, cluster)
+        else:
+            timing = _time_here(context, config, calibrated)
     except LatencyError as error:
         raise UserError(
             f"the teacher cannot be timed in ONNX Runtime ({error}); expected a network that runs "
             "there"
         ) from error
+    with closing(timing.meter):
+        yield _backend(context, config, places, timing, cluster)
 
 
-def calibration(meter: Meter) -> dict[str, float]:
-    """The teacher's calibrated ms by device, which a resumed run keeps as its scale."""
-    if isinstance(meter, LatencyMeter):
-        return {HERE: meter.teacher_latency_ms}
-    return {name: one.teacher_latency_ms for name, one in meter.meters.items()}
+def _time_here(
+    context: TeacherContext, config: RunConfig, calibrated: Mapping[str, float] | None
+) -> Timing:
+    """A process of this machine."""
+    meter = LatencyMeter(
+        teacher_onnx(context),
+        context.data.input_shape,
+        config.latency,
+        teacher_latency_ms=(calibrated or {}).get(HERE),
+    )
+    scale, device = meter.teacher_latency_ms, device_fingerprint(config.latency)
+    return Timing(meter, scale, {HERE: scale}, {HERE: device}, here=meter.measure)
 
 
-def timing_devices(meter: Meter, config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Fingerprints of all devices by name."""
-    if isinstance(meter, LatencyMeter):
-        return {HERE: timing_device(meter, config)}
-    return {name: one.device for name, one in meter.meters.items()}
+def _time_there(
+    context: TeacherContext,
+    config: RunConfig,
+    calibrated: Mapping[str, float] | None,
+    cluster: Cluster,
+) -> Timing:
+    """The cluster's named devices."""
+    from moodistill.cluster.meter import DeviceMeters
+
+    shape = context.data.input_shape
+    meter = DeviceMeters(cluster, teacher_onnx(context), shape, config.latency, calibrated)
+    return Timing(
+        meter,
+        meter.teacher_latency_ms,
+        {name: one.teacher_latency_ms for name, one in meter.meters.items()},
+        {name: one.device for name, one in meter.meters.items()},
+        there=meter,
+    )
 
 
-def timing_device(meter: Meter, config: RunConfig) -> dict[str, Any]:
-    """Fingerprint of the device that latencies are of, the first of several."""
-    return device_fingerprint(config.latency) if isinstance(meter, LatencyMeter) else meter.device
-
-
-def make_executor(
+def _backend(
     context: TeacherContext,
     config: RunConfig,
     places: Places,
-    meter: Meter,
+    timing: Timing,
     cluster: Cluster | None,
-) -> Executor:
-    """What scores the students: this process, or the cluster's workers."""
-    local = meter.measure if isinstance(meter, LatencyMeter) else None
+) -> Backend:
+    """This process, or the cluster's workers side by side."""
     if cluster is None:
-        return SerialExecutor(Evaluator(context, config.recipe, local).evaluate)
-    from moodistill.cluster.executor import DaskExecutor
+        executor = SerialExecutor(Evaluator(context, config.recipe, timing.here).evaluate)
+        return Backend(timing, executor, distil_here(context, config.recipe, config.distill))
+    from moodistill.cluster.executor import DaskExecutor, distil_there
 
-    remote = None if isinstance(meter, LatencyMeter) else meter
     setup = _setup(context, config, places, cluster)
-    return DaskExecutor(cluster, context.layout, setup, remote, local)
-
-
-def make_distiller(
-    context: TeacherContext, config: RunConfig, places: Places, cluster: Cluster | None
-) -> Distiller:
-    """What distils the finalists: this process, or the cluster's workers side by side."""
-    if cluster is None:
-        return distil_here(context, config.recipe, config.distill)
-    from moodistill.cluster.executor import distil_there
-
-    return distil_there(cluster, _setup(context, config, places, cluster), config.distill)
+    return Backend(
+        timing,
+        DaskExecutor(cluster, context.layout, setup, timing.there, timing.here),
+        distil_there(cluster, setup, config.distill),
+    )
 
 
 def _setup(

@@ -10,6 +10,7 @@ from moodistill.bundle.int8 import read_int8
 from moodistill.errors import UserError
 from moodistill.finalists.distil import CHECKPOINT_FILES, read_finalist
 from moodistill.io.atomic import TEMPORARY
+from moodistill.storage.folder import STUDENTS
 from moodistill.storage.store import Store
 
 
@@ -32,10 +33,10 @@ def clean_run(folder: Path) -> Freed:
     with Store.open(folder):
         unfinished = [
             path
-            for path in (folder / "students").glob("*")
+            for path in (folder / STUDENTS).glob("*")
             if path.is_dir() and read_finalist(path) is None and read_int8(path) is None
         ]
-        checkpoints = [path for path in folder.glob(f"students/*/{CHECKPOINT_FILES}")
+        checkpoints = [path for path in folder.glob(f"{STUDENTS}/*/{CHECKPOINT_FILES}")
                        if path.parent not in unfinished]  # fmt: skip
         return _delete([*unfinished, *checkpoints, *folder.rglob(f".*{TEMPORARY}")])
 

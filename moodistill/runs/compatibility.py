@@ -20,6 +20,9 @@ from moodistill.training.teacher import accuracy
 if TYPE_CHECKING:
     from moodistill.cluster.client import Cluster
 
+# Where earlier versions had what is a metric now.
+EARLIER_METRICS = {"moodistill.data.fraction_right": "moodistill.data.images.fraction_right"}
+
 
 def least_accuracy(context: TeacherContext, config: RunConfig) -> float:
     """Two fifths of the way from chance to the teacher, a fraction.
@@ -57,11 +60,16 @@ def check_resumed(
         UserError: if the run cannot be carried on with them.
     """
     check_origin(folder, stored, context)
+    if stored.get("genome_bits") != context.layout.length:
+        raise UserError(
+            f"{folder} was searched by an earlier version, without kernels and ranks: start a new "
+            "run, or go on with that version; choose, report, verify and export work as before"
+        )
     place = cluster.config.place if cluster is not None else None
     if stored.get("latency_on") != place:
         raise UserError(
             f"{folder} has latencies of {stored.get('latency_on') or 'this machine'}, not of "
-            f"{place or 'this machine'}; resume it with the same --latency-on"
+            f"{place or 'this machine'}; resume it with the same `latency_on`"
         )
     scales = stored.get("teacher_latencies_ms")
     devices = (cluster.config.latency_on if cluster is not None else ()) or (HERE,)
@@ -82,13 +90,14 @@ def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContex
         UserError: if one of them is another.
     """
     check_data(folder, stored, context.data)
+    layout = context.layout
     for key, found in (
-        ("teacher_digest", context.teacher_digest),
-        ("genome_bits", context.layout.length),
+        ("teacher_digest", (context.teacher_digest,)),
+        ("genome_bits", (layout.length, layout.former_length)),
     ):
-        if stored.get(key) != found:
+        if stored.get(key) not in found:
             raise UserError(
-                f"{folder} was started with {key} {stored.get(key)}, found {found}; "
+                f"{folder} was started with {key} {stored.get(key)}, found {found[0]}; "
                 "give the same teacher"
             )
     check_network(folder, stored, context.graph)
@@ -97,9 +106,10 @@ def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContex
 def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None:
     """Refuse other pictures, normalisation or metric than `run.json` (`stored`) names."""
     for key, found in (("data_digest", data.digest), ("metric", metric_name(data))):
-        if stored.get(key) != found:
+        known = stored.get(key)
+        if known != found and (key != "metric" or EARLIER_METRICS.get(str(known)) != found):
             raise UserError(
-                f"{folder} was started with {key} {stored.get(key)}, found {found}; "
+                f"{folder} was started with {key} {known}, found {found}; "
                 "give the same data and metric"
             )
 
@@ -149,7 +159,7 @@ def check_students(
     """Refuse to distil what is no student of a search that has ended."""
     if not ended:
         raise UserError(
-            f"the search in {folder} has not ended: --resume it without --student first"
+            f"the search in {folder} has not ended: carry it on without naming a student first"
         )
     searched = Searched.read(store, config.search.limits, config.search.objectives)
     for name in names:

@@ -8,7 +8,7 @@ import torch
 
 from moodistill.config import RunConfig
 from moodistill.student.context import TeacherContext
-from moodistill.training.distill import mixed_precision
+from moodistill.training.precision import mixed_precision
 
 STUDENT = 0.25  # of the teacher's time, an average student of a search
 MEASURING_SECONDS = 0.6  # building, exporting and timing one student

@@ -10,21 +10,21 @@ from typing import Any
 
 from moodistill.bundle.folder import MODEL, write_package
 from moodistill.bundle.int8 import judge_speed, quantise_student
-from moodistill.bundle.model import Origin, ShipOptions
+from moodistill.bundle.model import Origin, ShipOptions, fixed_batch
 from moodistill.bundle.parity import Parity, export_onnx
 from moodistill.config import RunConfig
 from moodistill.data.images import ImageData
-from moodistill.errors import UserError
-from moodistill.finalists.distil import RESULT_FILE, Finalist, read_finalist
+from moodistill.errors import UnfinishedRun, UserError
+from moodistill.finalists.distil import STUDENT_FILE, Finalist, read_finalist
 from moodistill.io.atomic import write_atomic
 from moodistill.latency.device import device_fingerprint
 from moodistill.latency.meter import LatencyMeter
 from moodistill.onnx.writer import to_onnx
-from moodistill.pareto.evaluation import Evaluation
+from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.pareto.table import SUFFIX, FrontRow, read_front
 from moodistill.runs.compatibility import check_data, check_network, check_origin
-from moodistill.runs.rows import int8_row
-from moodistill.storage.folder import RUN_FILE, read_run
+from moodistill.runs.rows import int8_row, searched_row
+from moodistill.storage.folder import RESULT_FILE, RUN_FILE, STUDENTS, read_run, student_folder
 from moodistill.storage.searched import student_id
 from moodistill.storage.store import Store
 from moodistill.student.accuracy import student_accuracy
@@ -77,21 +77,11 @@ def rebuild_student(
         UserError: if there is no such student, its distilled weights are gone, or the teacher is
             not that of the run.
     """
-    name, stored = name.removesuffix(SUFFIX), read_run(run)
+    name = name.removesuffix(SUFFIX)
     evaluation = _evaluation(run, name)
-    path = run / "students" / name / "student.safetensors"
+    path = student_folder(run, name) / STUDENT_FILE
     if path.exists():
-        finalist = read_finalist(path.parent)
-        if finalist is None or finalist.genome_hash != evaluation.genome_hash:
-            raise UserError(
-                f"{path.parent / RESULT_FILE} is missing or not of {name}: its distillation was "
-                f"interrupted; carry on with --resume {run}"
-            )
-        data = task.load_data(data_dir)
-        check_data(run, stored, data)
-        check_network(run, stored, trace(task.build().eval(), data.input_shape))
-        student = load_student(path, task.build(), data.input_shape)[0]
-        return Rebuilt(student, evaluation, data, finalist)
+        return _read_distilled(run, path, evaluation, task, data_dir)
     if any(row.student == name and row.stage == "distilled" for row in read_front(run)):
         # Inherited weights would go under the accuracy of the distilled ones.
         there = (path.parent / MODEL).is_file()
@@ -99,18 +89,37 @@ def rebuild_student(
             f"{path} is missing, and with it the distilled weights of {name}: restore it"
             + (f", or take {path.parent}, which is a shipped folder of them" if there else "")
         )
-    config = RunConfig.from_dict(stored.get("config", {}))
+    config = RunConfig.read(run)
     context = load_context(
         task, data_dir, weights, calibration=config.calibration, rules=config.rules
     )
+    stored = read_run(run)
     if context.teacher_digest != stored.get("teacher_digest"):
         raise UserError(
             f"{run} was searched with another teacher than {weights or task.weights}; give the "
-            "same with --weights"
+            "same `weights`"
         )
     check_origin(run, stored, context)
     genome = context.layout.unpack(evaluation.genome)
     return Rebuilt(make_student(context, genome, config.recipe), evaluation, context.data)
+
+
+def _read_distilled(
+    run: Path, path: Path, evaluation: Evaluation, task: Task, data_dir: Path | None
+) -> Rebuilt:
+    """A student with the distilled weights in the file `path`."""
+    finalist, name = read_finalist(path.parent), path.parent.name
+    if finalist is None or finalist.genome_hash != evaluation.genome_hash:
+        raise UnfinishedRun(
+            f"{path.parent / RESULT_FILE} is missing or not of {name}: its distillation was "
+            "interrupted",
+            run,
+        )
+    data, stored = task.load_data(data_dir), read_run(run)
+    check_data(run, stored, data)
+    check_network(run, stored, trace(task.build().eval(), data.input_shape))
+    student = load_student(path, task.build(), data.input_shape)[0]
+    return Rebuilt(student, evaluation, data, finalist)
 
 
 def export_student(
@@ -139,54 +148,76 @@ def export_student(
         UserError: if there is no such run or student, `out` holds a model already, or the file
             does not pass the comparison with torch.
     """
-    options = options or ShipOptions()
-    stored = read_run(run)
-    config = RunConfig.from_dict(stored.get("config", {}))
+    options, stored, config = options or ShipOptions(), read_run(run), RunConfig.read(run)
     name = student.removesuffix(SUFFIX)
-    int8 = int8 or name != student
-    if (out / MODEL).exists():
-        raise UserError(f"{out / MODEL} exists; give another --out")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a folder with --out")
+    device = _device_of(run, stored)
+    _check_target(out)
     rows = {row.student: row for row in read_front(run)}
     teacher = next(row for row in rows.values() if row.stage == "teacher")
     task = task or load_task(config.model, config.own)
     rebuilt = rebuild_student(run, name, task, data_dir, weights)
-    made, evaluation, data = rebuilt.student, rebuilt.evaluation, rebuilt.data
-    origin = Origin(task.name, str(stored.get("teacher_digest")), evaluation.genome)
-    row = rows.get(name) or _searched_row(name, evaluation, teacher)
-    if rebuilt.finalist is not None:
-        known = row
-        row = replace(
-            row,
-            stage="distilled",
-            accuracy=rebuilt.finalist.accuracy,
-            test_accuracy=rebuilt.finalist.test_accuracy,
-        )
-        if row != known:  # distilled since the table was written: so is its twin of other weights
-            rows.pop(name + SUFFIX, None)
-    if row.accuracy is None:
-        row = replace(row, accuracy=student_accuracy(made.module, data, data.validation))
-    device = stored.get("device")
-    if not isinstance(device, dict) or DEVICE_KEYS - set(device):
-        raise UserError(f"{run / RUN_FILE} does not say on which device; restore it from a copy")
-    parity = export_onnx(made.module, data, origin, out / MODEL, options)
+    row = _current_row(name, rebuilt, rows.get(name), teacher)
+    origin = Origin(task.name, str(stored.get("teacher_digest")), rebuilt.evaluation.genome)
+    module, data = rebuilt.student.module, rebuilt.data
+    int8 = int8 or name != student
+    free = replace(options, batch=None)  # latency is measured of the run's own batch
+    parity = export_onnx(module, data, origin, out / MODEL, free if int8 else options)
     if int8:
-        twin = rows.get(name + SUFFIX)
+        # Distilled since the table was written, its twin in there is of other weights.
+        known = rows.get(name + SUFFIX) if row == rows.get(name) else None
+        request = _Int8(row, known, device, config, origin, free)
         try:
-            row = _quantise(made, row, twin, data, origin, out, device, config, options)
+            row = _quantise(rebuilt, out, request)
+            if options.batch is not None:
+                write_atomic(out / MODEL, fixed_batch((out / MODEL).read_bytes(), options.batch))
         except BaseException:
             (out / MODEL).unlink(missing_ok=True)
             raise
-    write_package(out, row, teacher, data, origin, device, options)
+    try:
+        write_package(out, row, teacher, data, origin, device, options)
+    except BaseException:
+        (out / MODEL).unlink(missing_ok=True)
+        raise
     return Exported(out / MODEL, None if int8 else parity)
+
+
+def _device_of(run: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
+    device = stored.get("device")
+    if not isinstance(device, dict) or DEVICE_KEYS - set(device):
+        raise UserError(f"{run / RUN_FILE} does not say on which device; restore it from a copy")
+    return device
+
+
+def _check_target(out: Path) -> None:
+    if (out / MODEL).exists():
+        raise UserError(f"{out / MODEL} exists; give another `out`")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder as `out`")
+
+
+def _current_row(name: str, rebuilt: Rebuilt, row: FrontRow | None, teacher: FrontRow) -> FrontRow:
+    """The student's row in the table, with what has been reached since it was written."""
+    row = row or searched_row(name, rebuilt.evaluation, teacher.teacher_latency_ms)
+    finalist = rebuilt.finalist
+    if finalist is not None:
+        row = replace(
+            row,
+            stage="distilled",
+            accuracy=finalist.accuracy,
+            test_accuracy=finalist.test_accuracy,
+        )
+    if row.accuracy is None:
+        data = rebuilt.data
+        reached = student_accuracy(rebuilt.student.module, data, data.validation)
+        row = replace(row, accuracy=reached)
+    return row
 
 
 def _evaluation(run: Path, name: str) -> Evaluation:
     with Store.open(run, readonly=True) as store:
         evaluations = {student_id(n): e for n, e in store.numbered().items()}
     if name not in evaluations or evaluations[name].latency is None:
-        known = sorted(p.name for p in (run / "students").glob("s*"))
+        known = sorted(p.name for p in (run / STUDENTS).glob("s*"))
         raise UserError(
             f"unknown student {name!r} in {run}; expected an id from its pareto.csv"
             + (f", for example {', '.join(known[:6])}" if known else "")
@@ -194,57 +225,60 @@ def _evaluation(run: Path, name: str) -> Evaluation:
     return evaluations[name]
 
 
-def _searched_row(name: str, one: Evaluation, teacher: FrontRow) -> FrontRow:
-    """The row of a student that is not on the front; its latency is the search's."""
-    assert one.latency is not None
-    return FrontRow(
-        student=name, stage="searched", search_accuracy=one.accuracy, accuracy=None,
-        test_accuracy=None, parameters=one.parameters, macs=one.macs,
-        latency_ms=one.latency.latency_ms, latency_ms_low=one.latency.low_ms,
-        latency_ms_high=one.latency.high_ms, teacher_latency_ms=teacher.teacher_latency_ms,
-        size_bytes=one.size_bytes, onnx="", genome_hash=one.genome_hash, summary=one.summary,
-        search_latency_ms=one.latency.latency_ms, latency_samples=len(one.latency.samples_ms),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Int8:
+    """What an INT8 twin is made and judged by.
+
+    Attributes:
+        row: of its float student.
+        twin: its own row, where the run has made it.
+        device: fingerprint of the run's.
+        config: the run's.
+        origin: written into the file.
+        options: how the file takes pictures and answers.
+    """
+
+    row: FrontRow
+    twin: FrontRow | None
+    device: Mapping[str, Any]
+    config: RunConfig
+    origin: Origin
+    options: ShipOptions
 
 
-def _quantise(
-    made: Student,
-    row: FrontRow,
-    twin: FrontRow | None,
-    data: ImageData,
-    origin: Origin,
-    out: Path,
-    measured_on: Mapping[str, Any],
-    config: RunConfig,
-    options: ShipOptions,
-) -> FrontRow:
+def _quantise(rebuilt: Rebuilt, out: Path, request: _Int8) -> FrontRow:
     """Replace the float model in `out` by its INT8 twin; the twin's row."""
-    device = device_fingerprint(config.latency)
-    if twin is None and device != measured_on:
+    row, config, twin = request.row, request.config, request.twin
+    here = device_fingerprint(config.latency)
+    if twin is None and here != request.device:
         raise UserError(
-            f"the run was measured on {measured_on.get('cpu')!r}, this is {device['cpu']!r}: "
+            f"the run was measured on {request.device.get('cpu')!r}, this is {here['cpu']!r}: "
             "whether INT8 is faster cannot be judged here; export on the device of the run"
         )
-    floating = (out / MODEL).read_bytes()
-    bare = to_onnx(made.module, data.input_shape)
+    data, floating = rebuilt.data, (out / MODEL).read_bytes()
+    bare = to_onnx(rebuilt.student.module, data.input_shape)
     assert row.accuracy is not None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         result = quantise_student(
-            bare, row.student + SUFFIX, row.accuracy, data, origin, folder,
-            measured_on, config.int8, options,
+            bare, row.student + SUFFIX, row.accuracy, data, request.origin, folder,
+            request.device, config.int8, request.options,
         )  # fmt: skip
         model = b"" if result.refused else (folder / MODEL).read_bytes()
     if model and twin is None:
-        with LatencyMeter(
-            floating, data.input_shape, config.latency, teacher_latency_ms=row.latency_ms
-        ) as meter:
-            times = meter.confirm({"float": lambda: floating, "int8": lambda: model})
+        times = _times(floating, model, rebuilt, request)
         result = judge_speed(result, times["int8"], times["float"])
         twin = int8_row(row, result, times["int8"])
     if result.refused or twin is None:
         raise UserError(
-            f"{result.student} was not written: it {result.refused}; export it without --int8"
+            f"{result.student} was not written: it {result.refused}; export it without INT8"
         )
     write_atomic(out / MODEL, model)
     return twin
+
+
+def _times(floating: bytes, model: bytes, rebuilt: Rebuilt, request: _Int8) -> dict[str, Latency]:
+    """Latencies of a `float` student and its `int8` twin, side by side on this device."""
+    shape, scale = rebuilt.data.input_shape, request.row.latency_ms
+    with LatencyMeter(floating, shape, request.config.latency, teacher_latency_ms=scale) as meter:
+        return meter.confirm({"float": lambda: floating, "int8": lambda: model})

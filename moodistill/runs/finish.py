@@ -1,116 +1,97 @@
-"""From the search's front to finalists that ship: distilled, quantised, confirmed, packaged."""
+"""From the search's front to finalists: distilled, quantised, confirmed, and the front scored."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from moodistill.bundle.folder import write_package
 from moodistill.bundle.int8 import Int8Result, judge_speed, quantise_student, save_int8
 from moodistill.bundle.model import Origin
-from moodistill.config import RunConfig
 from moodistill.errors import UserError
-from moodistill.finalists.confirm import Timer, confirm
-from moodistill.finalists.distil import Distiller, float_model, read_finalists
+from moodistill.finalists.confirm import Confirmed, confirm
+from moodistill.finalists.distil import Finalist, float_model, read_finalists
 from moodistill.io.cache import default_cache_dir
 from moodistill.onnx.runtime import onnx_accuracy
 from moodistill.pareto import geometry as pareto
-from moodistill.pareto.evaluation import Evaluation, Latency
-from moodistill.pareto.table import SUFFIX, FrontRow
-from moodistill.progress import Reporter
-from moodistill.runs.rows import Accuracies, exported_front, measure_front, measure_teacher
+from moodistill.pareto.evaluation import Evaluation
+from moodistill.pareto.table import SUFFIX
+from moodistill.runs.accuracies import measure_teacher
+from moodistill.runs.rows import exported_front
+from moodistill.runs.session import Session
+from moodistill.storage.folder import MODEL_FILE, STUDENTS
 from moodistill.storage.searched import Searched
-from moodistill.storage.store import Store
-from moodistill.student.context import TeacherContext
+from moodistill.student.accuracy import inherited_accuracy
+from moodistill.student.evaluator import make_student
 
 FLOOR = 0.7  # of the teacher's accuracy
 
 
-def finish_run(
-    folder: Path,
-    store: Store,
-    config: RunConfig,
-    context: TeacherContext,
-    meter: Timer,
-    device: Mapping[str, Any],
-    known: Accuracies,
-    reporter: Reporter,
-    distil: Distiller,
-    students: Sequence[str] = (),
-) -> dict[str, Latency]:
-    """Distil, quantise, export and test the finalists, and measure the front's latency again.
+def finish(session: Session, searched: Searched) -> Confirmed:
+    """Distil, quantise and export the finalists, and measure the front's latency again.
 
-    With `students` these are distilled now, and who was a finalist before stays one. Whatever is
-    already in `folder` for the same budget, or a larger one, is read back.
+    With `session.students` these are distilled now, and who was a finalist before stays one.
+    Whatever is already in the folder for the same budget, or a larger one, is read back.
 
     Raises:
-        UserError: if no student works, or one of `students` could not be distilled.
+        UserError: if one of `session.students` could not be distilled.
         LatencyError: if the latencies could not be measured again.
     """
-    searched = Searched.read(store, config.search.limits, config.search.objectives)
-    if len(store) == 1:
-        raise UserError(
-            f"every student came out as the teacher: with whole SIMD blocks of "
-            f"{config.search.simd_step} channels nothing of this network can be left out; start a "
-            "new run with a smaller --simd-step"
-        )
-    if searched is None or not searched.students:
-        raise UserError(
-            f"{folder} holds no student that works; see the failures in evaluations.sqlite, "
-            "or search on with more --generations"
-        )
-    chosen = {name: searched.students[name] for name in students} or _picked(searched, config)
-    failed = _distil(folder, chosen, config, reporter, distil)
-    if students and failed:
-        raise UserError(f"{'; '.join(failed)}; what there was of it before is as it was")
-    finalists = read_finalists(folder, searched)
-    twins: dict[str, Int8Result] = {}
-    if config.int8.wanted:
-        with reporter.stage("INT8", len(finalists), "student") as stage:
-            for place, (name, finalist) in enumerate(finalists.items()):
-                genome = searched.students[name].genome
-                twins[name] = quantise_student(
-                    float_model(folder / "students" / name, context),
-                    name + SUFFIX, finalist.accuracy, context.data,
-                    Origin(context.task.name, context.teacher_digest, genome),
-                    folder / "students" / (name + SUFFIX), device, config.int8,
-                )  # fmt: skip
-                stage.update(place + 1, student=name)
-    measure_teacher(known, context, default_cache_dir())
+    finalists = distil(session, searched)
+    twins = quantise(session, searched, finalists) if session.config.int8.wanted else {}
+    measure_teacher(session.accuracies, session.context, default_cache_dir())
     offered = [*finalists, *(twin.student for twin in twins.values() if not twin.refused)]
-    shipped = {name: folder / "students" / name / "model.onnx" for name in offered}
-    confirmed = confirm(folder, searched, shipped, context, meter, reporter)
+    shipped = {name: session.student_folder(name) / MODEL_FILE for name in offered}
+    confirmed = confirm(
+        session.folder, searched, shipped, session.context, session.backend.timing.meter,
+        session.reporter,
+    )  # fmt: skip
     for name, twin in twins.items():
-        _judge(folder, twin, confirmed, name, context, reporter)
+        judge(session, twin, name, confirmed)
     return confirmed
 
 
-def score_front(
-    folder: Path,
-    store: Store,
-    config: RunConfig,
-    context: TeacherContext,
-    confirmed: Mapping[str, Latency],
-    known: Accuracies,
-    reporter: Reporter,
-) -> None:
-    """Accuracy on all validation images of what the confirmed front has besides the finalists."""
-    searched = Searched.read(store, config.search.limits, config.search.objectives)
-    assert searched is not None  # or `finish_run` would have refused
-    front, finalists = exported_front(searched, confirmed), read_finalists(folder, searched)
-    measure_front(known, front, context, config.recipe, set(finalists), reporter)
+def usable_students(session: Session) -> Searched:
+    """What the search has found.
+
+    Raises:
+        UserError: if no student works.
+    """
+    if len(session.store) == 1:
+        raise UserError(
+            f"every student came out as the teacher: with whole SIMD blocks of "
+            f"{session.config.search.simd_step} channels nothing of this network can be left out; "
+            "start a new run with a smaller `simd_step`"
+        )
+    searched = session.searched()
+    if searched is None or not searched.students:
+        raise UserError(
+            f"{session.folder} holds no student that works; see the failures in "
+            "evaluations.sqlite, or search on with more `generations`"
+        )
+    return searched
 
 
-def _picked(searched: Searched, config: RunConfig) -> dict[str, Evaluation]:
+def distil(session: Session, searched: Searched) -> dict[str, Finalist]:
+    """Distil the chosen students; all finalists that there are then, by name.
+
+    Raises:
+        UserError: if one of `session.students` could not be distilled.
+    """
+    asked = {name: searched.students[name] for name in session.students}
+    failed = _distil(session, asked or _picked(session, searched))
+    if asked and failed:
+        raise UserError(f"{'; '.join(failed)}; what there was of it before is as it was")
+    return read_finalists(session.folder, searched)
+
+
+def _picked(session: Session, searched: Searched) -> dict[str, Evaluation]:
     """The students of the front that the run itself makes finalists."""
     names = list(searched.students)
     picked = pareto.pick_finalists(
         searched.values(),
-        config.finalists,
+        session.config.finalists,
         # A student that keeps less of the teacher's accuracy, even before it is distilled, is no
         # candidate for a device.
         FLOOR * searched.teacher.accuracy,
@@ -118,15 +99,10 @@ def _picked(searched: Searched, config: RunConfig) -> dict[str, Evaluation]:
     return {names[index]: searched.students[names[index]] for index in picked}
 
 
-def _distil(
-    folder: Path,
-    chosen: Mapping[str, Evaluation],
-    config: RunConfig,
-    reporter: Reporter,
-    distil: Distiller,
-) -> list[str]:
+def _distil(session: Session, chosen: Mapping[str, Evaluation]) -> list[str]:
     """Distil the chosen; says of each one that failed why."""
-    steps, failed = config.distill.steps, []
+    steps, failed = session.config.distill.steps, []
+    reporter = session.reporter
     with reporter.stage("distilling", steps * len(chosen), "step") as stage:
         finished = 0
 
@@ -134,7 +110,8 @@ def _distil(
             if done % 10 == 0 or done == steps:
                 stage.update(finished * steps + done, student=name, loss=f"{loss:.3f}")
 
-        for name, result in distil(chosen, folder / "students", step):
+        folder = session.folder / STUDENTS
+        for name, result in session.backend.distil(chosen, folder, step):
             finished += 1
             stage.update(finished * steps, student=name)
             if isinstance(result, Exception):
@@ -152,52 +129,60 @@ def _distil(
     return failed
 
 
-def _judge(
-    folder: Path,
-    twin: Int8Result,
-    confirmed: Mapping[str, Latency],
-    name: str,
-    context: TeacherContext,
-    reporter: Reporter,
-) -> None:
-    """Keep an INT8 twin that is faster, with its test accuracy; refuse the others.
+def quantise(
+    session: Session, searched: Searched, finalists: Mapping[str, Finalist]
+) -> dict[str, Int8Result]:
+    """INT8 twins by the names of their float students."""
+    context, twins = session.context, {}
+    with session.reporter.stage("INT8", len(finalists), "student") as stage:
+        for place, (name, finalist) in enumerate(finalists.items()):
+            genome = searched.students[name].genome
+            twins[name] = quantise_student(
+                float_model(session.student_folder(name), context),
+                name + SUFFIX, finalist.accuracy, context.data,
+                Origin(context.task.name, context.teacher_digest, genome),
+                session.student_folder(name + SUFFIX), session.device, session.config.int8,
+            )  # fmt: skip
+            stage.update(place + 1, student=name)
+    return twins
+
+
+def judge(session: Session, twin: Int8Result, name: str, confirmed: Confirmed) -> None:
+    """Keep an INT8 twin that is faster than its student `name`, and test it; refuse the others.
 
     Who passed once stays unless it is plainly slower now.
     """
-    place = folder / "students" / twin.student
+    folder = session.student_folder(twin.student)
     if not twin.refused:
-        latency, floating = confirmed[twin.student], confirmed[name]
+        latency, floating = confirmed.latencies[twin.student], confirmed.latencies[name]
         passed = twin.test_accuracy is not None
         if not passed or latency.low_ms > floating.latency_ms:
             twin = judge_speed(twin, latency, floating)
         if not twin.refused and not passed:
-            model, data = (place / "model.onnx").read_bytes(), context.data
+            model, data = (folder / MODEL_FILE).read_bytes(), session.context.data
             reached = onnx_accuracy(model, data, data.test, torch.get_num_threads())
             twin = replace(twin, test_accuracy=reached)
-        save_int8(place, twin)
+        save_int8(folder, twin)
     if twin.refused:
-        reporter.say(f"{twin.student} is not offered: it {twin.refused}")
+        session.reporter.say(f"{twin.student} is not offered: it {twin.refused}")
 
 
-def package_finalists(
-    folder: Path,
-    rows: Sequence[FrontRow],
-    searched: Searched,
-    context: TeacherContext,
-    device: Mapping[str, Any],
-) -> None:
-    """Complete the folder of every exported student into one that can be shipped."""
-    teacher = next(row for row in rows if row.stage == "teacher")
-    for row in rows:
-        if row.onnx and (folder / row.onnx).is_file():
-            genome = searched.students[row.student.removesuffix(SUFFIX)].genome
-            origin = Origin(context.task.name, context.teacher_digest, genome)
-            write_package((folder / row.onnx).parent, row, teacher, context.data, origin, device)
+def score_front(session: Session, searched: Searched, confirmed: Confirmed) -> None:
+    """Accuracy on all validation images of what the confirmed front has besides the finalists."""
+    known, finalists = session.accuracies, read_finalists(session.folder, searched)
+    todo = [
+        one
+        for name, one in exported_front(searched, confirmed.latencies).items()
+        if name not in finalists and one.genome_hash not in known.known
+    ]
+    with session.reporter.stage("accuracy of the front", len(todo), "student") as stage:
+        for place, one in enumerate(todo):
+            known.add(one.genome_hash, _whole_accuracy(session, one))
+            stage.update(place + 1)
 
 
-def changed_places(searched: Searched, confirmed: Mapping[str, Latency]) -> dict[str, list[str]]:
-    """Ids that the second measurement put out of the front (`lost`) and into it (`gained`)."""
-    if not confirmed.keys() & searched.students.keys():
-        return {"lost": [], "gained": []}
-    before, after = set(searched.front()), set(exported_front(searched, confirmed))
-    return {"lost": sorted(before - after), "gained": sorted(after - before)}
+def _whole_accuracy(session: Session, one: Evaluation) -> float:
+    """Accuracy of a student that was not distilled on all validation images."""
+    context, recipe = session.context, session.config.recipe
+    student = make_student(context, context.layout.unpack(one.genome), recipe)
+    return inherited_accuracy(student.module, context.data, recipe, one.accuracy)

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moodistill.config import Budget, RunConfig
-from moodistill.data.images import metric_name
-from moodistill.errors import UserError
-from moodistill.finalists.confirm import SLACK, still_confirmed
-from moodistill.finalists.distil import Distiller, read_finalists
+from torch import nn
+
+from moodistill.config import Budget, RunConfig, refuse_older
+from moodistill.data.cut import CUT_FILE
+from moodistill.data.images import ImageData, metric_name
+from moodistill.errors import UnfinishedRun, UserError
+from moodistill.finalists.confirm import Confirmed
 from moodistill.genome.layout_file import LAYOUT_FILE, write_layout
 from moodistill.io.atomic import TEMPORARY, remove_orphans
 from moodistill.io.cache import default_cache_dir
 from moodistill.latency.meter import LatencyError
-from moodistill.pareto.evaluation import Latency
 from moodistill.progress import Reporter
-from moodistill.report import figures as report
-from moodistill.report.page import structure_data, write_report
-from moodistill.runs.backend import (
-    Places,
-    calibration,
-    make_distiller,
-    make_executor,
-    make_meter,
-    timing_device,
-    timing_devices,
-)
+from moodistill.runs.backend import Places, Timing, open_backend
 from moodistill.runs.compatibility import (
     check_resumed,
     check_students,
     compare_devices,
     least_accuracy,
 )
-from moodistill.runs.estimate import estimate_seconds
-from moodistill.runs.finish import changed_places, finish_run, package_finalists, score_front
-from moodistill.runs.rows import Accuracies, make_rows, write_results
-from moodistill.search.driver import Progress, Search
-from moodistill.search.executor import Executor
-from moodistill.search.surrogate import TRUSTED
+from moodistill.runs.finish import finish, score_front, usable_students
+from moodistill.runs.results import write_results
+from moodistill.runs.search import announce, search
+from moodistill.runs.session import Session
 from moodistill.storage.folder import (
     LOCK_FILE,
     RUN_FILE,
@@ -51,15 +40,14 @@ from moodistill.storage.folder import (
     write_run,
 )
 from moodistill.storage.lock import writer_lock
-from moodistill.storage.searched import Searched
 from moodistill.storage.store import Store
 from moodistill.student.context import TeacherContext, load_context, use_threads
+from moodistill.teacher.check import check_teacher
 from moodistill.teacher.task import Task, load_task
 from moodistill.teacher.weights import network_digest
 
 if TYPE_CHECKING:
     from moodistill.cluster.client import Cluster
-    from moodistill.runs.backend import Meter
 
 CACHE_ORPHANS_S = 600.0  # nothing that is written to the cache takes so long
 
@@ -74,52 +62,32 @@ def start_run(
 ) -> Path:
     """Make the folder `out` and run; returns the folder. `task` None loads `config.model`.
 
+    The first thing said is how good the teacher is.
+
     Raises:
         UserError: if `out` holds anything, or data or teacher cannot be had.
+        UnfinishedRun: if it ended early and can be carried on.
     """
     use_threads(places.threads)
+    reporter = reporter or Reporter()
     task = task or load_task(config.model, config.own)
-    context = _context(task, config, places)
-    if not context.layout.length:
-        whole = context.graph.describe_uncut()
-        raise UserError(
-            f"nothing of this network can be left out ({whole or 'all layers are kept'}); expected "
-            "a convolutional network with layers whose widths may change"
-        )
-    floor = least_accuracy(context, config)
-    limits = config.search.limits
-    if limits.min_accuracy is None:
-        limits = replace(limits, min_accuracy=floor)
-        config = replace(config, search=replace(config.search, limits=limits))
+    context = _context(task, config, places, reporter, first=True)
+    _say_data(context.data, reporter)
+    _refuse_uncuttable(context)
+    config = _with_least_accuracy(config, context)
     folder = new_run_folder(out)
-    with writer_lock(folder) as lock, make_meter(context, config, None, cluster) as meter:
+    with (
+        writer_lock(folder) as lock,
+        open_backend(context, config, places, None, cluster) as backend,
+    ):
         new_run_folder(folder, locked=True)  # nobody has begun a run in it since
-        write_run(
-            folder,
-            {
-                "config": asdict(config),
-                "teacher_digest": context.teacher_digest,
-                "network_digest": network_digest(context.graph.module),
-                "data_digest": context.data.digest,
-                "metric": metric_name(context.data),
-                "genome_bits": context.layout.length,
-                "teacher_latency_ms": meter.teacher_latency_ms,
-                "teacher_latencies_ms": calibration(meter),
-                "device": timing_device(meter, config),
-                "devices": timing_devices(meter, config),
-                "latency_on": cluster.config.place if cluster is not None else None,
-                "versions": versions(),
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "status": "running",
-            },
-        )
+        place = cluster.config.place if cluster is not None else None
+        write_run(folder, _record(config, context, backend.timing, place))
+        if context.data.cut is not None:
+            context.data.cut.write(folder / CUT_FILE)
         write_layout(folder, context.layout)
         with Store.create(folder, lock) as store:
-            executor = make_executor(context, config, places, meter, cluster)
-            distil = make_distiller(context, config, places, cluster)
-            _execute(
-                folder, store, config, context, meter, reporter or Reporter(), executor, distil
-            )
+            execute(Session(folder, store, config, context, backend, reporter))
     return folder
 
 
@@ -136,217 +104,186 @@ def resume_run(
     Raises:
         UserError: if `folder` is no run, teacher or data are not those it was started with, or the
             budget has fewer generations than the run has finished.
+        UnfinishedRun: if it ended early and can be carried on.
     """
-    stored = read_run(folder)
-    kept = RunConfig.from_dict(stored.get("config", {}))
-    config = kept.with_budget(budget)
+    stored, reporter = read_run(folder), reporter or Reporter()
+    kept = RunConfig.read(folder)
+    refuse_older(stored.get("config"), folder)
     use_threads(places.threads)
     with _writer(folder) as store:
         remove_orphans(folder)
-        finished = len(store.generations())
+        config = _resumed_config(folder, store, kept, budget)
         if budget.students:
-            config = replace(kept, distill=config.distill, finalists=len(budget.students))
-            ended = stored.get("status") == "finished" or finished >= kept.search.generations
+            whole = len(store.generations()) >= kept.search.generations
+            ended = stored.get("status") == "finished" or whole
             check_students(folder, store, kept, budget.students, ended)
-        elif config.search.generations < finished:
-            raise UserError(
-                f"{folder} has {finished} finished generations, more than the "
-                f"{config.search.generations} asked for: resume it with a larger budget or none"
-            )
-        context = _context(task or load_task(config.model, config.own), config, places)
+        task = task or load_task(config.model, config.own)
+        context = _context(task, config, places, reporter)
+        _say_data(context.data, reporter)
         scales = check_resumed(folder, stored, context, cluster)
-        reporter = reporter or Reporter()
-        with make_meter(context, config, scales, cluster) as meter:
-            note = compare_devices(folder, stored.get("devices"), timing_devices(meter, config))
+        with open_backend(context, config, places, scales, cluster) as backend:
+            note = compare_devices(folder, stored.get("devices"), backend.timing.devices)
             if note:
                 reporter.say(note)
             if not budget.students:  # else the run stays as it was until they are done
                 write_run(folder, {**stored, "config": asdict(config), "status": "running"})
             write_layout(folder, context.layout)
-            executor = make_executor(context, config, places, meter, cluster)
-            distil = make_distiller(context, config, places, cluster)
-            _execute(
-                folder, store, config, context, meter, reporter, executor, distil,
-                budget.students,
-            )  # fmt: skip
+            execute(Session(folder, store, config, context, backend, reporter, budget.students))
     return folder
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended.
+
+    Attributes:
+        status: `finished`, `interrupted` or `stopped`.
+        confirmed: the latencies that were measured again.
+        error: what ended it early.
+        found_nothing: whether there is nothing to write: the search itself was refused.
+    """
+
+    status: str
+    confirmed: Confirmed
+    error: BaseException | None = None
+    found_nothing: bool = False
+
+
+def execute(session: Session) -> None:
+    """Search and finish, or distil the session's students, and write what was found in any case.
+
+    Raises:
+        UserError: if it stopped for a reason.
+        KeyboardInterrupt: if it was interrupted, or nobody reads any more what it says.
+    """
+    ending = _work(session)
+    if ending.found_nothing:
+        write_run(session.folder, {**read_run(session.folder), "status": ending.status})
+    else:
+        write_results(session, ending.status, ending.confirmed)
+    if ending.error is not None:
+        raise ending.error
+
+
+def _work(session: Session) -> Ending:
+    """All stages in turn, and how they ended."""
+    confirmed = Confirmed()
+    try:
+        announce(session)
+        if not session.students:
+            search(session)
+        searched = usable_students(session)
+        confirmed = finish(session, searched)
+        # A step of its own: interrupted in it, the rows still have the latencies measured again.
+        score_front(session, searched, confirmed)
+        return Ending("finished", confirmed)
+    except LatencyError as error:
+        # Everything else of the finalists is on disk: their rows are written before it is said.
+        return Ending("stopped", confirmed, _unconfirmed(session, error))
+    except (KeyboardInterrupt, BrokenPipeError):
+        session.tell(f"stopped; {len(session.store)} evaluations are kept in {session.folder}")
+        return Ending("interrupted", confirmed, KeyboardInterrupt())
+    except UserError as error:
+        return Ending("stopped", confirmed, error, found_nothing=not session.students)
+    finally:
+        with suppress(OSError):  # the terminal may be gone
+            session.reporter.close()
+
+
+def _unconfirmed(session: Session, error: LatencyError) -> UserError:
+    message = f"the finalists' latency was not confirmed ({error})"
+    if session.students:
+        return UserError(f"{message}; carry on with the same command")
+    return UnfinishedRun(message, session.folder)
+
+
+def _say_data(data: ImageData, reporter: Reporter) -> None:
+    """What the pictures are, and what became of every file."""
+    if data.table is not None:
+        reporter.say("\n".join(data.table.lines()), data=asdict(data.table))
+
+
+def _refuse_uncuttable(context: TeacherContext) -> None:
+    """Refuse a network of which nothing can be left out."""
+    if not context.layout.length:
+        whole = context.graph.describe_uncut()
+        raise UserError(
+            f"nothing of this network can be left out ({whole or 'all layers are kept'}); expected "
+            "a convolutional network with layers whose widths may change"
+        )
+
+
+def _with_least_accuracy(config: RunConfig, context: TeacherContext) -> RunConfig:
+    """The configuration with a least accuracy, unless one is given; checks the teacher's own."""
+    floor, limits = least_accuracy(context, config), config.search.limits
+    if limits.min_accuracy is not None:
+        return config
+    limits = replace(limits, min_accuracy=floor)
+    return replace(config, search=replace(config.search, limits=limits))
+
+
+def _record(
+    config: RunConfig, context: TeacherContext, timing: Timing, latency_on: str | None
+) -> dict[str, Any]:
+    """What `run.json` says of a run that begins."""
+    return {
+        "config": asdict(config),
+        "teacher_digest": context.teacher_digest,
+        "network_digest": network_digest(context.graph.module),
+        "data_digest": context.data.digest,
+        "metric": metric_name(context.data),
+        "genome_bits": context.layout.length,
+        "teacher_latency_ms": timing.teacher_latency_ms,
+        "teacher_latencies_ms": timing.teacher_latencies_ms,
+        "device": timing.device,
+        "devices": timing.devices,
+        "latency_on": latency_on,
+        "versions": versions(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "status": "running",
+    }
+
+
+def _resumed_config(folder: Path, store: Store, kept: RunConfig, budget: Budget) -> RunConfig:
+    """The run's configuration with another budget.
+
+    Raises:
+        UserError: if the run has finished more generations than that.
+    """
+    config = kept.with_budget(budget)
+    if budget.students:
+        return replace(kept, distill=config.distill, finalists=len(budget.students))
+    finished = len(store.generations())
+    if config.search.generations < finished:
+        raise UserError(
+            f"{folder} has {finished} finished generations, more than the "
+            f"{config.search.generations} asked for: resume it with a larger budget or none"
+        )
+    return config
 
 
 def _writer(folder: Path) -> Store:
     """A run's store; a new one if the run was killed before it had any."""
     names = {path.name for path in folder.iterdir() if path.suffix != TEMPORARY}
     return (
-        Store.create(folder) if names <= {RUN_FILE, LOCK_FILE, LAYOUT_FILE} else Store.open(folder)
+        Store.create(folder)
+        if names <= {RUN_FILE, LOCK_FILE, LAYOUT_FILE, CUT_FILE}
+        else Store.open(folder)
     )
 
 
-def _context(task: Task, config: RunConfig, places: Places) -> TeacherContext:
+def _context(
+    task: Task, config: RunConfig, places: Places, reporter: Reporter, first: bool = False
+) -> TeacherContext:
+    """The teacher made ready; where it is the `first` time, how good it is is said before."""
+
+    def check(teacher: nn.Module, data: ImageData) -> None:
+        for line in check_teacher(teacher, data, places.expected_accuracy).lines():
+            reporter.say(line)
+
     remove_orphans(default_cache_dir(), CACHE_ORPHANS_S)
+    wanted = first or places.expected_accuracy is not None
     return load_context(
-        task, places.data_dir, places.weights, config.calibration, rules=config.rules
-    )
-
-
-def _execute(
-    folder: Path,
-    store: Store,
-    config: RunConfig,
-    context: TeacherContext,
-    meter: Meter,
-    reporter: Reporter,
-    executor: Executor,
-    distil: Distiller,
-    students: Sequence[str] = (),
-) -> None:
-    """Search and finish, or with `students` distil these of a search that has ended."""
-    seconds = estimate_seconds(context, config, len(store))
-    minutes = {name: f"{value / 60:.0f} min" for name, value in seconds.items()}
-    count = max(0, config.search.population * config.search.generations - len(store))
-    if students:
-        count, seconds["search"], minutes["search"] = 0, 0.0, "0 min"
-    reporter.say(
-        f"about {minutes['search']} for {count} evaluations, {minutes['finalists']} for "
-        f"{config.finalists} finalists and {minutes['front']} for the front on this machine",
-        estimated_seconds={name: round(value) for name, value in seconds.items()},
-    )
-    floor = config.search.limits.min_accuracy
-    if floor and not students:
-        reporter.say(f"students below {floor:.4f} of the search's images are out (--min-accuracy)")
-    whole = context.graph.describe_uncut()
-    if whole:
-        reporter.say(f"left whole: {whole}")
-    search = Search(context.layout, config.search, store, executor)
-    device = timing_device(meter, config)
-    known = Accuracies(folder / "accuracies.json")
-    confirmed: dict[str, Latency] = {}
-    again = "carry on with the same command" if students else f"carry on with: --resume {folder}"
-    ending: BaseException | None = None
-    status = "stopped"
-    try:
-        if not students:
-            _search(search, config, reporter)
-        confirmed = finish_run(
-            folder, store, config, context, meter, device, known, reporter, distil, students
-        )
-        # A step of its own: interrupted in it, the rows still have the latencies measured again.
-        score_front(folder, store, config, context, confirmed, known, reporter)
-        status = "finished"
-    except LatencyError as error:
-        # Everything else of the finalists is on disk: their rows are written before it is said.
-        ending = UserError(f"the finalists' latency was not confirmed ({error}); {again}")
-    except KeyboardInterrupt as error:
-        status, ending = "interrupted", error
-        reporter.say(f"stopped; {len(store)} evaluations are kept. {again[0].upper()}{again[1:]}")
-    except UserError as error:
-        if not students:
-            write_run(folder, {**read_run(folder), "status": status})
-            raise
-        ending = error
-    finally:
-        reporter.close()
-    searched = Searched.read(store, config.search.limits, config.search.objectives)
-    changes: dict[str, list[str]] = {}
-    if searched is not None:
-        if not confirmed:
-            # Where the front is what it was, what was measured before is still all there is.
-            before = still_confirmed(folder, searched)
-            if students or before.keys() >= searched.near_front(SLACK).keys():
-                confirmed = before
-        rows = make_rows(folder, searched, known.known, confirmed, meter.teacher_latency_ms)
-        title = f"{config.model}: {len(store)} students searched, {config.preset} preset"
-        write_results(folder, store, rows, title)
-        package_finalists(folder, rows, searched, context, device)
-        reporter.say(report.front_table(rows))
-        finalists = read_finalists(folder, searched)
-        for name in searched.beyond(confirmed):
-            if name in finalists:
-                reporter.say(
-                    f"{name} takes {confirmed[name].latency_ms:.3f} ms measured again, more than "
-                    "--max-latency-ms; it is listed because it is distilled"
-                )
-        changes = changed_places(searched, confirmed)
-        if changes["lost"] or changes["gained"]:
-            reporter.say(
-                f"measured again: {len(changes['lost'])} students lost their place in the front "
-                f"to slower timings, {len(changes['gained'])} came in (run.json names them)"
-            )
-    stored = read_run(folder)
-    if students:  # of a run whose search has ended, however this one did
-        status = str(stored.get("status")).replace("running", "interrupted")
-    stored.update(
-        status=status,
-        rejected_latency_windows=meter.rejected_windows,
-        changed_by_confirmation=changes,
-    )
-    write_run(folder, stored)
-    if searched is not None:
-        write_report(folder, store, rows)
-        for name in finalists:
-            genome = context.layout.unpack(searched.students[name].genome)
-            structure = structure_data(context.layout, genome)
-            path = folder / f"structure-{name}.png"
-            report.plot_structure(structure, path, f"{config.model}, student {name}")
-    if ending is not None:
-        raise ending
-
-
-def _search(search: Search, config: RunConfig, reporter: Reporter) -> None:
-    total = config.search.population * config.search.generations
-    began, volume, failure = time.monotonic(), 0.0, ""
-    with reporter.stage("searching", total, "student") as stage:
-        for progress in search.run():
-            fresh = progress.evaluated - progress.replayed
-            minutes = (time.monotonic() - began) / 60
-            volume = progress.hypervolume if progress.generation_done else volume
-            if progress.last.failure is not None and fresh:
-                failure = progress.last.failure
-                reporter.say(f"student failed: {failure}")
-            facts: dict[str, object] = {
-                "generation": progress.generation,
-                "front": progress.front_size,
-                "hypervolume": f"{volume:.4f}",
-            }
-            if fresh:
-                facts["per minute"] = f"{fresh / minutes:.1f}"
-            if failure:
-                facts["last failure"] = failure
-            stage.update(progress.evaluated, **facts)
-            if progress.generation_done:
-                reporter.say(
-                    f"generation {progress.generation}: {progress.evaluated} evaluated "
-                    f"({progress.replayed} from the store), front {progress.front_size}, "
-                    f"hypervolume {progress.hypervolume:.4f}{_surrogate(progress)}",
-                    **facts,
-                )
-                values = {"hypervolume": volume, "front_size": float(progress.front_size)}
-                reporter.measured(progress.evaluated, values)
-                reporter.table(lambda: _best_so_far(search.store, config))
-
-
-def _surrogate(progress: Progress) -> str:
-    """How well the surrogate's ranks of the last generation were those that were measured."""
-    found = progress.correlation
-    if found is None:
-        return ""
-    off = "" if found >= TRUSTED else ", not listened to in the next generation"
-    return f", surrogate's rank correlation {found:.2f}{off}"
-
-
-def _best_so_far(store: Store, config: RunConfig) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a small table: ten of the front, spread over its latencies."""
-    header = ["student", "accuracy", "parameters", "latency ms", "x faster"]
-    searched = Searched.read(store, config.search.limits, config.search.objectives)
-    if searched is None or not searched.students or searched.teacher.latency is None:
-        return header, []
-    teacher_ms = searched.teacher.latency.latency_ms
-    rows = []
-    for name, one in searched.front().items():
-        assert one.latency is not None
-        ms = one.latency.latency_ms
-        rows.append(
-            (ms, [name, f"{one.accuracy:.4f}", f"{one.parameters:,}", f"{ms:.3f}",
-                  f"{teacher_ms / ms:.1f}"])
-        )  # fmt: skip
-    rows.sort(reverse=True)
-    step = max(1, len(rows) // 10)
-    return header, [cells for _, cells in rows[::step][:10]]
+        task, places.data_dir, places.weights, config.calibration, rules=config.rules,
+        say=reporter.say, check=check if wanted else None,
+    )  # fmt: skip

@@ -1,4 +1,5 @@
-"""A run's folder: its `run.json`, the store of evaluations, the lock of its writer.
+"""The run folder: its `run.json`, the store of evaluations, the lock of its writer.
 
-Knows SQLite and what an evaluation is; no torch, no pymoo. Begin with `store`.
+May know: SQLite, `pareto`, `io`; no torch, no pymoo.
+Begin with `store.Store`; `searched.Searched` is what a store says about the front.
 """

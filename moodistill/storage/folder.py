@@ -10,10 +10,28 @@ from typing import Any
 
 from moodistill.errors import UserError
 from moodistill.io.atomic import TEMPORARY, remove_orphans, write_json_atomic
-from moodistill.io.records import parse_json
+from moodistill.io.records import read_record
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
+STUDENTS = "students"  # the folder of the finalists and their INT8 twins, each in one by its name
+RESULT_FILE = "result.json"  # of a student; written last: a folder with a result is complete
+MODEL_FILE = "model.onnx"  # of a folder that goes to a device
+
+
+def student_folder(run: Path, name: str) -> Path:
+    """The folder of a finalist or an INT8 twin in a run's folder."""
+    return run / STUDENTS / name
+
+
+def model_file(run: Path, name: str) -> Path:
+    """The ONNX file of a finalist or an INT8 twin in a run's folder."""
+    return student_folder(run, name) / MODEL_FILE
+
+
+def relative_model_file(name: str) -> str:
+    """The same relative to the run's folder, with slashes, as `pareto.json` has it."""
+    return f"{STUDENTS}/{name}/{MODEL_FILE}"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -27,13 +45,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} is not a run: expected {RUN_FILE} in it; name the folder that a search wrote"
         )
-    try:
-        run = parse_json(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}); restore it from a copy") from error
-    if not isinstance(run, dict):
-        raise UserError(f"{path} holds a {type(run).__name__}, expected an object; restore it")
-    return run
+    return read_record(path, dict[str, Any], "restore it from a copy")
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:
@@ -80,7 +92,7 @@ def _git() -> dict[str, Any] | None:
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], cwd=Path(__file__).parent,
-            capture_output=True, text=True, check=True, timeout=30,
+            capture_output=True, encoding="utf-8", check=True, timeout=30,
         ).stdout.strip()  # fmt: skip
 
     try:

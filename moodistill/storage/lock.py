@@ -1,24 +1,35 @@
-"""One writer a run folder: the lock that its process holds, and errors of the disk in one line."""
+"""One writer a run folder: the lock that its process holds, and errors of the disk in one line.
+
+The lock is the operating system's (`filelock`: flock, or LockFileEx on Windows), so it goes with
+the process that holds it, however that ends.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 from moodistill.errors import UserError
 from moodistill.storage.folder import LOCK_FILE
 
-# A forked worker would keep the lock alive after its parent was killed, so it lets go at once.
+# Windows locks the first byte of the file against readers, too: the holder is written behind it.
+HOLDER_AT = 1
 _held_locks: set[int] = set()
 
 
 def _drop_locks_after_fork() -> None:
     while _held_locks:
         os.close(_held_locks.pop())
+
+
+# A forked worker would keep the lock alive after its parent was killed, so it lets go at once.
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_drop_locks_after_fork)
 
 
 @contextmanager
@@ -39,12 +50,11 @@ def is_written(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not lock_descriptor(lock, blocking=False)
+    except OSError:  # a disk without locks, which no writer can use either
+        return False
     finally:
         os.close(lock)
-    return False
 
 
 @contextmanager
@@ -66,24 +76,35 @@ def _take_lock(folder: Path) -> int:
     with _guard(path):
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = lock_descriptor(lock, blocking=False)
+        holder = "" if taken else _read_holder(lock)
     except OSError as error:
-        holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
         os.close(lock)
-        if isinstance(error, BlockingIOError):
-            raise UserError(
-                f"{folder} is being written by process {holder or '(unknown)'}; "
-                "wait until it ends, stop it, or give another --out"
-            ) from error
         raise UserError(f"{path} cannot be locked ({error}); use a local disk") from error
+    if not taken:
+        os.close(lock)
+        raise UserError(
+            f"{folder} is being written by process {holder or '(unknown)'}; "
+            "wait until it ends, stop it, or give another --out"
+        )
     _held_locks.add(lock)
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    _write_holder(lock, f" {os.getpid()}\n")
     return lock
 
 
 def _release_lock(lock: int | None) -> None:
     if lock in _held_locks:
         _held_locks.remove(lock)
-        os.ftruncate(lock, 0)
+        _write_holder(lock, "")
         os.close(lock)
+
+
+def _read_holder(lock: int) -> str:
+    os.lseek(lock, HOLDER_AT, os.SEEK_SET)
+    return os.read(lock, 32).decode(errors="replace").strip()
+
+
+def _write_holder(lock: int, text: str) -> None:
+    os.ftruncate(lock, 0)
+    os.lseek(lock, 0, os.SEEK_SET)
+    os.write(lock, text.encode())

@@ -17,15 +17,10 @@ from typing import Any
 
 from moodistill.errors import UserError
 from moodistill.io.atomic import TEMPORARY
-from moodistill.io.records import typed
-from moodistill.pareto.evaluation import Evaluation, Latency
+from moodistill.io.records import convert
+from moodistill.pareto.evaluation import Evaluation
 from moodistill.storage.folder import RUN_FILE
-from moodistill.storage.lock import (
-    _drop_locks_after_fork,
-    _guard,
-    _release_lock,
-    _take_lock,
-)
+from moodistill.storage.lock import _guard, _release_lock, _take_lock
 
 DATABASE = "evaluations.sqlite"
 SCHEMA_VERSION = 2
@@ -33,6 +28,7 @@ _COLUMNS = (
     "genome_hash, genome, accuracy, parameters, macs, size_bytes, latency_ms, latency_ms_low, "
     "latency_ms_high, latency_ratio, samples, seconds, failure, summary, memory_bytes"
 )
+_TIMES = ("latency_ms", "latency_ms_low", "latency_ms_high", "latency_ratio")
 _SCHEMA = f"""
 CREATE TABLE evaluations (
     number INTEGER PRIMARY KEY AUTOINCREMENT, genome_hash TEXT NOT NULL UNIQUE,
@@ -49,9 +45,6 @@ _WHY_DIVERGED = (
     "the code, a library or a setting changed since: resume with the versions in run.json, or "
     "start anew with another --out"
 )
-
-
-os.register_at_fork(after_in_child=_drop_locks_after_fork)
 
 
 class ReplayDiverged(UserError):
@@ -189,7 +182,7 @@ class Store:
     def get(self, genome_hash: str) -> Evaluation | None:
         """The evaluation of a genome, or None if it was never scored."""
         query = f"SELECT {_COLUMNS} FROM evaluations WHERE genome_hash = ?"
-        with self._guard(ValueError, TypeError, KeyError, AttributeError):
+        with self._guard(ValueError, TypeError):
             row = self._connection.execute(query, (genome_hash,)).fetchone()
             return None if row is None else _evaluation(row)
 
@@ -200,7 +193,7 @@ class Store:
     def numbered(self) -> dict[int, Evaluation]:
         """Every evaluation by its place in the search, the first one 0."""
         query = f"SELECT {_COLUMNS}, number FROM evaluations ORDER BY number"
-        with self._guard(ValueError, TypeError, KeyError, AttributeError):
+        with self._guard(ValueError, TypeError):
             rows = self._connection.execute(query)
             return {number - 1: _evaluation(tuple(row)) for *row, number in rows}
 
@@ -310,17 +303,18 @@ def _check(connection: sqlite3.Connection, database: Path) -> None:
 
 
 def _evaluation(row: tuple[Any, ...]) -> Evaluation:
-    genome_hash, genome, accuracy, parameters, macs, size_bytes, *times = row[:10]
-    samples, seconds, failure, summary, memory_bytes = row[10:]
-    latency = None
+    """A row of the table as an `Evaluation`; its columns have the names of the fields.
+
+    Raises:
+        ValueError: names the column that does not hold what it should.
+    """
+    values = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    times = [values.pop(name) for name in _TIMES]
+    samples = values.pop("samples")
     if samples is not None:
-        raw: Any = {key: tuple(values) for key, values in json.loads(samples).items()}
         named = zip(("latency_ms", "low_ms", "high_ms", "ratio"), times, strict=True)
-        latency = typed(Latency, dict(named) | raw)
-    values = {
-        "genome_hash": genome_hash, "genome": genome, "accuracy": accuracy,
-        "parameters": parameters, "macs": macs, "size_bytes": size_bytes, "latency": latency,
-        "seconds": dict(json.loads(seconds)), "failure": failure, "summary": summary,
-        "memory_bytes": memory_bytes,
-    }  # fmt: skip
-    return typed(Evaluation, values)
+        values["latency"] = {**dict(named), **json.loads(samples)}
+    else:
+        values["latency"] = None
+    values["seconds"] = json.loads(values["seconds"])
+    return convert(values, Evaluation)

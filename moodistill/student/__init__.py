@@ -1,6 +1,11 @@
 """From a genome to a network with weights, and from there to an `Evaluation`.
 
-`builder` writes the network (a bypass bit becomes a missing layer here), `inherit` solves its
-weights from the teacher in closed form, `evaluator` exports, times and scores it. Knows no pymoo.
-Begin with `builder`, then `evaluator`.
+`builder` writes the network (a bypass bit becomes a missing layer in `_Builder._layer`), with
+`partition`, `values` and `slicing` for its tensors; `inherit` solves its weights from the teacher
+in closed form, convolutions on whole `patches` by `regression`; `evaluator` builds, inherits,
+exports, times and tests it; `context` holds what all students of a teacher share; `file` writes a
+student to disk.
+
+May know: `teacher`, `onnx`, `genome`, `data`, `pareto`; no pymoo, no run.
+Begin with `evaluator.Evaluator.score`, then `builder.build_student`.
 """

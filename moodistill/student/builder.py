@@ -21,10 +21,20 @@ from torch import fx, nn
 from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.resolve import resolve
+from moodistill.genome.structure import Structure
 from moodistill.student.partition import Parts
-from moodistill.student.slicing import Unit, opaque_copy, slice_grouped, slice_layer, slice_norm
+from moodistill.student.slicing import (
+    GroupedSlice,
+    Unit,
+    centred,
+    opaque_copy,
+    slice_grouped,
+    slice_layer,
+    slice_norm,
+)
 from moodistill.student.values import Key, Tensor, Tensors, Value
 from moodistill.teacher.graph import TeacherGraph
+from moodistill.teacher.kernels import Conv
 from moodistill.teacher.operations import CONVS, JOINS
 from moodistill.teacher.rearrange import Form
 from moodistill.teacher.steps import Step
@@ -46,6 +56,7 @@ class Student:
     module: fx.GraphModule
     units: tuple[Unit, ...]
     norms: tuple[NormSlice, ...]
+    grouped: tuple[GroupedSlice, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -53,22 +64,25 @@ class Student:
         return sum(p.numel() for p in self.module.parameters())
 
 
-def build_student(graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray) -> Student:
-    """The physical network of a genome, its weights sliced from the teacher.
+def build_student(
+    graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray | Structure
+) -> Student:
+    """The physical network of a genome, or of what it means, with weights sliced from the teacher.
 
-    The genome is taken as it is but for what `resolve` must repair; snap it to whole SIMD steps
+    A genome is taken as it is but for what `resolve` must repair; snap it to whole SIMD steps
     with `canonical` first. A layer that reads past a bypassed layer has no plain slice: its
     weights are zero until `inherit` solves for them.
     """
-    return _Builder(graph, layout, genome).build()
+    structure = genome if isinstance(genome, Structure) else resolve(layout, genome)
+    return _Builder(graph, layout, structure).build()
 
 
 class _Builder:
     """Writes the student's graph step by step."""
 
-    def __init__(self, graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray) -> None:
+    def __init__(self, graph: TeacherGraph, layout: GenomeLayout, structure: Structure) -> None:
         self.teacher = graph
-        self.structure = resolve(layout, genome)
+        self.structure = structure
         layers = {s.name: s for s in graph.steps if s.kind == "layer"}
         convs = {n for n, s in layers.items() if type(self._module(s)) in CONVS}
         self.parts = Parts(layout, self.structure, convs)
@@ -77,6 +91,7 @@ class _Builder:
         self.values: dict[str, Value] = {}
         self.units: list[Unit] = []
         self.norms: list[NormSlice] = []
+        self.grouped: list[GroupedSlice] = []
         self.tensors = Tensors(graph, self.parts, self.graph, self.modules)
         self.norm_calls = Counter(s.target for s in graph.steps if s.kind == "norm")
         self.first_cut: dict[str, tuple[tuple[Key, ...], ...]] = {}
@@ -115,7 +130,7 @@ class _Builder:
                 value = write[step.kind](step, self.values[step.inputs[0]])
             self.values[step.name] = value
         module = fx.GraphModule(self.modules, self.graph, "Student")
-        return Student(module.eval(), tuple(self.units), tuple(self.norms))
+        return Student(module.eval(), tuple(self.units), tuple(self.norms), tuple(self.grouped))
 
     @staticmethod
     def _path(target: str, index: int, count: int) -> str:
@@ -155,13 +170,27 @@ class _Builder:
             else:
                 out_groups = (self.tensors.channels(step, outs),)
                 in_groups = (self.tensors.channels(value.of, ins),)
-            unit = Unit(path, step.target, out_groups, in_groups, value.through, value.form.repeat)
-            if path not in self.modules:
-                layer = self.teacher.layer_module(step.target)
-                self.modules[path] = slice_layer(layer, unit)
+            layer = self.teacher.layer_module(step.target)
+            rank = self.structure.ranks.get(step.target)
+            unit = Unit(
+                path if rank is None else f"{path}.reduce", step.target, out_groups, in_groups,
+                value.through, value.form.repeat, self._taps(layer, step), rank,
+                None if rank is None else f"{path}.expand",
+            )  # fmt: skip
+            if unit.target not in self.modules:
+                self.modules |= slice_layer(layer, unit)
                 self.units.append(unit)
-            outputs.append(Tensor(self._call(path, self.tensors.gather(value, ins), step), outs))
+            node = self._call(unit.target, self.tensors.gather(value, ins), step)
+            if unit.expand is not None:
+                node = self._call(unit.expand, node, step)
+            outputs.append(Tensor(node, outs))
         return Value(tuple(outputs), step, step.form)
+
+    def _taps(self, layer: nn.Module, step: Step) -> tuple[slice, ...]:
+        """The taps of a convolution that stay."""
+        if not isinstance(layer, Conv):
+            return ()
+        return centred(layer.kernel_size, self.structure.kernels.get(step.target))
 
     def _unit_keys(
         self, step: Step, value: Value
@@ -218,10 +247,12 @@ class _Builder:
             path = self._path(step.target, index, count)
             if path not in self.modules:
                 module = self._module(step)
-                if type(module) in CONVS:
-                    self.modules[path] = slice_grouped(
-                        module, channels, self.tensors.channels(step, tensor.keys), step.name
-                    )
+                if isinstance(module, Conv):
+                    outputs = self.tensors.channels(step, tensor.keys)
+                    taps = self._taps(module, step)
+                    part = GroupedSlice(path, step.target, channels, outputs, taps)
+                    self.modules[path] = slice_grouped(module, part, step.name)
+                    self.grouped.append(part)
                 else:
                     assert isinstance(module, nn.PReLU)
                     made = nn.PReLU(len(channels))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +47,13 @@ def load_context(
     calibration: CalibrationConfig | None = None,
     cache_dir: Path | None = None,
     rules: LayerRules | None = None,
+    say: Callable[[str], None] | None = None,
+    check: Callable[[nn.Module, ImageData], None] | None = None,
 ) -> TeacherContext:
     """Load a task's data and teacher and prepare them for a search.
+
+    `say` is told which of several sets of weights was taken; `check` sees the teacher before
+    anything is computed at length.
 
     Raises:
         UserError: if data or weights are missing, damaged or of another architecture.
@@ -55,10 +62,14 @@ def load_context(
     if not path.is_file():
         advice = f"; train them with: moodistill teacher --model {task.name}"
         raise UserError(f"teacher weights {path} do not exist" + (advice if task.train else ""))
-    teacher = load_weights(task.build(), path)
+    teacher = load_weights(task.build(), path, task.weights_key, say)
     data = task.load_data(data_dir)
     graph = trace(teacher, data.input_shape, rules.opaque if rules else ())
+    if check is not None:
+        check(teacher, data)
     digest = file_digest(path)
+    if task.weights_key is not None:  # another set of weights in the file is another teacher
+        digest = hashlib.sha256(f"{digest} {task.weights_key}".encode()).hexdigest()
     samples = collect_samples(
         graph, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
     )

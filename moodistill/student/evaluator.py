@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from moodistill.genome.canonical import canonical
+from moodistill.genome.canonical import settled
 from moodistill.genome.canonical import summary as describe
 from moodistill.onnx.memory import peak_memory_bytes
 from moodistill.onnx.runtime import onnx_accuracy
@@ -95,20 +95,24 @@ class Evaluator:
     def score(self, genome: np.ndarray) -> Scored:
         """Score one genome, without a latency if there is no `measure`; never raises."""
         layout = self.context.layout
-        genome = canonical(layout, genome, self.recipe.simd_step)
+        genome, structure = settled(layout, genome, self.recipe.simd_step)
         digest, packed = layout.digest(genome), layout.pack(genome)
         seconds: dict[str, float] = {}
         summary = ""
         parameters = macs = size = memory = 0
         try:
             with _limited(self.recipe.time_limit_s):
-                summary = describe(layout, genome)
+                summary = describe(layout, structure)
                 with _timed(seconds, "build"):
-                    student = build_student(self.context.graph, layout, genome)
+                    student = build_student(self.context.graph, layout, structure)
                     parameters = student.parameters
                     macs = count_macs(student)
                 with _timed(seconds, "inherit"):
-                    inherit(student, self.context.graph, self.context.samples, self.recipe.inherit)
+                    unsolved = inherit(
+                        student, self.context.graph, self.context.samples, self.recipe.inherit
+                    )
+                if unsolved:  # their solve was not finite
+                    summary += f"; weights sliced {', '.join(unsolved)}"
                 with _timed(seconds, "export"):
                     model = to_onnx(student.module, self.context.data.input_shape)
                     key = structure_hash(student.module)

@@ -19,7 +19,8 @@ from moodistill.teacher.blocks import skeleton
 from moodistill.teacher.graph import TeacherGraph, trace
 from moodistill.version import __version__
 
-FORMAT = "4"
+FORMAT = "5"
+READABLE = ("4", FORMAT)  # 4 came before kernel and rank genes: no layer has lost any
 REQUIRED = ("genome", "blocks", "frozen", "fixed", "task", "digest")
 
 
@@ -58,7 +59,7 @@ def load_student(
         UserError: if the file is damaged, no student, or of another teacher's architecture.
     """
     tensors, metadata = read_safetensors(path)
-    if metadata.get("moodistill_format") != FORMAT:
+    if metadata.get("moodistill_format") not in READABLE:
         raise UserError(
             f"{path} is no student file: moodistill_format is "
             f"{metadata.get('moodistill_format')!r}, expected {FORMAT!r}; "

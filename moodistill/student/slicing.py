@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,22 +11,30 @@ from torch import nn
 
 from moodistill.errors import UserError
 from moodistill.teacher.graph import Layer
+from moodistill.teacher.kernels import Conv, padding_of
 from moodistill.teacher.operations import NORMS
 from moodistill.teacher.plain import copied
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One conv or linear module of the student and what it stands for in the teacher.
+    """What a layer of the student, or one connection pattern of it, stands for in the teacher.
+
+    It is one conv or linear module, `target`; where it has a rank it is two, one after the other:
+    `target` (all inputs and taps to `rank` values, no bias) and `expand` (these to all outputs,
+    1x1, with the bias).
 
     Attributes:
-        target: its path in the student.
+        target: path in the student of the module that reads the inputs.
         layer: the teacher's layer.
         outputs: per group of the convolution, the teacher layer's outputs that it computes.
         inputs: per group of the convolution, the teacher layer's inputs that it reads; past a
             bypassed layer those of the value that it reads instead.
         through: whether it reads past a bypassed layer.
         repeat: features per channel of its input (behind a flatten).
+        taps: of a convolution, by axis, the taps of the teacher's kernel that it keeps.
+        rank: values between its two modules; None where it is one.
+        expand: path in the student of the second module.
     """
 
     target: str
@@ -35,6 +43,38 @@ class Unit:
     inputs: tuple[np.ndarray, ...]
     through: bool
     repeat: int
+    taps: tuple[slice, ...] = ()
+    rank: int | None = None
+    expand: str | None = None
+
+
+@dataclass(frozen=True)
+class GroupedSlice:
+    """One grouped or depthwise convolution of the student: some groups of the teacher's.
+
+    Attributes:
+        target: its path in the student.
+        layer: module path of the teacher's.
+        inputs, outputs: the teacher convolution's channels that it reads and computes, in order.
+        taps: by axis, the taps of the teacher's kernel that it keeps.
+    """
+
+    target: str
+    layer: str
+    inputs: np.ndarray
+    outputs: np.ndarray
+    taps: tuple[slice, ...]
+
+
+def centred(kernel: Sequence[int], kept: Sequence[int] | None) -> tuple[slice, ...]:
+    """By axis, the `kept` taps in the middle of a kernel; all where `kept` is None."""
+    pairs = zip(kernel, kept or kernel, strict=True)
+    return tuple(slice((size - left) // 2, (size + left) // 2) for size, left in pairs)
+
+
+def tapped(weight: torch.Tensor, taps: tuple[slice, ...]) -> torch.Tensor:
+    """The kept taps of a weight `(outputs, inputs, *kernel)`; all of a linear layer's."""
+    return weight[(slice(None), slice(None), *taps)]
 
 
 def feature_index(channels: np.ndarray, repeat: int) -> torch.Tensor:
@@ -43,49 +83,113 @@ def feature_index(channels: np.ndarray, repeat: int) -> torch.Tensor:
     return torch.from_numpy(index.reshape(-1))
 
 
-def slice_layer(layer: Layer, unit: Unit) -> nn.Module:
-    """The part of a conv or linear layer that a unit stands for; zeros past a bypassed layer."""
+def slice_layer(layer: Layer, unit: Unit) -> dict[str, nn.Module]:
+    """By path, the modules of a unit: the part of a layer that it stands for.
+
+    Zeros past a bypassed layer. With a rank the best approximation of what would be there without.
+    """
     outputs = torch.from_numpy(np.concatenate(unit.outputs))
     width = sum(len(i) for i in unit.inputs)
+    first = len(outputs) if unit.rank is None else unit.rank
+    bias, alone = layer.bias is not None, unit.expand is None
+    made: dict[str, nn.Module] = {}
+    if isinstance(layer, Conv):
+        groups = len(unit.outputs)
+        made[unit.target] = _conv_like(layer, width, first, groups, unit.taps, bias and alone)
+        if unit.expand is not None:
+            made[unit.expand] = nn.utils.skip_init(type(layer), first, len(outputs), 1, bias=bias)
+    else:
+        features = width * unit.repeat
+        made[unit.target] = nn.utils.skip_init(nn.Linear, features, first, bias and alone)
+        if unit.expand is not None:
+            made[unit.expand] = nn.utils.skip_init(nn.Linear, first, len(outputs), bias)
     blocks = []
     for outs, ins in zip(unit.outputs, unit.inputs, strict=True):
-        rows = layer.weight.detach()[torch.from_numpy(outs)]
+        rows = tapped(layer.weight.detach()[torch.from_numpy(outs)], unit.taps)
         if unit.through:
             shape = (len(outs), len(ins) * unit.repeat, *rows.shape[2:])
             blocks.append(torch.zeros(shape))
         else:
             blocks.append(rows[:, feature_index(ins, unit.repeat)])
-    weight = blocks[0] if len(blocks) == 1 else torch.cat(blocks)  # either way a copy of its own
-    made: Layer
-    if not isinstance(layer, nn.Linear):
-        made = nn.utils.skip_init(
-            type(layer), width, len(outputs), layer.kernel_size, layer.stride, layer.padding,
-            layer.dilation, len(unit.outputs), layer.bias is not None,
-        )  # fmt: skip
-    else:
-        made = nn.utils.skip_init(
-            nn.Linear, width * unit.repeat, len(outputs), layer.bias is not None
-        )
-    made.weight = nn.Parameter(weight)
-    if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach()[outputs])
+    weight = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    write_weights(unit, made, weight, None if layer.bias is None else layer.bias.detach()[outputs])
     return made
 
 
-def slice_grouped(layer: Any, inputs: np.ndarray, outputs: np.ndarray, name: str) -> nn.Module:
-    """The groups of a grouped convolution that read `inputs`."""
+@torch.no_grad()
+def write_weights(
+    unit: Unit, modules: Mapping[str, nn.Module], weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Set a unit's modules, by path, to a layer's weight; with a rank, to its best approximation.
+
+    Args:
+        unit: of one or two modules.
+        modules: its own by path.
+        weight: `(outputs, inputs, *kept taps)`.
+        bias: `(outputs,)`; None leaves what is there.
+    """
+    first = last = _layer(modules, unit.target)
+    if unit.expand is None:
+        first.weight.copy_(weight)
+    else:
+        last = _layer(modules, unit.expand)
+        reduce, expand = low_rank(weight.flatten(1), last.weight.shape[1])
+        first.weight.copy_(reduce.reshape(first.weight.shape))
+        last.weight.copy_(expand.reshape(last.weight.shape))
+    if bias is not None:
+        assert last.bias is not None
+        last.bias.copy_(bias)
+
+
+def _layer(modules: Mapping[str, nn.Module], path: str) -> Layer:
+    module = modules[path]
+    assert isinstance(module, Layer)
+    return module
+
+
+def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(rank, k)` and `(o, rank)` whose product is nearest to a matrix `(o, k)` (Eckart, Young).
+
+    From the eigenvectors of the smaller of its two Gram matrices, which costs far less than the
+    singular vectors of a wide matrix.
+    """
+    exact = matrix.double()
+    if matrix.shape[0] <= matrix.shape[1]:
+        basis = torch.linalg.eigh(exact @ exact.T)[1][:, -rank:]
+        return (basis.T @ exact).to(matrix.dtype), basis.to(matrix.dtype)
+    basis = torch.linalg.eigh(exact.T @ exact)[1][:, -rank:]
+    return basis.T.to(matrix.dtype), (exact @ basis).to(matrix.dtype)
+
+
+def _conv_like(
+    conv: Conv, inputs: int, outputs: int, groups: int, taps: tuple[slice, ...], bias: bool
+) -> Conv:
+    """A convolution without weights yet, with some taps of another's kernel at the same places."""
+    padding: str | tuple[int, ...] = conv.padding
+    kernel = tuple(place.stop - place.start for place in taps)
+    if kernel != tuple(conv.kernel_size):
+        padding = tuple(
+            p - d * place.start
+            for p, d, place in zip(padding_of(conv), conv.dilation, taps, strict=True)
+        )
+    return nn.utils.skip_init(
+        type(conv), inputs, outputs, kernel, conv.stride, padding, conv.dilation, groups, bias
+    )
+
+
+def slice_grouped(layer: Conv, part: GroupedSlice, name: str) -> Conv:
+    """The groups of a grouped convolution that a slice of it names."""
     reads, writes = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-    groups = inputs.reshape(-1, reads)[:, 0] // reads
-    whole = np.array_equal(inputs, (groups[:, None] * reads + np.arange(reads)).reshape(-1))
+    groups = part.inputs.reshape(-1, reads)[:, 0] // reads
+    whole = np.array_equal(part.inputs, (groups[:, None] * reads + np.arange(reads)).reshape(-1))
     wanted = (groups[:, None] * writes + np.arange(writes)).reshape(-1)
-    if not whole or not np.array_equal(outputs, wanted):
+    if not whole or not np.array_equal(part.outputs, wanted):
         raise UserError(f"{name}: the channels of its groups are out of order: not supported")
-    made = nn.utils.skip_init(
-        type(layer), len(inputs), len(outputs), layer.kernel_size, layer.stride, layer.padding,
-        layer.dilation, len(groups), layer.bias is not None,
-    )  # fmt: skip
-    index = torch.from_numpy(outputs)
-    made.weight = nn.Parameter(layer.weight.detach()[index])
+    index = torch.from_numpy(part.outputs)
+    made = _conv_like(
+        layer, len(part.inputs), len(index), len(groups), part.taps, layer.bias is not None
+    )
+    made.weight = nn.Parameter(tapped(layer.weight.detach()[index], part.taps).clone())
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach()[index])
     return made

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import nn
 
 from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout, Group, Node
 from moodistill.teacher.graph import TeacherGraph
+from moodistill.teacher.kernels import Conv, ranks_of, rings_of
 from moodistill.teacher.samples import TeacherSamples
 from moodistill.teacher.steps import Step
 
@@ -147,17 +150,38 @@ def skeleton(
     nodes = []
     for step in graph.steps:
         matrix = None
-        fixed = step.kind == "layer" and (step.name in keep or step.shared)
+        fixed = step.kind == "layer" and step.target in keep
         if step.name in (energy or {}):
             rows, columns = (_block_of(blocks, groups) for groups in (step.groups, step.reads))
             matrix = rows.T @ energy[step.name] @ columns  # type: ignore[index]
         nodes.append(
             Node(
                 step.name, step.kind, step.inputs, step.groups, step.reads,
-                step.kind == "layer" and not fixed and _bypassable(graph, step), matrix, fixed,
+                step.kind == "layer" and not fixed and not step.shared and _bypassable(graph, step),
+                matrix, fixed, step.shared,
+                lanes=tuple(
+                    int((step.owner == place).sum()) // graph.groups[group]
+                    for place, group in enumerate(step.groups)
+                ),
+                repeat=step.form.repeat,
+                **_thinning(graph, step, fixed),
             )
         )  # fmt: skip
     return tuple(nodes)
+
+
+def _thinning(graph: TeacherGraph, step: Step, fixed: bool) -> dict[str, Any]:
+    """The fields of a node that say which kernel and rank genes it has."""
+    if step.kind not in ("layer", "channelwise") or step.node.op != "call_module":
+        return {}
+    module = graph.module.get_submodule(step.target)
+    found: dict[str, Any] = {"module": step.target}
+    if isinstance(module, Conv):
+        found["kernel"] = tuple(module.kernel_size)
+        found["rings"] = () if fixed else rings_of(module)
+    if isinstance(module, Conv | nn.Linear):
+        found["ranks"] = () if fixed else ranks_of(module)
+    return found
 
 
 def _block_of(blocks: dict[str, np.ndarray], groups: tuple[str, ...]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What inheritance and importance need of the teacher: sampled inputs of every layer, cached."""
+"""What inheritance and importance need of the teacher: samples of every layer, cached."""
 
 from __future__ import annotations
 
@@ -23,25 +23,35 @@ MOST_MAP_BYTES = 2 * 2**30  # of the largest map of all images, several of which
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Images and sampled pixels per layer of the calibration pass (training split only)."""
+    """What is sampled in the calibration pass (training split only).
+
+    Attributes:
+        images: how many go through the teacher.
+        pixels: of every layer's input.
+        patches: places of the output of every convolution larger than 1x1.
+        seed: of the draw of places.
+    """
 
     images: int = 512
     pixels: int = 64_000
+    patches: int = 8_000
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class TeacherSamples:
-    """The teacher's layer inputs at fixed pixels of the calibration images.
+    """What the teacher's layers read and give at fixed places of the calibration images.
 
     Attributes:
         images: `(n, C, H, W)` normalised calibration images.
         inputs: for every layer, `(pixels, channels)` sampled inputs (before a flatten).
+        outputs: for every convolution larger than 1x1, `(patches, channels)` sampled outputs.
         config: how they were drawn; with fewer pixels than asked where a network is large.
     """
 
     images: torch.Tensor
     inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
     config: CalibrationConfig
 
 
@@ -58,8 +68,15 @@ def affordable(graph: TeacherGraph, config: CalibrationConfig) -> CalibrationCon
     config = replace(config, images=images)
     forms = [graph.step(layer.inputs[0]).form for layer in graph.layers]
 
+    given = sum(
+        min(config.patches, config.images * layer.form.area) * layer.form.channels
+        for layer in graph.layers
+        if reads_patches(graph.layer_module(layer.name))
+    )
+
     def size(pixels: int) -> int:
-        return 4 * sum(min(pixels, config.images * f.area) * f.channels for f in forms)
+        read = sum(min(pixels, config.images * f.area) * f.channels for f in forms)
+        return 4 * (read + given)
 
     pixels = config.pixels
     while size(pixels) > MOST_BYTES and pixels > FEW_PIXELS:
@@ -67,13 +84,19 @@ def affordable(graph: TeacherGraph, config: CalibrationConfig) -> CalibrationCon
     return replace(config, pixels=pixels)
 
 
-def sample_positions(count: int, area: int, config: CalibrationConfig) -> torch.Tensor:
-    """Flat indices into `(count, area)`, equal for all maps of one resolution."""
+def sample_positions(count: int, area: int, most: int, seed: int) -> torch.Tensor:
+    """At most so many flat indices into `(count, area)`, equal for all maps of one resolution."""
     total = count * area
-    if total <= config.pixels:
+    if total <= most:
         return torch.arange(total)
-    rng = np.random.default_rng([config.seed, area])
-    return torch.from_numpy(np.sort(rng.choice(total, config.pixels, replace=False)))
+    rng = np.random.default_rng([seed, area])
+    return torch.from_numpy(np.sort(rng.choice(total, most, replace=False)))
+
+
+def output_positions(values: torch.Tensor, config: CalibrationConfig) -> torch.Tensor:
+    """Flat indices into a layer's output `(N, C, H, W)` or one of its size."""
+    count, _, height, width = values.shape
+    return sample_positions(count, height * width, config.patches, config.seed)
 
 
 def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) -> torch.Tensor:
@@ -85,7 +108,12 @@ def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) 
     if values.ndim == 5:
         values = values.flatten(3)
     count, _, height, width = values.shape
-    index = sample_positions(count, height * width, config)
+    return _at(values, sample_positions(count, height * width, config.pixels, config.seed))
+
+
+def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `(n, C)` of a map `(N, C, H, W)` at flat indices into `(N, H, W)`."""
+    _, _, height, width = values.shape
     image, place = index // (height * width), index % (height * width)
     # Not flattened first: a map whose channels lie together would be copied as a whole.
     return values[image, :, place // width, place % width]
@@ -108,6 +136,9 @@ def collect_samples(
     """One pass of the teacher over the calibration images, or its result from the cache.
 
     The cache file is keyed by teacher, data and configuration; a damaged one is made again.
+
+    Raises:
+        UserError: names the first layer whose samples are not finite.
     """
     config = affordable(graph, config)
     images = data.calibration(config.images)
@@ -116,27 +147,65 @@ def collect_samples(
     path = cache_dir / f"samples-{key}.safetensors" if cache_dir else None
     if path is not None and path.exists():
         try:
-            stored = read_cached(path)
-            if set(stored) == {layer.name for layer in graph.layers}:
-                return TeacherSamples(images, stored, config)
+            stored = _unpacked(read_cached(path))
+            # Earlier versions kept whatever they saw.
+            if set(stored[0]) == {layer.name for layer in graph.layers} and not _broken(*stored):
+                return TeacherSamples(images, *stored, config)
         except UserError:
             path.unlink()
     inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
     handles = []
     for layer in graph.layers:
         repeat = graph.step(layer.inputs[0]).form.repeat
 
-        def hook(module, args, name=layer.name, repeat=repeat):  # type: ignore
+        def hook(module, args, output, name=layer.name, repeat=repeat):  # type: ignore
             if name not in inputs:  # a shared layer is sampled at its first call
                 inputs[name] = sample_pixels(as_map(args[0], module), repeat, config)
+                if reads_patches(module):
+                    outputs[name] = _at(output, output_positions(output, config))
 
-        handles.append(graph.layer_module(layer.name).register_forward_pre_hook(hook))
+        handles.append(graph.layer_module(layer.name).register_forward_hook(hook))
     try:
         # All images at once: every layer samples its pixels over the whole set.
         graph.module(images.clone())  # some networks work in place on their input
     finally:
         for handle in handles:
             handle.remove()
+    broken = _broken(inputs, outputs)
+    if broken:
+        raise UserError(
+            f"the teacher's layer {broken} NaN or infinity on pictures of the data; expected "
+            "finite numbers: check its weights, and `mean` and `std` of the data"
+        )
     if path is not None:
-        save_cached(inputs, path)
-    return TeacherSamples(images, inputs, config)
+        named = {"inputs": inputs, "outputs": outputs}
+        save_cached({f"{k}.{n}": v for k, of in named.items() for n, v in of.items()}, path)
+    return TeacherSamples(images, inputs, outputs, config)
+
+
+Samples = dict[str, torch.Tensor]  # by layer
+
+
+def _unpacked(stored: Samples) -> tuple[Samples, Samples]:
+    """Inputs and outputs by layer from the cache's names."""
+    parts: dict[str, Samples] = {"inputs": {}, "outputs": {}}
+    for key, value in stored.items():
+        kind, _, name = key.partition(".")
+        parts.setdefault(kind, {})[name] = value
+    return parts["inputs"], parts["outputs"]
+
+
+def _broken(inputs: Samples, outputs: Samples) -> str:
+    """The first layer that reads or gives NaN or infinity, and where; empty if none does."""
+    for name, rows in inputs.items():
+        if not torch.isfinite(rows).all():
+            return f"{name} reads"
+        if name in outputs and not torch.isfinite(outputs[name]).all():
+            return f"{name} gives"
+    return ""
+
+
+def reads_patches(layer: torch.nn.Module) -> bool:
+    """Whether a layer reads more than one pixel at a time."""
+    return isinstance(layer, torch.nn.Conv2d) and layer.kernel_size != (1, 1)

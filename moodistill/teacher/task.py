@@ -6,19 +6,32 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
 from torch import nn
 
+from moodistill.data.cut import Cut
+from moodistill.data.folders import load_image_folder
 from moodistill.data.images import ImageData
+from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a teacher is trained; `phases` are `(epochs, height of the pictures)` in order."""
+    """How a teacher is trained.
+
+    Attributes:
+        phases: `(epochs, height of the pictures)` in order: small pictures first save time.
+        lr: peak of Muon's rate, relative to the norm of a kernel.
+        warmup: share of the steps in which the rate rises; then it falls to zero in a line.
+        pad: pixels that a view is shifted by, at most.
+        flip: whether a picture is mirrored in every other epoch.
+        cutout: pixels of the side of a square that is painted over; 0 paints none.
+        smoothing: share of a label that is spread over all classes.
+    """
 
     phases: tuple[tuple[int, int], ...] = ((3, 16), (3, 24), (2, 32))
     batch_size: int = 512
@@ -28,6 +41,8 @@ class TrainConfig:
     warmup: float = 0.1
     pad: int = 3
     flip: bool = True
+    cutout: int = 0
+    smoothing: float = 0.0
     seed: int = 0
 
 
@@ -39,7 +54,8 @@ class Task:
         name: also the name of the file in `problems/`.
         build: the untrained teacher, traceable by `torch.fx`.
         load_data: from a data folder (or None for the default one) to the data in memory.
-        weights: the trained teacher's safetensors file.
+        weights: the trained teacher's file: safetensors, or what `torch.save` wrote.
+        weights_key: of the set of weights in it, where it holds several.
         train: how `scripts/train_teacher.py` trains it; None if it cannot.
     """
 
@@ -48,6 +64,7 @@ class Task:
     load_data: Callable[[Path | None], ImageData]
     weights: Path
     train: TrainConfig | None = TrainConfig()
+    weights_key: str | None = None
 
     @property
     def mirrored(self) -> bool:
@@ -71,9 +88,13 @@ class OwnTask:
     Attributes:
         weights: path of the teacher's weights.
         data: folder of pictures, one folder a class (see `own_data.load_image_folder`).
-        size: `(height, width)` that pictures are resized to.
+        size: `(height, width)` that pictures are brought to.
         channels: 1, 3 or 4.
         mean, std: that the teacher was trained with; None measures them.
+        weights_key: which set of weights to take of a file that holds several.
+        resize, interpolation, channel_order, exif, shorter_side, fill: how pictures are prepared;
+            see `Preparation`.
+        cut: path of the file that says which picture is in which split; None cuts anew.
     """
 
     weights: str
@@ -82,6 +103,38 @@ class OwnTask:
     channels: int = 3
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    weights_key: str | None = None
+    resize: str = "squash"
+    interpolation: str = "bilinear"
+    channel_order: str = "RGB"
+    exif: bool = True
+    shorter_side: int | None = None
+    fill: int = 0
+    cut: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a preparation that cannot be."""
+        self.preparation.check_channels(self.channels)
+
+    @property
+    def preparation(self) -> Preparation:
+        """How pictures become the network's input."""
+        return Preparation(
+            self.resize, self.size, self.interpolation, self.channel_order, self.exif,
+            self.shorter_side, self.fill,
+        )  # fmt: skip
+
+    def load(self) -> ImageData:
+        """The pictures, prepared.
+
+        Raises:
+            UserError: as `load_image_folder` does.
+        """
+        return load_image_folder(
+            Path(self.data), channels=self.channels, mean=self.mean, std=self.std,
+            cut=None if self.cut is None else Cut.read(Path(self.cut)),
+            **asdict(self.preparation),
+        )  # fmt: skip
 
 
 def load_task(name: str, own: OwnTask | None = None) -> Task:
@@ -148,8 +201,6 @@ def _module_of_file(name: str) -> ModuleType:
 
 
 def _own_task(name: str, own: OwnTask) -> Task:
-    from moodistill.data.folders import load_image_folder
-
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py"):
         module = _module_of_file(place)
@@ -180,9 +231,8 @@ def _own_task(name: str, own: OwnTask) -> Task:
     return Task(
         name=attribute,
         build=checked_build,
-        load_data=lambda _: load_image_folder(
-            Path(own.data), own.size, own.channels, own.mean, own.std
-        ),
+        load_data=lambda _: own.load(),
         weights=Path(own.weights),
         train=None,
+        weights_key=own.weights_key,
     )

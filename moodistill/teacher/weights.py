@@ -1,17 +1,18 @@
-"""Teacher weights on disk: half-precision safetensors, checked key by key when loaded."""
+"""Teacher weights on disk: found in a checkpoint, and checked key by key when loaded."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from moodistill.errors import UserError
-from moodistill.io.tensorfile import read_safetensors
+from moodistill.teacher.weight_sets import WeightSet, choose_set, find_sets
+from moodistill.teacher.weights_file import read_weights_file
 
 
 def network_digest(network: nn.Module) -> str:
@@ -39,99 +40,80 @@ def half_precision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict as people keep it: safetensors, or a `.pt`, `.pth`, `.ckpt` of tensors.
-
-    Of a checkpoint that holds more, the entry `state_dict` or `model` is taken (Lightning, timm and
-    most training scripts). Nothing is unpickled but tensors and plain containers.
+    """The largest set of tensors in a file, as they are called there.
 
     Raises:
-        UserError: if the file is unreadable or holds no state dict.
+        UserError: if the file is unreadable or holds no tensors.
     """
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)[0]
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; expected a teacher's weights")
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the archive's damage leads to
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{path} cannot be read as weights ({reason[0][:160]}); expected safetensors, or what "
-            "torch.save(model.state_dict(), path) writes"
-        ) from error
-    for name in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
-            break
-    tensors = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(
-        found, dict
-    ) else {}  # fmt: skip
-    if not tensors:
-        raise UserError(
-            f"{path} holds no state dict; expected what torch.save(model.state_dict(), path) writes"
-        )
-    return tensors
+    found = find_sets(path, read_weights_file(path))
+    return max(found, key=lambda one: len(one.tensors)).tensors
 
 
-def _without_prefix(
-    stored: dict[str, torch.Tensor], wanted: Collection[str]
-) -> dict[str, torch.Tensor]:
-    """Strip what wrappers put in front of every key (`module.`, `model.`, ...), if it then fits."""
-    for _ in range(3):
-        if set(wanted) & set(stored):
-            break
-        firsts = {key.split(".", 1)[0] for key in stored if "." in key}
-        # Lightning keeps losses and metrics beside the network: the prefix that fits is the one.
-        for first in sorted(firsts):
-            inner = {
-                key.split(".", 1)[1]: value
-                for key, value in stored.items()
-                if key.startswith(f"{first}.")
-            }
-            if set(wanted) & set(inner) or len(firsts) == 1:
-                stored = inner
-                break
-        else:
-            break
-    return stored
-
-
-def load_weights(model: nn.Module, path: Path) -> nn.Module:
+def load_weights(
+    model: nn.Module,
+    path: Path,
+    key: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> nn.Module:
     """Load a teacher's weights into `model` (returned in eval mode, float32).
 
-    Half precision is widened; prefixes of wrappers (`module.`, `model.`) are taken off.
+    The file is safetensors, or what `torch.save` wrote: a state dict, or a checkpoint that holds
+    one anywhere, under any name. Of several that fit, an average of weights (EMA, SWA) is taken,
+    and a word says so. Half precision and double, in the file or of `model`, become float32; what
+    wrappers put in front of names (`module.`, `_orig_mod.`, `model.`) is taken off.
+
+    Args:
+        model: the network.
+        path: of the file.
+        key: which set of weights to take, where the file holds several: `model_ema`.
+        say: told which of several sets was taken; None writes it to stderr.
 
     Raises:
-        UserError: if the file is unreadable or belongs to another architecture; names the keys.
+        UserError: if the file is unreadable, belongs to another architecture (names the keys), or
+            holds several sets of weights between which nothing decides.
     """
-    wanted = {
-        k: tuple(v.shape)
-        for k, v in model.state_dict().items()
-        if not k.endswith("num_batches_tracked")
-    }
-    stored = _without_prefix(read_state(path), wanted)
-    stored = {k: v for k, v in stored.items() if not k.endswith("num_batches_tracked")}
-    missing = sorted(set(wanted) - set(stored))
-    extra = sorted(set(stored) - set(wanted))
-    shapes = sorted(k for k in set(wanted) & set(stored) if tuple(stored[k].shape) != wanted[k])
-    if missing or extra or shapes:
-        problems = []
-        if missing:
-            problems.append(f"{len(missing)} keys missing (first: {missing[0]})")
-        if extra:
-            problems.append(f"{len(extra)} unknown keys (first: {extra[0]})")
-        if shapes:
-            key = shapes[0]
-            problems.append(
-                f"{len(shapes)} shapes differ (first: {key} is {tuple(stored[key].shape)}, "
-                f"expected {wanted[key]})"
-            )
-        raise UserError(
-            f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}; "
-            "give the weights of the same architecture"
-        )
-    model.load_state_dict({k: v.float() for k, v in stored.items()}, strict=False)
-    for key, value in model.state_dict().items():
+    wanted = {name: tuple(v.shape) for name, v in model.state_dict().items() if not _counts(name)}
+    chosen, note = choose_set(path, read_weights_file(path), wanted, key)
+    _check_fit(model, path, chosen, wanted)
+    if note:
+        (say or _to_stderr)(note)
+    state = {name: v.float() for name, v in chosen.tensors.items() if name in wanted}
+    model = model.float()
+    model.load_state_dict(state, strict=False)
+    for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{path}: {key} holds NaN or infinity; train the teacher again")
-    return model.float().eval()
+            raise UserError(f"{path}: {name} holds NaN or infinity; train the teacher again")
+    return model.eval()
+
+
+def _counts(name: str) -> bool:
+    """Whether a tensor only counts batches, so that a network without it is the same."""
+    return name.endswith("num_batches_tracked")
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check_fit(
+    model: nn.Module, path: Path, chosen: WeightSet, wanted: dict[str, tuple[int, ...]]
+) -> None:
+    misfit = chosen.misfit(wanted)
+    if not misfit:
+        return
+    problems = []
+    if misfit.missing:
+        problems.append(f"{len(misfit.missing)} keys missing (first: {misfit.missing[0]})")
+    if misfit.extra:
+        problems.append(f"{len(misfit.extra)} unknown keys (first: {misfit.extra[0]})")
+    if misfit.shapes:
+        name = misfit.shapes[0]
+        problems.append(
+            f"{len(misfit.shapes)} shapes differ (first: {name} is "
+            f"{tuple(chosen.tensors[name].shape)}, expected {wanted[name]})"
+        )
+    of = f" ({chosen.label})" if chosen.label else ""
+    raise UserError(
+        f"{path}{of} does not fit {type(model).__name__}: {'; '.join(problems)}; "
+        "give the weights of the same architecture"
+    )

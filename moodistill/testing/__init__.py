@@ -1,4 +1,6 @@
-"""What tests of this project and of its users need: the teacher with masks in place.
+"""For tests of this project and of its users: the teacher with masks in place.
 
-Students are compared with it. Begin with `masked`.
+A student's logits must equal those of the masked teacher.
+
+May know: `teacher`, `genome`. Begin with `masked`.
 """

@@ -19,6 +19,7 @@ from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.resolve import resolve
 from moodistill.genome.structure import Structure
 from moodistill.teacher.graph import TeacherGraph
+from moodistill.teacher.kernels import Conv
 from moodistill.teacher.steps import Step
 
 
@@ -60,6 +61,12 @@ class _Masked(fx.Interpreter):
         if step is not None and step.kind == "layer" and step.name in self.structure.connected:
             (source,) = n.all_input_nodes
             return self._layer(step, self.env[source])
+        if step is not None and step.kind == "channelwise" and n.op == "call_module":
+            module = self.teacher.module.get_submodule(step.target)
+            if isinstance(module, Conv):
+                (source,) = n.all_input_nodes
+                weight = self._tapped(step, module.weight)
+                return module._conv_forward(self.env[source], weight, module.bias)
         return super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -80,11 +87,30 @@ class _Masked(fx.Interpreter):
         connected = self.structure.connected[step.name][np.ix_(rows, columns)]
         kept = np.array([self._keeps(source, c) for c in range(source.form.channels)])
         mask = torch.from_numpy(connected & kept[None, :])
+        weight = layer.weight.detach()
         if isinstance(layer, nn.Linear):
-            mask = mask.repeat_interleave(source.form.repeat, dim=1)
-            return F.linear(values, layer.weight * mask, layer.bias)
-        weight = layer.weight * mask.reshape(*mask.shape, *[1] * len(layer.kernel_size))
+            weight = weight * mask.repeat_interleave(source.form.repeat, dim=1)
+        else:
+            mask = mask.reshape(*mask.shape, *[1] * len(layer.kernel_size))
+            weight = self._tapped(step, weight * mask)
+        if step.target in self.structure.ranks:
+            own = np.array([self._keeps(step, c) for c in range(step.form.channels)])
+            weight = _approximated(weight, own, self.structure.ranks[step.target])
+        if isinstance(layer, nn.Linear):
+            return F.linear(values, weight, layer.bias)
         return layer._conv_forward(values, weight, layer.bias)
+
+    def _tapped(self, step: Step, weight: torch.Tensor) -> torch.Tensor:
+        """A convolution's weight with zeros at the taps that it lost."""
+        sizes = weight.shape[2:]
+        kept = self.structure.kernels.get(step.target, sizes)
+        mask = torch.zeros(*sizes)
+        middle = tuple(
+            slice((size - left) // 2, (size + left) // 2)
+            for size, left in zip(sizes, kept, strict=True)
+        )
+        mask[middle] = 1.0
+        return weight.detach() * mask
 
     def _blocks(self, step: Step) -> np.ndarray:
         """`(channels,)`: every channel's block among those of all the step's groups."""
@@ -96,6 +122,17 @@ class _Masked(fx.Interpreter):
     def _keeps(self, step: Step, channel: int) -> bool:
         kept = self.structure.kept.get(step.groups[step.owner[channel]])
         return kept is not None and bool(kept[step.place[channel]])
+
+
+def _approximated(weight: torch.Tensor, rows: np.ndarray, rank: int) -> torch.Tensor:
+    """The weight whose kept rows `(outputs,)` are their best approximation of a rank."""
+    matrix = weight[torch.from_numpy(rows)].reshape(int(rows.sum()), -1).double().numpy()
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    nearest = (left[:, :rank] * values[:rank]) @ right[:rank]
+    result = torch.zeros_like(weight)
+    shape = (-1, *weight.shape[1:])
+    result[torch.from_numpy(rows)] = torch.from_numpy(nearest).float().reshape(shape)
+    return result
 
 
 def _cloned(value: Any) -> Any:

@@ -1,4 +1,5 @@
 """Gradient training: distillation of students, and of a teacher from labels.
 
-Knows data and teachers; no genomes, no search. Begin with `distill`.
+May know: `data`, and the teacher's network; no genomes, no search, no ONNX.
+Begin with `distill.distill`; `teacher.train_teacher` trains a teacher.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Checkpoint:
         model: its state dict.
         momentum: of each parameter by name.
         seconds: that it took so far, where they are counted.
+        curve: accuracy on the validation images after each epoch, where it is measured.
     """
 
     signature: str
@@ -29,13 +31,19 @@ class Checkpoint:
     model: dict[str, torch.Tensor]
     momentum: dict[str, torch.Tensor]
     seconds: float = 0.0
+    curve: tuple[float, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write it, atomically."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.items()}
         tensors |= {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
-        facts = {"signature": self.signature, "step": self.step, "seconds": self.seconds}
-        save_atomic(tensors, path, {name: str(fact) for name, fact in facts.items()})
+        facts = {
+            "signature": self.signature,
+            "step": str(self.step),
+            "seconds": str(self.seconds),
+            "curve": json.dumps(self.curve),
+        }
+        save_atomic(tensors, path, facts)
 
     @staticmethod
     def read(path: Path) -> Checkpoint:
@@ -51,8 +59,11 @@ class Checkpoint:
                 kind, _, name = key.partition(".")
                 parts[kind][name] = tensor
             step, seconds = int(facts["step"]), float(facts["seconds"])
-            return Checkpoint(facts["signature"], step, **parts, seconds=seconds)
-        except (KeyError, ValueError) as error:
+            curve = tuple(float(value) for value in json.loads(facts.get("curve", "[]")))
+            return Checkpoint(
+                facts["signature"], step, parts["model"], parts["momentum"], seconds, curve
+            )
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path} is no checkpoint ({error}); delete it") from error
 
     def restore(self, model: nn.Module, momentum: dict[str, torch.Tensor]) -> None:

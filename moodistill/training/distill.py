@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -19,9 +18,11 @@ from torch.nn import functional as F
 from moodistill.data.images import ImageData
 from moodistill.errors import UserError
 from moodistill.io.cache import read_cached, save_cached
+from moodistill.io.cache_dir import cache_key, read_or_none
 from moodistill.teacher.weights import network_digest
 from moodistill.training.augment import augment
 from moodistill.training.checkpoint import Checkpoint
+from moodistill.training.precision import mixed_precision
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -80,16 +81,10 @@ class SoftTargets:
         self.config = config
         made_of = (teacher_digest, network_digest(teacher), data.digest)
         parts = (*made_of, config.batch_size, config.pad, config.flip)
-        self.key = hashlib.sha256(f"{parts} {config.seed}".encode()).hexdigest()[:16]
+        self.key = cache_key(parts, config.seed)
         self.path = cache_dir / f"logits-{self.key}.safetensors" if cache_dir else None
-        self.logits: dict[str, torch.Tensor] = {}
-        self.saved = 0  # how many of them
-        if self.path is not None and self.path.exists():
-            try:
-                self.logits = read_cached(self.path)
-                self.saved = len(self.logits)
-            except UserError:
-                self.path.unlink()
+        self.logits: dict[str, torch.Tensor] = read_or_none(self.path, read_cached) or {}
+        self.saved = len(self.logits)
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images `(B, C, H, W)` and labels `(B,)` of view batch `index`; always the same."""
@@ -214,13 +209,3 @@ def _carry_on(path: Path, signature: str, model: nn.Module, optimizer: torch.opt
         return 0
     found.restore(model, _momentum(model, optimizer))
     return found.step
-
-
-def mixed_precision() -> bool:
-    """Whether bfloat16 is faster here: with AMX 2 to 2.5 times, with AVX-512 BF16 1.7 times.
-
-    Where neither is there it is slower.
-    """
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in older versions of torch
-    found = capabilities() if capabilities is not None else {}
-    return bool(found.get("amx_bf16", False) or found.get("avx512_bf16", False))

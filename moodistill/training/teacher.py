@@ -6,114 +6,65 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from moodistill.data.images import ImageData, Split
 from moodistill.errors import UserError
 from moodistill.io.atomic import write_json_atomic
+from moodistill.io.measuring import training_step
 from moodistill.io.tensorfile import save_atomic
-from moodistill.teacher.task import Task
+from moodistill.progress import Reporter, make_reporter
+from moodistill.teacher.answers import logits_of
+from moodistill.teacher.task import Task, TrainConfig
 from moodistill.teacher.weights import half_precision
-from moodistill.training.augment import augment
+from moodistill.training.batches import TrainBatches
 from moodistill.training.checkpoint import Checkpoint
 from moodistill.training.muon import Optimizer
+from moodistill.training.precision import mixed_precision
 
 CHECKPOINT_SECONDS = 300.0
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, data: ImageData, split: Split) -> float:
     """The data's metric of `model` (in eval mode) on `split`: accuracy unless another is given."""
-    device = next(model.parameters()).device
-    batch = data.at_once(500)
-    answers = []
-    for start in range(0, len(split), batch):
-        images = data.normalise(split.images[start : start + batch]).to(device)
-        answers.append(model(images).cpu().numpy())
-    return data.score(np.concatenate(answers), split.labels)
+    return data.score(logits_of(model, data, split.images), split.labels)
 
 
-def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -> dict:
+def train_teacher(
+    task: Task,
+    data: ImageData,
+    out: Path,
+    device: str = "cpu",
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
     """Train `task`'s teacher, resuming from `out`'s `.checkpoint`, and write weights and a report.
 
-    Returns the report that is also written beside the weights as JSON.
+    Returns the report that is also written beside the weights as JSON. `reporter` None shows a bar
+    in a terminal and a line an epoch elsewhere.
 
     Raises:
-        UserError: if the checkpoint belongs to another configuration, or the task has none.
+        UserError: if the checkpoint belongs to another configuration, the task has none, or the
+            loss is not finite.
     """
     config = task.train
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(
-            f"--device {device} cannot be used ({reason}); expected cpu or cuda"
-        ) from error
+    _check_device(device)
     if config is None:
         raise UserError(f"{task.name} does not say how it is trained: its TASK has train=None")
-    torch.manual_seed(config.seed)
-    # Convolutions run up to a tenth faster on pictures whose channels lie together.
-    model = task.build().to(device).to(memory_format=torch.channels_last)
-    optimizer = Optimizer(model, config)
-    # Of fewer pictures than a batch all are one.
-    steps_per_epoch = max(1, len(data.train) // config.batch_size)
-    sizes = [size for epochs, size in config.phases for _ in range(epochs * steps_per_epoch)]
-    checkpoint = out.with_suffix(".checkpoint")
-    signature = json.dumps({"task": task.name, "data": data.digest, **asdict(config)})
-    start, seconds = 0, 0.0
-    if checkpoint.exists():
-        found = Checkpoint.read(checkpoint)
-        if found.signature != signature:
-            raise UserError(
-                f"{checkpoint} was written by another configuration; delete it or name another "
-                "--out"
-            )
-        found.restore(model, optimizer.momentum)
-        start, seconds = found.step, found.seconds
-
-    full = data.input_shape[1]
-    costs = np.array([(size / full) ** 2 for size in sizes]) * config.batch_size
-    bar = tqdm(total=round(costs.sum()), initial=round(costs[:start].sum()), unit="img")
-    began = saved = time.monotonic()
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
-    model.train()
-    for step in range(start, len(sizes)):
-        epoch, place = divmod(step, steps_per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(data.train))
-        index = order[place * config.batch_size : (place + 1) * config.batch_size]
-        rng = np.random.default_rng([config.seed, epoch, place])
-        images = data.normalise(augment(data.train.images[index], config.pad, config.flip, rng)).to(
-            device
-        )
-        if sizes[step] != full:
-            shape = (sizes[step], max(1, round(sizes[step] * data.input_shape[2] / full)))
-            images = F.interpolate(images, shape, mode="bilinear", antialias=True)
-        labels = torch.from_numpy(data.train.labels[index]).to(device)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with autocast:
-            loss = F.cross_entropy(model(images).float(), labels)
-        loss.backward()
-        ramp = max(1.0, config.warmup * len(sizes))
-        optimizer.step(min((step + 1) / ramp, (len(sizes) - step) / (len(sizes) - ramp + 1)))
-        bar.update(round(costs[: step + 1].sum()) - bar.n)
-        bar.set_postfix(loss=f"{loss.item():.3f}", size=sizes[step], epoch=epoch + 1)
-        now = time.monotonic()
-        if now - saved > CHECKPOINT_SECONDS or place + 1 == steps_per_epoch:
-            Checkpoint(
-                signature, step + 1, model.state_dict(), optimizer.momentum, seconds + now - began
-            ).save(checkpoint)
-            saved = now
-        if place + 1 == steps_per_epoch:
-            model.eval()
-            reached = accuracy(model, data, data.validation.head(1000))
-            tqdm.write(f"epoch {epoch + 1}: validation accuracy {reached:.4f} (first 1,000)")
-            model.train()
-    bar.close()
+    with torch.random.fork_rng(devices=[]):  # the caller's draws are not touched
+        torch.manual_seed(config.seed)
+        # Convolutions run up to a tenth faster on pictures whose channels lie together.
+        model = task.build().to(device).to(memory_format=torch.channels_last)
+        reporter = reporter or make_reporter("auto")
+        try:
+            training = _Training(task, config, data, out, device, model)
+            training.run(reporter)
+        finally:
+            reporter.close()
     model.eval()
     weights = half_precision({k: v.cpu() for k, v in model.state_dict().items()})
     save_atomic(weights, out)
@@ -123,11 +74,134 @@ def train_teacher(task: Task, data: ImageData, out: Path, device: str = "cpu") -
         "validation_accuracy": accuracy(model, data, data.validation),
         "test_accuracy": accuracy(model, data, data.test),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training_seconds": round(seconds + time.monotonic() - began),
+        "training_seconds": round(training.seconds),
         "device": device,
+        "precision": "bfloat16" if training.mixed else "float32",
         "data_digest": data.digest,
         "recipe": asdict(config),
+        "validation_curve": training.curve,
     }
     write_json_atomic(out.with_suffix(".json"), report)
-    checkpoint.unlink(missing_ok=True)
+    training.checkpoint.unlink(missing_ok=True)
     return report
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"--device {device} cannot be used ({reason}); expected cpu or cuda"
+        ) from error
+
+
+class _Training:
+    """The steps of one training.
+
+    Attributes:
+        checkpoint: the file that it is carried on from.
+        mixed: whether passes run in bfloat16.
+        seconds: that all steps took, pauses left out, in earlier processes too.
+        curve: accuracy on the validation images after each epoch.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        data: ImageData,
+        out: Path,
+        device: str,
+        model: nn.Module,
+    ) -> None:
+        self.config, self.data, self.device, self.model = config, data, device, model
+        self.mixed = mixed_precision(device)
+        self.optimizer = Optimizer(model, config, self.mixed)
+        self.batches = TrainBatches(data, config)
+        self.checkpoint = out.with_suffix(".checkpoint")
+        self.signature = json.dumps({"task": task.name, "data": data.digest, **asdict(config)})
+        self.start, self.seconds = 0, 0.0
+        self.curve: list[float] = []
+        if self.checkpoint.exists():
+            self._carry_on()
+
+    def _carry_on(self) -> None:
+        found = Checkpoint.read(self.checkpoint)
+        if found.signature != self.signature:
+            raise UserError(
+                f"{self.checkpoint} was written by another configuration; delete it or name "
+                "another --out"
+            )
+        found.restore(self.model, self.optimizer.momentum)
+        self.start, self.seconds, self.curve = found.step, found.seconds, list(found.curve)
+
+    def _save(self, step: int) -> None:
+        Checkpoint(
+            self.signature, step, self.model.state_dict(), self.optimizer.momentum, self.seconds,
+            tuple(self.curve),
+        ).save(self.checkpoint)  # fmt: skip
+
+    def run(self, reporter: Reporter) -> None:
+        """All steps that are left, with a checkpoint every few minutes and after every epoch."""
+        batches = self.batches
+        done = np.concatenate([[0], np.cumsum(batches.pixels)]).round().astype(int)
+        began, seconds_before = time.monotonic(), self.seconds
+        saved, paused = began, 0.0
+        self.model.train()
+        with reporter.stage("training", int(done[-1]), "pictures") as stage:
+            for step in range(self.start, batches.steps):
+                with training_step() as waited:
+                    loss = self._step(step)
+                paused += waited
+                epoch, place = divmod(step, batches.steps_per_epoch)
+                stage.update(
+                    int(done[step + 1]), epoch=epoch + 1, size=batches.sizes[step],
+                    loss=f"{loss:.3f}",
+                )  # fmt: skip
+                ended = place + 1 == batches.steps_per_epoch
+                if ended:
+                    self.model.eval()
+                    with training_step() as waited:
+                        reached = accuracy(self.model, self.data, self.data.validation)
+                    paused += waited
+                    self.curve.append(reached)
+                    self.model.train()
+                now = time.monotonic()
+                self.seconds = seconds_before + now - began - paused
+                if ended:
+                    rate = (now - began - paused) / (done[step + 1] - done[self.start])
+                    left = rate * (done[-1] - done[step + 1])
+                    reporter.say(
+                        f"epoch {epoch + 1} of {batches.steps // batches.steps_per_epoch}: loss "
+                        f"{loss:.3f}, validation accuracy {reached:.4f}; "
+                        f"{_minutes(self.seconds)} so far, about {_minutes(left)} to go",
+                        epoch=epoch + 1, loss=loss, validation_accuracy=reached,
+                        seconds=round(self.seconds), seconds_left=round(left),
+                    )  # fmt: skip
+                if ended or now - saved > CHECKPOINT_SECONDS:
+                    self._save(step + 1)
+                    saved = now
+
+    def _step(self, step: int) -> float:
+        """One update; returns its loss."""
+        config, steps = self.config, self.batches.steps
+        torch.manual_seed(config.seed + step)  # of dropout, also where it is carried on
+        images, labels = self.batches.batch(step)
+        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=self.mixed):
+            logits = self.model(images).float()
+            loss = F.cross_entropy(logits, labels.to(self.device), label_smoothing=config.smoothing)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss.item()} in step {step + 1} of {steps}; expected a number: "
+                f"train with a smaller lr than {config.lr:g}"
+            )
+        loss.backward()
+        ramp = max(1.0, config.warmup * steps)
+        self.optimizer.step(min((step + 1) / ramp, (steps - step) / (steps - ramp + 1)))
+        return loss.item()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min"

@@ -1,6 +1,9 @@
-"""Seconds per evaluation by stage and peak memory, over the initial students of a search.
+"""Seconds per evaluation by stage, and peak memory (the table in docs/results.md).
 
 python scripts/bench/evaluation.py --model vgg16
+
+Scores the first students that a search would draw, one after another in this process. Compare two
+versions in one session on one machine.
 """
 
 import argparse
@@ -11,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from moodistill.errors import UserError
+from moodistill.evolution.operators import DensitySampling
 from moodistill.genome.layout import SEARCHED
 from moodistill.latency.meter import LatencyMeter
 from moodistill.latency.simd import probe_simd
-from moodistill.search.operators import DensitySampling
 from moodistill.student.context import load_context, use_threads
 from moodistill.student.evaluator import Evaluator, Recipe, teacher_onnx
 from moodistill.teacher.task import load_task

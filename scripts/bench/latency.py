@@ -1,6 +1,9 @@
-"""How well two measurements of the same students agree, quiet and beside a busy neighbour.
+"""Repeatability of latencies: the same students measured twice, idle and beside a busy process.
 
 python scripts/bench/latency.py --model vgg16
+
+Prints the rank correlation (Spearman) and the median difference of the two measurements
+(docs/method.md).
 """
 
 import argparse
@@ -14,6 +17,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from moodistill.errors import UserError
+from moodistill.evolution.operators import DensitySampling
 from moodistill.genome.canonical import canonical
 from moodistill.genome.layout import SEARCHED
 from moodistill.io.atomic import write_json_atomic
@@ -22,7 +26,6 @@ from moodistill.latency.device import check_provider, device_fingerprint
 from moodistill.latency.meter import LatencyConfig, LatencyMeter
 from moodistill.latency.simd import probe_simd
 from moodistill.onnx.writer import to_onnx
-from moodistill.search.operators import DensitySampling
 from moodistill.student.builder import build_student
 from moodistill.student.context import load_context
 from moodistill.student.evaluator import teacher_onnx

@@ -1,9 +1,11 @@
-"""How well scores without long training foretell accuracy after it: Kendall's tau by recipe.
+"""Rank correlation of cheap scores with accuracy after distillation (the table in docs/method.md).
 
 python scripts/bench/proxy.py --model vgg16 --students 24
 python scripts/bench/proxy.py --model vgg16 --table-only
 
-Every student is kept in `<out>/proxy-<model>.json` as it is done: run it again to carry on.
+Kendall's tau over random students of all sizes, and within thirds of them by size, for each way of
+inheritance with and without a few training steps. Every student is stored in
+`<out>/proxy-<model>.json` when it is done: run the command again to continue.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from rich.progress import track
 from scipy.stats import kendalltau
-from tqdm import tqdm
 
 from moodistill.errors import UserError
+from moodistill.evolution.operators import DensitySampling
 from moodistill.genome.canonical import canonical, summary
 from moodistill.genome.layout import SEARCHED
 from moodistill.io.atomic import write_atomic, write_json_atomic
 from moodistill.io.cache import default_cache_dir
 from moodistill.latency.simd import probe_simd
-from moodistill.search.operators import DensitySampling
 from moodistill.student.accuracy import student_accuracy
 from moodistill.student.context import TeacherContext, load_context, use_threads
 from moodistill.student.evaluator import Recipe, count_macs, make_student
@@ -36,8 +38,8 @@ from moodistill.training.distill import DistillConfig, SoftTargets, distill
 
 MODES: dict[str, Mode] = {
     "plain slicing": "slice",
-    "closed form, teacher's channels": "teacher",
     "closed form, student's channels": "student",
+    "closed form, whole patches": "patches",
 }
 SHORT = (20, 100)  # steps at a small rate behind the closed form
 SMALL_RATE = 0.003
@@ -151,7 +153,7 @@ def main() -> int:
     rng = np.random.default_rng(0)
     genomes = sampling._do(None, arguments.students + 1, random_state=rng)[1:]
     path = arguments.out / f"proxy-{arguments.model}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     targets = SoftTargets(
         context.graph.module, context.data, DistillConfig(steps=arguments.steps),
         default_cache_dir(), context.teacher_digest,
@@ -160,7 +162,7 @@ def main() -> int:
     records = []
     # From the smallest to the largest by turns: what is known early is of students of all sizes.
     turns = np.concatenate([genomes[::-1][start::TURNS] for start in range(TURNS)])
-    for genome in tqdm(turns, desc="students", disable=None):
+    for genome in track(turns, "students", disable=not sys.stdout.isatty()):
         genome = canonical(layout, genome | layout.unsearched(SEARCHED), step)
         key = f"{layout.digest(genome)[:16]}-{arguments.steps}"
         if key not in known and not arguments.table_only:

@@ -1,6 +1,8 @@
-"""What one driver can feed: rates with workers that only sleep, and what a run's stages cost.
+"""Throughput of one driver: rates with workers that only sleep (the table in docs/scaling.md).
 
 python scripts/bench/scaling.py --run results/my_run
+
+Also prints the seconds of each stage of an evaluation, and the bytes that it sends, from a run.
 """
 
 import argparse
@@ -15,8 +17,8 @@ from moodistill.cluster import tasks as remote
 from moodistill.cluster.client import Cluster, ClusterConfig, connect
 from moodistill.cluster.executor import DaskExecutor
 from moodistill.errors import UserError
+from moodistill.evolution.driver import Search, SearchConfig
 from moodistill.pareto.evaluation import Evaluation, Latency
-from moodistill.search.driver import Search, SearchConfig
 from moodistill.storage.store import Store
 from moodistill.student.context import load_context
 from moodistill.teacher.task import load_task
@@ -57,7 +59,7 @@ def search(cluster, layout, score, population, generations, screen):
     executor = DaskExecutor(cluster, layout, SETUP, None, timed, score)
     list(executor.map([layout.teacher()] * cluster.resources()[remote.STUDENTS]))  # warm up
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "run.json").write_text("{}")
+        (Path(folder) / "run.json").write_text("{}", "utf-8")
         with Store.create(Path(folder)) as store:
             began = time.perf_counter()
             list(Search(layout, config, store, executor).run())

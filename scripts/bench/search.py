@@ -1,13 +1,13 @@
-"""Our search against pruning libraries, plain operators and itself without its ingredients.
+"""The search against pruning libraries, random draws and itself without each of its parts.
 
 python scripts/bench/search.py --model vgg16 --evaluations 160 --seeds 3
 python scripts/bench/search.py --model vgg16 --evaluations 160 --seeds 3 --min-accuracy 0.42
 python scripts/bench/search.py --model vgg16 --table-only
 
-Every arm scores the same number of students by the same measures and keeps them in a store of its
-own: run the command again to carry on. Table and figure are made from `<out>/search-<model>.json`;
-a run that is there is not made again: delete its line and its store to do so. Torch-Pruning comes
-with `pip install -e ".[bench]"`. With `--min-accuracy` it is `<out>/search-<model>-limited.json`.
+Every arm scores the same number of students by the same measures and stores them: run the command
+again to continue. Table and figure (docs/comparison.md) are made from `<out>/search-<model>.json`
+(`search-<model>-limited.json` with `--min-accuracy`). An arm and seed that is in the file is not
+run again; delete its line and its store to do so. Torch-Pruning comes with the extra `bench`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from peers import l1_widths, score, torch_pruning_points
 from pymoo.operators.crossover.ux import UniformCrossover
 from pymoo.operators.mutation.bitflip import BitflipMutation
 from pymoo.operators.sampling.rnd import BinaryRandomSampling
+from rich.progress import track
 from search_records import ARMS, Records, best_within, keep, table
-from tqdm import tqdm
 
 from moodistill.errors import UserError
+from moodistill.evolution.algorithms import Operators, default_operators
+from moodistill.evolution.driver import Search, SearchConfig
+from moodistill.evolution.executor import SerialExecutor
+from moodistill.evolution.operators import DensitySampling
 from moodistill.genome.layout import SEARCHED
 from moodistill.io.atomic import write_json_atomic
 from moodistill.io.cache import default_cache_dir
@@ -37,10 +41,6 @@ from moodistill.latency.meter import LatencyMeter
 from moodistill.latency.simd import probe_simd
 from moodistill.pareto.evaluation import Evaluation
 from moodistill.pareto.objectives import DEFAULT, Limits, objective_values
-from moodistill.search.algorithms import Operators, default_operators
-from moodistill.search.driver import Search, SearchConfig
-from moodistill.search.executor import SerialExecutor
-from moodistill.search.operators import DensitySampling
 from moodistill.storage.store import Store
 from moodistill.student.accuracy import student_accuracy
 from moodistill.student.context import TeacherContext, load_context, use_threads
@@ -49,6 +49,7 @@ from moodistill.student.inherit import InheritConfig
 from moodistill.teacher.task import load_task
 from moodistill.training.distill import DistillConfig, SoftTargets, distill
 
+SILENT = not sys.stdout.isatty()  # whether bars are left out
 # Arms that search other kinds of connections than the default.
 OTHER_KINDS = {
     "with-blocks": ("blocks", "merges", "bypasses"),
@@ -70,7 +71,7 @@ class Bench:
     def meter(self) -> LatencyMeter:
         """Measures latency, with the teacher's as it was when this folder was begun."""
         path = self.folder / "teacher.json"
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
         made = LatencyMeter(
             teacher_onnx(self.context), self.context.data.input_shape,
             teacher_latency_ms=stored.get("teacher_latency_ms"),
@@ -99,7 +100,7 @@ class Bench:
     def _peer(self, store: Store, meter: LatencyMeter) -> None:
         known = {one.summary for one in store.all()}
         points = torch_pruning_points(self.context, self.count, self.step)
-        for name, module in tqdm(points, total=self.count, desc="torch-pruning", disable=None):
+        for name, module in track(points, "torch-pruning", self.count, disable=SILENT):
             if name not in known and len(store) < self.count:
                 images = self.recipe.validation_images
                 store.add(score(self.context, module, meter, name, images)[0])
@@ -121,7 +122,7 @@ class Bench:
             genomes = [genome | layout.unsearched(SEARCHED) for genome in genomes]
         evaluator = Evaluator(self.context, recipe, meter.measure)
         repair = default_operators(layout, self.step).repair
-        for genome in tqdm(repair._do(None, np.array(genomes)), desc=arm, disable=None):
+        for genome in track(repair._do(None, np.array(genomes)), arm, disable=SILENT):
             if len(store) < self.count and store.get(layout.digest(genome)) is None:
                 store.add(evaluator.evaluate(genome))
 
@@ -151,9 +152,8 @@ class Bench:
         evaluator = Evaluator(self.context, recipe, meter.measure)
         search = Search(layout, config, store, SerialExecutor(evaluator.evaluate), operators)
         total = population * config.generations
-        with tqdm(total=total, desc=f"{arm} {seed}", disable=None) as bar:
-            for _ in search.run():
-                bar.update(1)
+        for _ in track(search.run(), f"{arm} {seed}", total, disable=SILENT):
+            pass
 
     def record(self, arm: str, seed: int, teacher: Evaluation) -> dict[str, Any]:
         """What is kept of an arm's run: every student's measures, the best at a quarter."""
@@ -224,7 +224,7 @@ def main() -> int:
     name = Path(arguments.model).stem + ("-limited" if arguments.min_accuracy else "")
     arguments.folder = arguments.folder or Path("results") / f"bench-{name}"
     path = arguments.out / f"search-{name}.json"
-    records = json.loads(path.read_text()) if path.exists() else {}
+    records = json.loads(path.read_text("utf-8")) if path.exists() else {}
     try:
         unknown = [arm for arm in arms if arm not in ARMS]
         if unknown:

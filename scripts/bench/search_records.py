@@ -1,4 +1,4 @@
-"""Records of `scripts/bench/search.py`: a run's students as rows of a table and as a figure."""
+"""Records of `scripts/bench/search.py`: hypervolume, best accuracies, table and figure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from moodistill.evolution.driver import hypervolume as normalised_hypervolume
 from moodistill.io.atomic import write_atomic
-from moodistill.search.driver import hypervolume as normalised_hypervolume
 
 LEAST = (0.5, 0.7)  # accuracies, before distillation, from which a student is of use
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the teacher's latency

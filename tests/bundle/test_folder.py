@@ -13,31 +13,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers.bundles import DEVICE, ORIGIN, front_row
 from onnx import TensorProto
 
 from moodistill.bundle.folder import write_package
-from moodistill.bundle.model import Origin, ShipOptions, ship
+from moodistill.bundle.model import ShipOptions, ship
 from moodistill.bundle.parity import compare, export_onnx
 from moodistill.bundle.verify import checked_onnx, verify_package
 from moodistill.errors import UserError
 from moodistill.onnx.runtime import onnx_accuracy, outputs
 from moodistill.onnx.writer import to_onnx
 from moodistill.pareto.evaluation import Latency, accuracy_interval
-from moodistill.pareto.table import FrontRow
-
-ORIGIN = Origin("digits", "ab" * 32, b"\x01\x02")
-DEVICE = {"cpu": "test", "onnxruntime": "1", "provider": "CPUExecutionProvider", "threads": 1,
-          "batch": 1}  # fmt: skip
-
-
-def front_row(**changes):
-    values = dict(
-        student="s0001", stage="distilled", search_accuracy=0.9, accuracy=0.91, test_accuracy=0.9,
-        parameters=1000, macs=2000, latency_ms=0.5, latency_ms_low=0.4, latency_ms_high=0.6,
-        teacher_latency_ms=1.0, size_bytes=4000, onnx="students/s0001/model.onnx",
-        genome_hash="ab", summary="channels 1/2",
-    )  # fmt: skip
-    return FrontRow(**{**values, **changes})
 
 
 def make_package(digits, folder, options=None):
@@ -114,9 +100,10 @@ def test_metadata_says_what_a_device_needs(package, digits):
     assert json.loads(found["labels"]) == list(digits.data.labels)
     assert json.loads(found["normalisation"])["mean"] == [0.305]
     assert found["teacher_sha256"] == ORIGIN.teacher_digest and found["genome"] == "AQI="
-    assert found["opset"] == "17" and found["input_layout"] == "NCHW"
+    assert found["opset"] == "11" and found["input_layout"] == "NCHW"
+    assert json.loads(found["preparation"])["resize"] == "squash"
     model = onnx.load(package / "model.onnx")
-    assert model.ir_version == 8 and model.opset_import[0].version == 17
+    assert model.ir_version == 6 and model.opset_import[0].version == 11
 
 
 def test_a_file_that_differs_is_not_left(digits, tmp_path, monkeypatch):
@@ -190,21 +177,6 @@ def test_run_py_without_torch(digits, tmp_path, kind):
     assert "Traceback" not in done.stderr
     done = run("picture.png")
     assert done.returncode == 1 and "Pillow" in done.stderr
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_run_py_reads_pictures(tmp_path, channels):
-    from PIL import Image
-
-    from moodistill.bundle.run_script import load
-
-    values = np.random.default_rng(0).integers(0, 256, (6, 9, channels), dtype=np.uint8)
-    Image.fromarray(values.squeeze()).save(tmp_path / "picture.png")
-    found = load(tmp_path / "picture.png", (channels, 6, 9))
-    assert (found == values.transpose(2, 0, 1)).all()
-    if channels == 1:  # of 16 bits, read as a search reads them
-        Image.fromarray(values.squeeze().astype(np.uint16) * 257).save(tmp_path / "deep.png")
-        assert (load(tmp_path / "deep.png", (1, 6, 9)) == found).all()
 
 
 def test_verify(package):

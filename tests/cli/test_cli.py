@@ -113,19 +113,20 @@ def test_resume_of_a_finished_run_changes_nothing_but_carries_on(finished, call,
     assert all((folder / o).read_bytes() == (finished / o).read_bytes() for o in onnx)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_a_stopped_run_keeps_what_was_found(call, cache, tmp_path, stop):
-    folder = tmp_path / "run"
+def start_long_run(folder, cache, arguments=()):
+    """A run of many generations; returns once it has scored some students."""
     process = subprocess.Popen(
         [sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder,
-         "--population", "6", "--generations", "50", "--finalists", "1", "--distill-steps", "5"],
+         "--population", "6", "--generations", "50", "--finalists", "1", "--distill-steps", "5",
+         *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "MOODISTILL_CACHE": str(cache)},
         # A background job may inherit an ignored SIGINT; a terminal's program does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL)
+                            for s in (signal.SIGINT, signal.SIGHUP)],
     )  # fmt: skip
     database = folder / "evaluations.sqlite"
-    for _ in range(600):
+    for _ in range(1200):
         time.sleep(0.1)
         if database.exists():
             try:
@@ -134,15 +135,38 @@ def test_a_stopped_run_keeps_what_was_found(call, cache, tmp_path, stop):
                         break
             except sqlite3.OperationalError:
                 pass
-    process.send_signal(stop)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 130, error
-    assert "Traceback" not in error and "--resume" in out + error
+    return process
+
+
+def assert_stopped(folder, call):
     table = rows(folder)
     assert table[0]["stage"] == "teacher" and len(table) > 1
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    assert (folder / "report.html").is_file()
     chosen = json.loads(call("choose", folder, "--json").stdout)
     assert chosen["student"]["stage"] == "searched"
+
+
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_stopped_run_keeps_what_was_found(call, cache, tmp_path, stop):
+    folder = tmp_path / "run"
+    process = start_long_run(folder, cache)
+    process.send_signal(getattr(signal, stop))
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error and "--resume" in out + error
+    assert_stopped(folder, call)
+
+
+def test_a_run_whose_output_nobody_reads_any_more_keeps_what_was_found(call, cache, tmp_path):
+    """As in `moodistill run ... | head`."""
+    folder = tmp_path / "run"
+    process = start_long_run(folder, cache, ["--progress", "json"])
+    process.stdout.close()
+    assert process.wait(120) == 130
+    error = process.stderr.read()
+    assert "Traceback" not in error and "Exception ignored" not in error and "--resume" in error
+    assert_stopped(folder, call)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +291,7 @@ def test_a_search_that_goes_on_and_is_stopped_shows_what_it_found(
 
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    monkeypatch.setattr(run, "finish_run", stops)
+    monkeypatch.setattr(run, "finish", stops)
     call("run", "--resume", folder, "--generations", "3", code=130)
     # Of the whole search: the front of those that were measured again would hide what is new.
     table = [row for row in rows(folder) if row["stage"] != "teacher"]
@@ -597,14 +621,12 @@ def test_export_says_what_the_weights_reach_not_what_the_table_did(finished, cal
     shutil.copytree(finished, folder)
     name = distilled(folder)[0]["student"]
     result = json.loads((folder / "students" / name / "result.json").read_text())
-    table = (folder / "pareto.csv").read_text()
-    (folder / "pareto.csv").write_text(
-        "".join(
-            line.replace(",distilled,", ",searched,", 1) if line.startswith(f"{name},") else line
-            for line in table.splitlines(keepends=True)
-            if not line.startswith(f"{name}-int8,")
-        )
-    )
+    table = json.loads((folder / "pareto.json").read_text())
+    for row in table:
+        if row["student"] == name:
+            row["stage"] = "searched"
+    kept = [row for row in table if row["student"] != f"{name}-int8"]
+    (folder / "pareto.json").write_text(json.dumps(kept))
     call("export", folder, name, "--out", tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["stage"] == "distilled"
@@ -656,12 +678,12 @@ def test_clean(finished, call, tmp_path, monkeypatch):
 def test_interrupted_in_its_last_stage_a_run_keeps_the_second_measurement(
     call, tmp_path, monkeypatch
 ):
-    from moodistill.runs import finish as finishing
+    from moodistill.runs import run
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finishing, "measure_front", interrupted)
+    monkeypatch.setattr(run, "score_front", interrupted)
     folder = tmp_path / "run"
     arguments = ["--model", "digits", "--out", folder, "--simd-step", "8", "--no-int8", *TINY]
     call("run", *arguments, code=130)

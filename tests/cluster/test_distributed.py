@@ -24,13 +24,14 @@ from moodistill.cluster.executor import DaskExecutor, distil_there
 from moodistill.cluster.meter import DeviceMeters
 from moodistill.config import RunConfig, new_config
 from moodistill.errors import UserError
+from moodistill.evolution.driver import Search, SearchConfig
+from moodistill.evolution.executor import SerialExecutor
+from moodistill.evolution.operators import DensitySampling
 from moodistill.finalists.distil import distil_here
 from moodistill.io.tensorfile import read_safetensors
 from moodistill.latency.meter import LatencyConfig
 from moodistill.pareto.table import read_front
-from moodistill.search.driver import Search, SearchConfig
-from moodistill.search.executor import SerialExecutor
-from moodistill.search.operators import DensitySampling
+from moodistill.settings import Settings
 from moodistill.storage.store import Store
 from moodistill.student.evaluator import Evaluator, Recipe, teacher_onnx
 from moodistill.teacher.weights import network_digest
@@ -49,7 +50,7 @@ def table(model, key):
 
 
 def score_setup(context, **changes):
-    config = new_config("digits", 8, generations=2, population=6)
+    config = new_config("digits", Settings(simd_step=8, generations=2, population=6))
     values = {
         "version": remote.__version__, "config": json.dumps(asdict(config)),
         "teacher_digest": context.teacher_digest, "data_digest": context.data.digest,
@@ -70,8 +71,6 @@ def searched(folder, layout, executor):
         ]
 
 
-
-
 @pytest.fixture(scope="module")
 def four(environment):
     with connect(ClusterConfig(workers=4), lambda text: None) as cluster:
@@ -83,8 +82,6 @@ def dask(*arguments):
         [sys.executable, "-m", "distributed.cli.dask_" + arguments[0], *arguments[1:]],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-
-
 
 
 @pytest.fixture
@@ -271,7 +268,7 @@ def test_options_that_do_not_fit(options, match):
 # more than once.
 SLOWER = """
 from dataclasses import replace
-from moodistill.latency import LatencyMeter
+from moodistill.latency.meter import LatencyMeter
 if not hasattr(LatencyMeter, "real"):
     LatencyMeter.real = LatencyMeter._latency
 def slower(self, samples, reference):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moodistill.api import _image_data
-from moodistill.data import images as data_module
+from moodistill.data import cifar10 as data_module
 from moodistill.data.cifar10 import load_cifar10
 from moodistill.data.datasets import from_datasets, from_splits
 from moodistill.data.digits import load_digits
@@ -114,7 +114,7 @@ def test_labels_of_many_forms(labels):
     made = [from_datasets(pairs, pairs, pairs)]
     if isinstance(labels, np.ndarray):
         splits = dict.fromkeys(("train", "validation", "test"), (PICTURES, labels))
-        made.append(_image_data(*splits.values(), None, None, None, fraction_right))
+        made.append(_image_data(*splits.values(), None, None, None, fraction_right, None))
     for data in made:
         assert sorted(data.train.labels.tolist()) == [0, 1, 1, 2]
         assert data.train.labels.dtype == np.int64 and len(data.labels) == 3
@@ -137,7 +137,7 @@ def test_labels_that_are_no_classes_are_refused(labels, words):
         from_datasets(pairs, pairs, pairs)
     messages = [str(caught.value)]
     with pytest.raises(UserError, match=words) as caught:
-        _image_data(*[(PICTURES, labels)] * 3, None, None, None, fraction_right)
+        _image_data(*[(PICTURES, labels)] * 3, None, None, None, fraction_right, None)
     messages.append(str(caught.value))
     with pytest.raises(UserError, match=words):
         from_splits("own", {"train": Split(PICTURES, labels)}, None, None, None)

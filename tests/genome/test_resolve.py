@@ -184,6 +184,8 @@ def flip_irrelevant(layout, genome, rng):
             and owner not in structure.live
             or kind == "bypass"
             and owner not in structure.live
+            or kind in ("kernel", "rank")
+            and owner not in structure.source
         ):
             scatter(view, everything)
         elif kind == "block":
@@ -387,6 +389,8 @@ def same_structure(first, second):
         and first.bypassed == second.bypassed
         and first.source == second.source
         and first.merges == second.merges
+        and first.kernels == second.kernels
+        and first.ranks == second.ranks
         and first.kept.keys() == second.kept.keys()
         and all((first.kept[n] == second.kept[n]).all() for n in first.kept)
         and all((first.connected[n] == second.connected[n]).all() for n in first.connected)

@@ -50,7 +50,11 @@ def train_on(network, images, labels, steps=80):
 
 
 def random_genome(layout, rng: np.random.Generator, bypass: bool = False) -> np.ndarray:
-    """A varied genome: any density, whole blocks gone, block-diagonal layers, dropped edges."""
+    """A varied genome: any density, whole blocks gone, block-diagonal layers, dropped edges.
+
+    Some have lost no connections between blocks, so that their layers may have ranks; half of all
+    genomes lose taps, half ranks.
+    """
     genome = layout.teacher()
     shared = rng.uniform(0.1, 1.0)
     style = rng.integers(4)
@@ -77,6 +81,16 @@ def random_genome(layout, rng: np.random.Generator, bypass: bool = False) -> np.
         elif kind == "merge":
             if rng.random() < 0.3:
                 view[rng.integers(len(view))] = False
-        elif bypass:
+        elif kind == "bypass" and bypass:
             view[0] = rng.random() < 0.7
+    whole, taps, ranks = rng.random(3)
+    for name in layout.shapes:
+        view = layout.view(genome, name)
+        if name.startswith("block/") and whole < 0.4:
+            view[:] = True
+        elif name.startswith("kernel/") and taps < 0.5:
+            view[:] = rng.random(view.shape) < rng.uniform(0.0, 1.0)
+        elif name.startswith("rank/") and ranks < 0.5 and rng.random() < 0.7:
+            # The lowest ranks are all that thin layers have a use for.
+            view[rng.integers(min(len(view), rng.choice([3, 6, 40]))) :] = False
     return genome

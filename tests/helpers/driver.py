@@ -157,7 +157,7 @@ def install_points():
     from moodistill.io import atomic as files
     from moodistill.latency import meter as latency
     from moodistill.runs import finish as finishing
-    from moodistill.runs import run
+    from moodistill.runs import results, run
     from moodistill.storage import store
     from moodistill.student import evaluator as recipe
 
@@ -188,9 +188,9 @@ def install_points():
     _around(confirmation, "to_onnx", "confirm structure")
     _around(finishing, "quantise_student", "quantise", "quantised")
     _around(finishing, "save_int8", "judge", "judged")
-    _around(finishing, "measure_front", "front", "front measured")
-    _around(run, "write_results", "results", "results written")
-    _around(run, "package_finalists", "package", "packaged")
+    _around(run, "score_front", "front", "front measured")
+    _around(results, "write_table", "results", "results written")
+    _around(results, "package_finalists", "package", "packaged")
     real = store._connect
 
     def connect(database, readonly):
@@ -217,13 +217,13 @@ def _child(request):
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], hard))
         _planned.update(request["plan"])
-        from moodistill.cli import main as cli
+        from moodistill import cli
         from moodistill.runs import backend as scoring
         from moodistill.student import evaluator as recipe
         from moodistill.teacher import samples as statistics
 
         # An evaluation of a tenth of a second; `run.json` says so, and a resume reads it there.
-        statistics.CalibrationConfig.__init__.__defaults__ = (96, 1500, 0)
+        statistics.CalibrationConfig.__init__.__defaults__ = (96, 1500, 500, 0)
         recipe.Recipe.__init__.__defaults__ = (8, 100, *recipe.Recipe.__init__.__defaults__[2:])
         if request["recorded"]:
             scoring.LatencyMeter = RecordedMeter

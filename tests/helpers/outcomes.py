@@ -4,8 +4,6 @@ import json
 import sqlite3
 from dataclasses import replace
 
-import pytest
-
 from helpers import TINY_RUN
 from moodistill.io.cache import content_digest
 from moodistill.io.tensorfile import read_safetensors
@@ -51,11 +49,6 @@ def assert_same(folder, expected):
     assert set(found) == set(expected)
     for name in expected:
         assert found[name] == expected[name], name
-
-
-@pytest.fixture(scope="session")
-def expected(recorded_run):
-    return outcome(recorded_run)
 
 
 def carry_on(folder):

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from moodistill.evolution.driver import Search, SearchConfig
+from moodistill.evolution.executor import SerialExecutor
 from moodistill.genome.layout import CONNECTIONS, INPUT, GenomeLayout, Group, Node
 from moodistill.pareto.evaluation import Evaluation, Latency
-from moodistill.search.driver import Search, SearchConfig
-from moodistill.search.executor import SerialExecutor
 from moodistill.storage.store import Store
 
 

@@ -255,9 +255,7 @@ def test_worker_leaves_when_its_parent_dies():
 
 
 def test_no_torch():
-    script = (
-        "import sys, moodistill.latency.meter, moodistill.latency.worker; print('torch' in sys.modules)"
-    )
+    script = "import sys, moodistill.latency.meter, moodistill.latency.worker; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 

@@ -1,4 +1,4 @@
-"""The front: a strict pareto.csv that is read back exactly."""
+"""The front: strict files, `pareto.json` and `pareto.csv`, that are read back exactly."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moodistill.errors import UserError
 from moodistill.pareto.choose import choose, knee
-from moodistill.pareto.table import FrontRow, read_front, write_front
+from moodistill.pareto.table import FrontRow, has_front, read_front, write_front
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 FRACTIONS = st.floats(0, 1).map(abs)
@@ -62,13 +62,13 @@ def test_numpy_numbers_are_written_as_numbers(tmp_path):
         ("3.6", "inf", "line 2, column latency_ms_low: 'inf'; expected a positive number"),
         ("3.6", "1e999", "line 2, column latency_ms_low"),
         ("3.6", "-3.6", "line 2, column latency_ms_low"),
-        ("teacher,teacher", "teacher,searched", "0 rows have 'teacher' in column stage"),
+        ("teacher,teacher", "teacher,searched", "0 rows have 'teacher' as their stage"),
         ("teacher,teacher", "teacher,tutor", "line 2, column stage: 'tutor'; expected one of"),
         ("d1.onnx", "../d1.onnx", "line 4, column onnx"),
         ("d1.onnx", "/d1.onnx", "line 4, column onnx"),
         (",0,0\n", ",0,0,more\n", "line 2: 21 cells, expected 20"),
         ("d2,distilled", "d1,distilled", "line 5, column student: 'd1' was distilled before"),
-        ("s1,searched", "s1,teacher", "2 rows have 'teacher' in column stage, expected 1"),
+        ("s1,searched", "s1,teacher", "2 rows have 'teacher' as their stage, expected 1"),
         ("a summary", '"a summary', "no readable CSV"),
     ],
 )
@@ -78,8 +78,78 @@ def test_damaged_csv_names_line_and_column(tmp_path, old, new, message):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
+    (tmp_path / "pareto.json").unlink()  # as in a run of an earlier version
     with pytest.raises(UserError, match=message):
         read_front(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "value", "message"),
+    [
+        (0, "parameters", "many", r"\[0\].parameters is 'many'; expected int"),
+        (0, "parameters", 1.5, r"\[0\].parameters is 1.5; expected int"),
+        (0, "parameters", 0, "row 1, parameters: '0'; expected a positive whole number"),
+        (0, "parameters", 10**30, "row 1, parameters"),
+        (0, "accuracy", 93, "row 1, accuracy: '93.0'; expected a fraction between 0 and 1"),
+        (0, "accuracy", None, "row 1, accuracy: empty"),
+        (2, "accuracy", None, "row 3, accuracy: empty"),
+        (0, "latency_ms_low", -3.6, "row 1, latency_ms_low: '-3.6'; expected a positive number"),
+        (0, "latency_ms_low", True, r"\[0\].latency_ms_low is True; expected float"),
+        (0, "stage", "searched", "0 rows have 'teacher' as their stage, expected 1"),
+        (0, "stage", "tutor", "row 1, stage: 'tutor'; expected one of teacher"),
+        (0, "precision", "int4", "row 1, precision: 'int4'; expected one of fp32"),
+        (2, "onnx", "../d1.onnx", "row 3, onnx"),
+        (3, "student", "d1", "row 4, student: 'd1' was distilled before"),
+        (3, "student", "", "row 4, student: ''; expected text"),
+        (1, "stage", "teacher", "2 rows have 'teacher' as their stage, expected 1"),
+        (1, "on_devices", {"pi": 0}, "row 2, pi: '0.0'; expected a positive number"),
+        (1, "on_devices", {"pi": "x"}, r"\[1\].on_devices is {'pi': 'x'}; expected float"),
+    ],
+)
+def test_damaged_json_names_row_and_field(tmp_path, row, field, value, message):
+    write_front(tmp_path, ROWS)
+    path = tmp_path / "pareto.json"
+    content = json.loads(path.read_text())
+    content[row][field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"pareto.json.*{message}"):
+        read_front(tmp_path)
+
+
+def test_json_that_lacks_a_field_or_is_none(tmp_path):
+    write_front(tmp_path, ROWS)
+    path = tmp_path / "pareto.json"
+    content = json.loads(path.read_text())
+    del content[1]["genome_hash"]
+    for text, message in (
+        (json.dumps(content), r"\[1\].genome_hash is missing"),
+        ("{}", "the whole file is {}; expected list"),
+        ("[", "no readable JSON"),
+        ('[{"student": NaN}]', "no readable JSON"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_front(tmp_path)
+
+
+def test_json_is_read_where_there_is_csv_too(tmp_path):
+    folder = tmp_path / "run.csv"  # a folder may have any name
+    folder.mkdir()
+    write_front(folder, ROWS)
+    write_front(tmp_path, ROWS[:2])
+    (folder / "pareto.csv").write_bytes((tmp_path / "pareto.csv").read_bytes())
+    assert read_front(folder) == ROWS
+    (folder / "pareto.json").unlink()
+    assert read_front(folder) == ROWS[:2] and has_front(folder)
+    (folder / "pareto.csv").unlink()
+    assert not has_front(folder)
+
+
+def test_a_field_of_a_newer_version_is_passed_over(tmp_path):
+    write_front(tmp_path, ROWS)
+    path = tmp_path / "pareto.json"
+    path.write_text(json.dumps([one | {"energy_mj": 3.5} for one in json.loads(path.read_text())]))
+    assert read_front(tmp_path) == ROWS
 
 
 def test_a_front_without_a_teacher_or_a_file(tmp_path):
@@ -94,6 +164,7 @@ def test_mutated_csv_never_raises_anything_else(tmp_path):
     write_front(tmp_path, ROWS)
     path = tmp_path / "pareto.csv"
     healthy = path.read_bytes()
+    (tmp_path / "pareto.json").unlink()
     pieces = [b'"', b",", b"\n", b"\r", b"\0", b"\xff", b"-", b"e9", b"nan", b"teacher", b"0" * 9]
     for seed in range(600):
         rng = random.Random(seed)

@@ -69,10 +69,18 @@ def test_front_table():
 def test_structure_figure(tmp_path):
     layers = [
         {"name": f"features.{i}", "full": 64, "kept": 64 - 8 * i, "state": "kept",
-         "matrix": [[1, 0], [-1, 1]] if i else None}
+         "matrix": [[1, 0], [-1, 1]] if i else None, "thinned": "1x3 rank 48/64" if i == 2 else ""}
         for i in range(7)
     ]  # fmt: skip
-    layers.append({"name": "gone", "full": 64, "kept": 0, "state": "bypassed", "matrix": None})
+    gone = {
+        "name": "gone",
+        "full": 64,
+        "kept": 0,
+        "state": "bypassed",
+        "matrix": None,
+        "thinned": "",
+    }
+    layers.append(gone)
     plot_structure({"layers": layers, "merges": []}, tmp_path / "s.png", "vgg16 $x$")
     picture = np.asarray(Image.open(tmp_path / "s.png").convert("RGB")).reshape(-1, 3)
     assert (picture == (0, 0x72, 0xB2)).all(axis=1).mean() > 0.05

@@ -10,9 +10,11 @@ import time
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from moodistill.genome.layout_file import read_layout, write_layout
-from moodistill.report.page import _page, structure_data
+from moodistill.pareto.table import read_front
+from moodistill.report.page import _page, structure_data, write_report
 from moodistill.storage.store import Store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -24,15 +26,17 @@ OPTIONS = [
 
 def page_data(path):
     found = re.search(
-        r'<script id="data" type="application/json">(.*?)</script>', path.read_text(), re.DOTALL
+        r'<script id="data" type="application/json">(.*?)</script>',
+        path.read_text("utf-8"),
+        re.DOTALL,
     )
     return json.loads(found[1])
 
 
 def test_the_file_is_whole_and_small(finished):
     path = finished / "report.html"
-    assert path.stat().st_size < 6e6
-    text = path.read_text()
+    assert path.stat().st_size < 1.5e6
+    text = path.read_text("utf-8")
     outside = re.findall(
         r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[^>]*", text.split("<script>")[0]
     )
@@ -63,6 +67,12 @@ def test_structures_are_those_of_the_genomes(digits, tmp_path):
     layout.view(genome, f"bypass/{bypassable}")[0] = False
     found = {one["name"]: one for one in structure_data(read, genome)["layers"]}
     assert found[bypassable]["state"] == "bypassed" and found[bypassable]["kept"] == 0
+    assert all(layer["thinned"] == "" for layer in found.values())
+    genome = layout.teacher()
+    layout.view(genome, "kernel/conv3.0")[0] = False
+    layout.view(genome, "rank/conv4.0")[2:] = False
+    found = {one["name"]: one for one in structure_data(read, genome)["layers"]}
+    assert found["conv3.0"]["thinned"] == "1x3" and found["conv4.0"]["thinned"] == "rank 24/64"
 
 
 def test_data_cannot_end_their_script():
@@ -163,7 +173,7 @@ def test_the_copied_command_runs(browser, finished, call, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 768, 1280])
 def test_themes_and_phone_width(browser, finished, scheme, width):
     page, trouble = open_page(
         browser, finished / "report.html", color_scheme=scheme,
@@ -174,6 +184,65 @@ def test_themes_and_phone_width(browser, finished, scheme, width):
         "getComputedStyle(document.body).backgroundColor"))[:3])) < 200  # fmt: skip
     assert dark == (scheme == "dark")
     assert page.locator("#structure .layer").count() == 10
+    assert trouble == []
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The page of the reference run of VGG16, with INT8 twins: five kinds in the legend."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    shutil.copytree(ROOT / "results" / "reference" / "vgg16", folder)
+    with Store.open(folder, readonly=True) as store:
+        return write_report(folder, store, read_front(folder))
+
+
+PARTS = """() => [...document.querySelectorAll(".plot")].map(plot => {
+  const box = e => e && (({left, right, top, bottom}) => ({left, right, top, bottom}))(e.getBoundingClientRect());
+  const all = query => [...plot.querySelectorAll(query)].map(box);
+  return {card: box(plot), drawing: box(plot.querySelector(".main-svg")), bar: box(plot.querySelector(".modebar-group")),
+    legend: box(plot.querySelector(".legend")), axes: box(plot.querySelector(".nsewdrag")),
+    labels: [...all(".xtick text"), ...all(".ytick text"), ...all(".g-xtitle"), ...all(".g-ytitle")],
+    ticks: all(".xtick text"), points: all(".scatterlayer .point")};
+})"""
+
+
+def apart(one, other):
+    return (
+        one["right"] <= other["left"] or other["right"] <= one["left"]
+        or one["bottom"] <= other["top"] or other["bottom"] <= one["top"]
+    )  # fmt: skip
+
+
+def within(one, other):
+    return (
+        other["left"] - 1 <= one["left"] and one["right"] <= other["right"] + 1
+        and other["top"] - 1 <= one["top"] and one["bottom"] <= other["bottom"] + 1
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [390, 768, 1280])
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_nothing_of_a_chart_is_cut_off_or_covered(browser, reference, start, width):
+    """As opened at that width, and as the window becomes that wide."""
+    page, trouble = open_page(browser, reference, viewport={"width": start, "height": 844})
+    page.set_viewport_size({"width": width, "height": 844})
+    page.wait_for_function(
+        "[...document.querySelectorAll('.plot')].every(plot =>"
+        " plot.querySelector('.main-svg').getBoundingClientRect().width === plot.clientWidth)"
+    )
+    charts = page.evaluate(PARTS)
+    assert len(charts) == 3 and len(charts[0]["points"]) > 130
+    for chart in charts:
+        assert chart["drawing"]["right"] <= chart["card"]["right"] + 1 <= width
+        parts = [chart["bar"], *chart["labels"], *chart["points"]]
+        assert all(within(part, chart["card"]) for part in parts)
+        others = [chart["axes"], *chart["labels"]]
+        if chart["legend"]:
+            assert within(chart["legend"], chart["card"]) and apart(chart["legend"], chart["bar"])
+            assert all(apart(chart["legend"], other) for other in others)
+        assert all(apart(chart["bar"], other) for other in others)
+        ticks = sorted(chart["ticks"], key=lambda tick: tick["left"])
+        assert all(map(apart, ticks, ticks[1:]))  # no label on another
     assert trouble == []
 
 

@@ -17,9 +17,9 @@ from helpers.driver import Driver, lose_worker
 from helpers.outcomes import assert_same, carry_on, orphans, outcome, stored
 from helpers.searches import LAYOUT, make, recorded
 
+from moodistill.evolution.driver import Search, SearchConfig
+from moodistill.evolution.executor import SerialExecutor
 from moodistill.latency import meter as latency
-from moodistill.search.driver import Search, SearchConfig
-from moodistill.search.executor import SerialExecutor
 from moodistill.storage.store import Store
 from moodistill.student.evaluator import Evaluator, Recipe, teacher_onnx
 

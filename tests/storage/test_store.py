@@ -5,19 +5,20 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from helpers.stores import evaluation, run_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moodistill.errors import UserError
 from moodistill.pareto.evaluation import Evaluation, Latency
-from moodistill.storage import store as store_module
 from moodistill.storage.folder import (
     new_run_folder,
     read_run,
@@ -25,7 +26,7 @@ from moodistill.storage.folder import (
     write_json_atomic,
     write_run,
 )
-from moodistill.storage.lock import writer_lock
+from moodistill.storage.lock import is_written, writer_lock
 from moodistill.storage.store import ReplayDiverged, Store
 
 FLOATS = st.floats(allow_nan=False)
@@ -56,10 +57,6 @@ EVALUATIONS = st.builds(
 QUICK = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-
-
 
 
 @QUICK
@@ -132,8 +129,8 @@ def test_generations_and_replay(tmp_path):
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from moodistill.store import Store
-from tests.test_store import evaluation
+from helpers.stores import evaluation
+from moodistill.storage.store import Store
 store = Store.open(Path(sys.argv[1]))
 if sys.argv[2] == "fork":
     reading, writing = os.pipe()
@@ -159,12 +156,12 @@ def child():
     started = []
 
     def start(folder, mode):
-        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(folder), mode],
             stdout=subprocess.PIPE,
             text=True,
-            cwd=root,
+            cwd=ROOT / "tests",
+            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
             start_new_session=True,
         )
         started.append(process)
@@ -186,9 +183,13 @@ def test_a_second_writer_is_refused(tmp_path, child):
         Store.open(folder)
     with Store.open(folder, readonly=True) as reader:
         assert len(reader) == 1
+    assert is_written(folder) and is_written(folder)
     other.kill()
     other.wait()
-    Store.open(folder).close()
+    assert not is_written(folder)  # the system let go of it, the process could not
+    with Store.open(folder):
+        assert is_written(folder)
+    assert not is_written(folder) and not is_written(tmp_path / "nothing")
 
 
 def test_a_forked_worker_does_not_keep_the_lock(tmp_path, child):
@@ -197,6 +198,33 @@ def test_a_forked_worker_does_not_keep_the_lock(tmp_path, child):
     other.kill()
     other.wait()
     Store.open(folder).close()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("parameters", "many", "parameters is 'many'; expected int"),
+        ("accuracy", b"x", "accuracy is b'x'; expected float"),
+        ("seconds", '{"build": "x"}', "seconds is {'build': 'x'}; expected float"),
+        (
+            "samples",
+            '{"samples_ms": [1, null]}',
+            r"latency.samples_ms\[1\] is None; expected float",
+        ),
+        ("samples", "[1]", "mapping"),
+        ("genome", "text", "genome is 'text'; expected bytes"),
+    ],
+)
+def test_a_damaged_value_names_its_column(tmp_path, column, value, message):
+    folder = run_folder(tmp_path / "run", 2)
+    with sqlite3.connect(folder / "evaluations.sqlite") as store:
+        store.execute(f"update evaluations set {column} = ? where number = 2", (value,))
+    store.close()
+    with (
+        Store.open(folder, readonly=True) as store,
+        pytest.raises(UserError, match=f"evaluations.sqlite.*{message}"),
+    ):
+        store.all()
 
 
 def test_a_killed_writer_loses_nothing_it_reported(tmp_path, child):
@@ -330,8 +358,7 @@ def test_versions(monkeypatch):
 def test_no_heavy_imports():
     names = "moodistill.storage.store, moodistill.pareto.choose, moodistill.report.figures"
     code = f"import sys, {names}; print([m for m in ('torch', 'pymoo') if m in sys.modules])"
-    root = os.path.dirname(os.path.dirname(store_module.__file__))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == "[]"

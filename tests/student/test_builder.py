@@ -54,13 +54,28 @@ def masked_logits(prepared, genome, images):
             mask = structure.connected[step.name][np.ix_(rows, columns)]
             mask = torch.from_numpy(mask & structure.kept[step.reads[0]][None, :])
             if isinstance(layer, nn.Linear):
-                mask = mask.repeat_interleave(layer.in_features // len(columns), dim=1)
-                values[step.name] = F.linear(inputs[0], layer.weight * mask, layer.bias)
+                weight = layer.weight * mask.repeat_interleave(
+                    layer.in_features // len(columns), dim=1
+                )
+            else:
+                weight = layer.weight * mask[:, :, None, None]
+                for axis, left in enumerate(structure.kernels.get(step.name, ())):
+                    for place in range((weight.shape[2 + axis] - left) // 2):
+                        weight.select(2 + axis, place).zero_()
+                        weight.select(2 + axis, -1 - place).zero_()
+            if step.name in structure.ranks:
+                own = structure.kept[step.groups[0]]
+                flat = weight[own].flatten(1).double().numpy()
+                u, s, vt = np.linalg.svd(flat, full_matrices=False)
+                rank = structure.ranks[step.name]
+                flat = torch.from_numpy(u[:, :rank] @ np.diag(s[:rank]) @ vt[:rank]).float()
+                weight[own] = flat.reshape(weight[own].shape)
+            if isinstance(layer, nn.Linear):
+                values[step.name] = F.linear(inputs[0], weight, layer.bias)
             else:
                 values[step.name] = F.conv2d(
-                    inputs[0], layer.weight * mask[:, :, None, None], layer.bias,
-                    layer.stride, layer.padding, layer.dilation,
-                )  # fmt: skip
+                    inputs[0], weight, layer.bias, layer.stride, layer.padding, layer.dilation
+                )
         elif step.node.op == "call_module":
             module = graph.module.get_submodule(step.node.target)
             values[step.name] = module(inputs[0].clone())
@@ -103,6 +118,11 @@ def features(student, graph, structure):
         found.add("dropped edge")
     if any(layer.name not in structure.live for layer in graph.layers):
         found.add("dead layer")
+    if structure.kernels:
+        found.add("taps")
+    if structure.ranks:
+        found.add("ranks")
+        found.add("both" if structure.kernels else "ranks alone")
     return found
 
 
@@ -128,7 +148,7 @@ def check_genomes(prepared, count, first_seed, size=16):
             failures.append(f"seed {seed}: off by {error:.2e}")
     assert not failures, f"{len(failures)} of {count} differ: {failures[:5]}"
     assert seen["sensitive"] >= 0.9 * count, seen
-    assert seen["grouped"] and seen["split"], seen
+    assert seen["grouped"] and seen["split"] and seen["taps"] and seen["both"], seen
     if prepared.layout.merges:
         assert seen["dropped edge"] and seen["dead layer"], seen
 
@@ -221,7 +241,16 @@ def test_nothing_of_a_dropped_channel_is_stored(prepared):
         for unit in student.units:
             module = student.module.get_submodule(unit.target)
             area = int(np.prod(graph.layer_module(unit.layer).weight.shape[2:]))
-            weights[unit.layer] += module.weight.numel() // area
+            area = int(np.prod(structure.kernels.get(unit.layer, [area])))
+            inputs = module.weight.numel() // area // len(module.weight)
+            outputs = len(module.weight)
+            if unit.expand is not None:
+                last = student.module.get_submodule(unit.expand).weight
+                assert outputs == last.shape[1] == unit.rank == structure.ranks[unit.layer]
+                assert last.numel() == len(last) * unit.rank and module.bias is None
+                outputs = len(last)
+                assert module.weight.numel() + last.numel() < inputs * area * outputs
+            weights[unit.layer] += inputs * outputs
             for outs in unit.outputs:
                 written.setdefault(unit.layer, []).extend(outs.tolist())
         assert set(written) == set(structure.source)
@@ -241,6 +270,7 @@ def test_nothing_of_a_dropped_channel_is_stored(prepared):
             assert width == structure.kept[norm_groups[norm]].sum()
         parameters = {id(p) for p in student.module.parameters()}
         known = [u.target for u in student.units] + [n.target for n in student.norms]
+        known += [u.expand for u in student.units if u.expand is not None]
         assert parameters == {
             id(p) for t in known for p in student.module.get_submodule(t).parameters()
         }
@@ -262,9 +292,10 @@ def test_every_target_exists_and_names_are_the_teachers(prepared):
         assert stored <= called
         units = Counter(unit.layer for unit in student.units)
         for unit in student.units:
-            expected = unit.target if units[unit.layer] == 1 else unit.target.rpartition(".")[0]
+            own = units[unit.layer] == 1 and unit.expand is None
+            expected = unit.target if own else unit.target.rpartition(".")[0]
             assert expected == unit.layer and unit.layer in teacher_keys
-            assert unit.target in stored
+            assert unit.target in stored and unit.expand in {None, *stored}
         assert not [n for n in student.module.graph.nodes if n.op == "get_attr"]
 
 

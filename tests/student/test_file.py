@@ -84,7 +84,7 @@ def test_round_trip_from_architecture_and_file_alone(digits, untrained, tmp_path
         with torch.no_grad():
             assert torch.equal(found, student.module(pictures()))
         _, metadata = read_safetensors(path)
-        assert metadata["task"] == "digits" and metadata["moodistill_format"] == "4"
+        assert metadata["task"] == "digits" and metadata["moodistill_format"] == "5"
     assert not [p for p in path.parent.iterdir() if p.suffix != ".safetensors"]
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import threading
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from moodistill.api import _copies_of
-from moodistill.config import _rules
+from moodistill.config import RunConfig, new_config, refuse_older
 from moodistill.errors import UserError
 from moodistill.io.tensorfile import save_atomic
 from moodistill.onnx.writer import to_onnx
+from moodistill.settings import Settings
 from moodistill.student.builder import build_student
 from moodistill.student.context import check_graph
 from moodistill.student.file import load_student, save_student
@@ -373,8 +376,15 @@ def test_a_student_with_parts_left_whole_from_its_file(name, tmp_path):
     again, found = load_student(tmp_path / "s.safetensors", copied(ready.network), SHAPE)
     assert (found == genome).all()
     assert torch.equal(again.module(ready.images), student.module(ready.images))
-    stored = json.loads(json.dumps(asdict(rules)))
-    assert _rules(stored) == rules and _rules({"keep": [], "least": {}, "most": {}}).opaque == ()
+
+
+def test_what_is_opaque_is_in_the_configuration_and_earlier_runs_have_none():
+    config = new_config("digits", Settings(opaque=("c.first", "d")))
+    stored = json.loads(json.dumps(asdict(config)))
+    assert RunConfig.from_dict(stored) == config and config.rules.opaque == ("c.first", "d")
+    del stored["rules"]["opaque"]
+    assert RunConfig.from_dict(stored).rules == LayerRules()
+    refuse_older(stored, Path("run"))
 
 
 def test_a_network_is_not_changed_by_folding():
@@ -394,6 +404,34 @@ def test_other_precisions_are_widened(dtype):
     module = trace(network, SHAPE).module
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     assert {p.dtype for p in network.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_full_precision_are_kept_in_a_network_built_in_another(dtype, tmp_path):
+    network = Net(lambda n, x: n.b(x), b=conv(32, 32))
+    save_atomic({k: v.clone() for k, v in network.state_dict().items()}, tmp_path / "w.safetensors")
+    loaded = load_weights(copied(network).to(dtype), tmp_path / "w.safetensors")
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("pass_on", "words"),
+    [
+        (lambda n, x: n.b(x / (x - x)), "layer b.0 reads NaN or infinity .*: check its weights"),
+        (lambda n, x: n.b(x * 1e30) * 1e-30, "layer b.0 gives NaN or infinity"),
+    ],
+    ids=["reads", "gives"],
+)
+def test_samples_that_are_not_finite_name_the_layer(pass_on, words):
+    network = Net(pass_on, b=conv(32, 32)).eval()
+    nn.init.constant_(network.b[0].weight, 1e10)
+    images = torch.rand(6, *SHAPE)
+    data = SimpleNamespace(calibration=lambda count: images, digest="")
+    graph = trace(network, SHAPE)
+    with pytest.raises(UserError, match=words):
+        collect_samples(graph, data, CalibrationConfig(6, 600), None, "")
 
 
 @pytest.mark.parametrize("name", ["half", "weight norm"])
@@ -509,6 +547,9 @@ def test_inputs_of_other_ranks(shape):
         ready = Prepared(Signal(len(shape) - 1), shape=shape)
     assert not ready.graph.whole and not ready.graph.uncut()
     assert {"mask/one", "mask/down", "mask/last", "mask/stem"} <= set(ready.layout.slices)
+    axes = len(shape) - 1
+    assert ready.layout.shapes["kernel/stem"] == (2 * axes,)
+    assert ready.layout.shapes["kernel/deep"] == (axes,) and "rank/one" in ready.layout.slices
     proven(ready)
 
 

@@ -1,0 +1,95 @@
+"""The shipped `run.py`: its text, and its answers to original files before a folder ships."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from moodistill.bundle import run_script
+from moodistill.data import pixels
+from moodistill.data.images import ImageData, Split
+from moodistill.data.pixels import read_picture
+from moodistill.errors import UserError
+from moodistill.onnx.runtime import outputs
+
+TRIED = 12  # original files
+TOLERANCE = 1e-3
+IMPORT = "    from moodistill.data.pixels import read_picture\n\n"
+LAST = "import onnxruntime\n"
+
+
+def script_text() -> str:
+    """`run.py`: `run_script` with the text of `data.pixels` in place of importing it."""
+    script = Path(run_script.__file__).read_text(encoding="utf-8")
+    _, _, code = Path(pixels.__file__).read_text(encoding="utf-8").partition("import numpy as np\n")
+    assert script.count(IMPORT) == script.count(LAST) == 1 and code
+    whole = f"{LAST}\n# How the search reads pictures.\n{code}\n# What this script does with them."
+    return script.replace(IMPORT, "").replace(LAST, whole)
+
+
+def try_run_script(folder: Path, data: ImageData, model: bytes, output: str) -> int:
+    """Run the `run.py` of a complete folder on some of the validation split's files.
+
+    Files that have changed since they were read, or are gone, are left out; without any the sample
+    alone is run.
+
+    Args:
+        folder: with `run.py`, `model.onnx`, `manifest.json` and the sample.
+        data: pictures, and their files where those are known.
+        model: the folder's.
+        output: name of the answer's values.
+
+    Returns:
+        how many files were tried.
+
+    Raises:
+        UserError: if `run.py` fails or gives another answer than the search has.
+    """
+    split = _unchanged(data)
+    files = [str(folder / "sample.npy"), *split.files]
+    first = data.validation.head(1)
+    expected = [
+        answer
+        for part in (first, split)
+        for batch in outputs(model, data, part, threads=1, batch=1)
+        for answer in batch
+    ]
+    done = subprocess.run(
+        [sys.executable, str(folder / "run.py"), "--json", *files],
+        capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise UserError(
+            f"the folder was not written: its run.py fails on the data's own pictures "
+            f"({' '.join(done.stderr.split())[-300:]})"
+        )
+    for file, line, answer in zip(files, done.stdout.splitlines(), expected, strict=True):
+        found = np.array(json.loads(line)[output])
+        apart = float(np.abs(found - answer).max())
+        if found.argmax() != answer.argmax() or not apart <= TOLERANCE:
+            raise UserError(
+                f"the folder was not written: its run.py answers {file} with class "
+                f"{int(found.argmax())}, the search with {int(answer.argmax())} (largest "
+                f"difference {apart:.1e})"
+            )
+    return len(split)
+
+
+def _unchanged(data: ImageData) -> Split:
+    """Some validation pictures whose files still give the same pixels."""
+    split = data.validation
+    chosen: list[int] = []
+    if split.files and data.preparation is not None:
+        settings, channels = data.preparation.settings(), data.input_shape[0]
+        for index in np.linspace(0, len(split) - 1, min(TRIED, len(split))).astype(int):
+            try:
+                now, _ = read_picture(split.files[index], channels, settings)
+            except Exception:  # gone or damaged since
+                continue
+            if np.array_equal(now, split.images[index]):
+                chosen.append(int(index))
+    return split.ordered(np.array(chosen, np.int64))

@@ -1,0 +1,21 @@
+"""What a network answers to pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from moodistill.data.images import ImageData
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, data: ImageData, images: np.ndarray) -> np.ndarray:
+    """Logits `(N, classes)` of `model` (in eval mode) for uint8 `(N, H, W, C)`."""
+    device = next(model.parameters()).device
+    batch = data.at_once(500)
+    answers = []
+    for start in range(0, len(images), batch):
+        prepared = data.normalise(images[start : start + batch]).to(device)
+        answers.append(model(prepared).cpu().numpy())
+    return np.concatenate(answers)

@@ -1,0 +1,52 @@
+"""What a teacher sees in each step of its training: the same for the same recipe and seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from moodistill.data.images import ImageData
+from moodistill.teacher.task import TrainConfig
+from moodistill.training.augment import alternating_flips, augment, cutout
+
+
+class TrainBatches:
+    """The batches of a training, each made from its number alone, so that any step may be next.
+
+    Attributes:
+        steps: of the whole training.
+        steps_per_epoch: pictures that fill no batch are left out of an epoch; of fewer pictures
+            than one batch all are one.
+        sizes: height of the pictures in each step.
+        pixels: of each step, all together, relative to one picture in full size; what a step costs.
+    """
+
+    def __init__(self, data: ImageData, config: TrainConfig) -> None:
+        self.data, self.config = data, config
+        self.steps_per_epoch = max(1, len(data.train) // config.batch_size)
+        self.sizes = [
+            size for epochs, size in config.phases for _ in range(epochs * self.steps_per_epoch)
+        ]
+        self.steps = len(self.sizes)
+        self.full = data.input_shape[1]
+        self.pixels = (np.array(self.sizes) / self.full) ** 2 * config.batch_size
+        self.fill = np.round(255 * np.array(data.mean)).clip(0, 255).astype(np.uint8)
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised images `(B, C, H, W)` and labels `(B,)` of a step."""
+        config, train = self.config, self.data.train
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
+        index = order[place * config.batch_size : (place + 1) * config.batch_size]
+        rng = np.random.default_rng([config.seed, epoch, place])
+        flips = alternating_flips(len(train), epoch, config.seed)[index] if config.flip else False
+        views = augment(train.images[index], config.pad, flips, rng)
+        if config.cutout:
+            views = cutout(views, config.cutout, self.fill, rng)
+        images = self.data.normalise(views)
+        if self.sizes[step] != self.full:
+            width = max(1, round(self.sizes[step] * self.data.input_shape[2] / self.full))
+            shape = (self.sizes[step], width)
+            images = F.interpolate(images, shape, mode="bilinear", antialias=True)
+        return images, torch.from_numpy(train.labels[index])

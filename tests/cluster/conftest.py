@@ -1,0 +1,3 @@
+"""Fixtures of this room."""
+
+from helpers.dask import environment  # noqa: F401
