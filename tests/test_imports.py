@@ -44,7 +44,7 @@ def test_nothing_heavy_is_loaded(module):
         ("bundle.run_script", {"onnxruntime"}),
         ("onnx.quantise", {"onnx", "onnxruntime"}),
         ("data", {"torch"}),
-        ("search.driver", {"pymoo", *NUMBERS}),
+        ("evolution.driver", {"pymoo", *NUMBERS}),
         ("training.distill", {"torch"}),
         ("student.evaluator", {"torch", "onnx", "onnxruntime", "scipy"}),
     ],
