@@ -411,7 +411,7 @@ def test_a_run_goes_on_and_opens_again(tmp_path, monkeypatch):
     network = load_weights(task.build(), task.weights)
     splits = [(s.images, s.labels) for s in (digits.train, digits.validation, digits.test)]
     settings = dict(
-        out=tmp_path / "run", population=4, finalists=1, distill_steps=2, progress="quiet",
+        out=tmp_path / "run", population=8, finalists=1, distill_steps=2, progress="quiet",
         mean=digits.mean, std=digits.std, int8=moodistill.Int8Config(wanted=False),
     )  # fmt: skip
     first = moodistill.search(network, *splits, generations=1, **settings)
