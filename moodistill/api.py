@@ -93,7 +93,7 @@ class RunStudent:
         opset: int | None = None,
         batch: int | None = None,
     ) -> Path:
-        """Write a folder that can be shipped; returns the path of its `model.onnx`.
+        """Write a bundle; returns the path of its `model.onnx`.
 
         Args:
             out: the folder.
@@ -227,7 +227,7 @@ def search(
         objectives: `accuracy` and some of `parameters`, `latency`, `macs`, `size`, `memory` (the
             first three).
         algorithm: `nsga2` (default), `nsga3` or `sms`.
-        screen: offspring bred for each one scored (24; 1: no screening).
+        screen: a surrogate pre-selects 1 in this many offspring (24); 1 disables it.
         connections: kinds that are searched, of `kernels`, `ranks`, `merges`, `bypasses` and
             `blocks` (`merges` and `bypasses`).
         simd_step: channels per SIMD block; None probes this device.

@@ -79,7 +79,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fixed-batch", type=int, metavar="N",
-        help="a file that takes N pictures at once, no other number, as some converters want",
+        help="a file that takes N images at once, no other number, as some converters want",
     )  # fmt: skip
     entry = parser.add_mutually_exclusive_group()
     entry.add_argument("--float32", action="store_true", help="take 0-255 pixels as float32")
@@ -89,7 +89,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export_command(arguments: argparse.Namespace) -> None:
-    """Write a student's shipped folder after comparing it with torch on real images."""
+    """Write a student's bundle after comparing it with torch on real images."""
     from moodistill.bundle.model import ShipOptions
     from moodistill.runs.export import export_student
 
@@ -116,7 +116,7 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def verify_command(arguments: argparse.Namespace) -> None:
-    """Check a shipped folder against its manifest, and run its sample."""
+    """Check a bundle against its manifest, and run its sample."""
     from moodistill.bundle.verify import verify_package
 
     found = verify_package(arguments.folder)
@@ -163,7 +163,7 @@ def clean_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def clean_command(arguments: argparse.Namespace) -> None:
-    """Free what a run, or the cache, can make again."""
+    """Delete files that a run, or the cache, can recompute."""
     from moodistill.io.cache import default_cache_dir
     from moodistill.runs.clean import clean_cache, clean_run
 

@@ -37,7 +37,7 @@ def from_datasets(
 
     How the datasets prepare pictures is read from torchvision's transforms of `validation` (Resize
     and CenterCrop), and believed if it gives the same pixels of the datasets' files. Where it is
-    not known, a shipped `run.py` takes pictures of exactly the input's size alone.
+    not known, a bundle's `run.py` takes pictures of exactly the input's size alone.
 
     Args:
         train, validation, test: with `__len__` and `__getitem__`; `test` None takes every second

@@ -193,7 +193,7 @@ def _work(session: Session) -> Ending:
 def _unconfirmed(session: Session, error: LatencyError) -> UserError:
     message = f"the finalists' latency was not confirmed ({error})"
     if session.students:
-        return UserError(f"{message}; carry on with the same command")
+        return UserError(f"{message}; continue with the same command")
     return UnfinishedRun(message, session.folder)
 
 

@@ -154,7 +154,7 @@ def test_a_network_that_is_too_narrow_for_whole_simd_blocks(call, tmp_path, monk
 
 
 def own_network(folder):
-    """A network, its weights, a problem file and pictures, as docs/own_network.md names them."""
+    """A network, its weights, a problem file and images, as docs/own_network.md names them."""
     import torch
     from PIL import Image
     from torch import nn
