@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from moodistill.errors import UserError
 from moodistill.io.fields import convert
 
-NETWORK = "what to search in"
+NETWORK = "network and data"
 BUDGET = "budget"
 GOALS = "objectives and limits"
 LAYERS = "layers"
@@ -175,7 +175,7 @@ class Settings:
     )
     screen: int | None = _setting(
         BUDGET, "a surrogate pre-selects 1 in N offspring; 1 disables it",
-        "search.screen", 24,
+        "search.screen", 24, metavar="N",
     )  # fmt: skip
     seed: int | None = _setting(BUDGET, "random seed of the search", "search.seed", 0)
     flip: bool | None = _setting(
@@ -195,7 +195,7 @@ class Settings:
         GOALS, "hard limit, measured in ONNX Runtime", "search.limits.max_latency_ms"
     )
     max_parameters: float | None = _setting(
-        GOALS, "hard limit", "search.limits.max_parameters",
+        GOALS, "hard limit, parameters of the student", "search.limits.max_parameters",
         flags=("--max-parameters", "--max-params"),
     )  # fmt: skip
     max_macs: float | None = _setting(
@@ -273,7 +273,9 @@ class Settings:
     tls_cert: Path | None = _setting(
         MACHINES, "certificate of this machine", "cluster.tls_cert", metavar="PEM"
     )
-    tls_key: Path | None = _setting(MACHINES, "its key", "cluster.tls_key", metavar="PEM")
+    tls_key: Path | None = _setting(
+        MACHINES, "private key of this machine", "cluster.tls_key", metavar="PEM"
+    )
     patience: float | None = _setting(
         MACHINES, "seconds without any worker after which the run stops", "cluster.patience_s",
         60.0, metavar="SECONDS",

@@ -66,7 +66,7 @@ COMMANDS: dict[str, Command] = {
         "choose.py",
     ),
     "export": Command(
-        "write a student's ONNX file",
+        "export a student as a bundle: its ONNX file and what runs it",
         cli_results.export_arguments,
         cli_results.export_command,
         ("results/mine s0042 --out my_student",),

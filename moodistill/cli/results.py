@@ -69,13 +69,13 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `export`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("student", metavar="STUDENT", help="a student's id from pareto.csv")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--weights", type=Path, help="the teacher's, if the run was given others")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--data-dir", type=Path, help="folder of a problem's data")
+    parser.add_argument("--weights", type=Path, help="the teacher's weights, if the run had others")
     parser.add_argument("--softmax", action="store_true", help="probabilities instead of logits")
     parser.add_argument("--int8", action="store_true", help="quantised, if that is faster here")
     parser.add_argument(
-        "--opset", type=int, help="of the ONNX file (default: the lowest that it needs)"
+        "--opset", type=int, help="opset of the ONNX file (default: the lowest that it needs)"
     )
     parser.add_argument(
         "--fixed-batch", type=int, metavar="N",
