@@ -10,7 +10,6 @@ student.export("my_student")
 
 from __future__ import annotations
 
-import copy
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +43,7 @@ from moodistill.runs.run import resume_run, start_run
 from moodistill.settings import Settings, flat
 from moodistill.storage.folder import RUN_FILE
 from moodistill.teacher.blocks import LayerRules
+from moodistill.teacher.plain import copied, refuse_unready
 from moodistill.teacher.task import Task, load_task
 from moodistill.teacher.weights import read_state
 
@@ -101,7 +101,7 @@ class RunStudent:
             softmax: probabilities instead of logits.
             int8: quantise, if that is faster on the run's device.
             opset: of the file; None for the lowest that its operations need.
-            batch: pictures that the file takes at once; None leaves that free.
+            batch: images that the file takes at once; None leaves that free.
 
         Raises:
             UserError: if the file does not pass the comparison with torch, or INT8 is no gain.
@@ -203,7 +203,7 @@ def search(
 
     Args:
         teacher: a trained network, traceable by `torch.fx`; it is not changed.
-        train, validation, test: map-style datasets of `(picture, label)` (see
+        train, validation, test: map-style datasets of `(image, label)` (see
             `own_data.from_datasets`), or pairs of a uint8 array `(N, H, W, C)` and labels `(N,)`.
             `train` calibrates and distils, `validation` scores and chooses, `test` chooses
             nothing (None takes half of `validation` for it). Or `train` alone: an `ImageData`, as
@@ -216,9 +216,9 @@ def search(
             measures them on `train`.
         metric: `(logits (n, classes), labels (n,)) -> [0, 1]`, larger is better, in place of
             accuracy everywhere.
-        preparation: how the datasets prepare the pictures of files; None reads it from
+        preparation: how the datasets prepare the images of files; None reads it from
             torchvision's transforms (see `from_datasets`). Where it is not known, a shipped
-            `run.py` takes pictures of exactly the input's size alone.
+            `run.py` takes images of exactly the input's size alone.
         preset: `quick` (the default of a new run), `standard` or `thorough`; the next three replace
             its numbers.
         generations, finalists, distill_steps: of the search and of its finalists.
@@ -235,13 +235,14 @@ def search(
         latency: threads, batch and execution provider.
         int8: whether and when finalists get an INT8 twin.
         rules: layers to leave alone, and bounds of widths.
-        flip: whether finalists are distilled on mirrored pictures, too (yes); not for text.
+        flip: whether finalists are distilled on mirrored images, too (yes); not for text.
         progress: `auto`, `plain`, `json` or `quiet`.
 
     Raises:
         UserError: if the network, the data or a setting cannot be used, or `out` holds a run of
             others; one line says why.
     """
+    refuse_unready(teacher)
     data = _image_data(train, validation, test, labels, mean, std, metric, preparation)
     settings = Settings(
         preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
@@ -307,8 +308,8 @@ def open_run(folder: str | Path, task: Task | None = None) -> Run:
 
 
 def _copies_of(teacher: nn.Module) -> Callable[[], nn.Module]:
-    kept = copy.deepcopy(teacher).cpu().eval()
-    return lambda: copy.deepcopy(kept)
+    kept = copied(teacher).cpu().eval()
+    return lambda: copied(kept)
 
 
 def _image_data(
@@ -343,12 +344,12 @@ def _image_data(
     splits = {}
     for name in arrays:
         images, answers = (np.asarray(part) for part in given[name])
-        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(answers):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:1] != answers.shape[:1]:
             raise UserError(
-                f"{name} is {images.dtype} {images.shape} with {len(answers)} labels; expected "
-                "uint8 (N, H, W, C) and N labels"
+                f"{name} is {images.dtype} {images.shape} with labels {answers.dtype} "
+                f"{answers.shape}; expected uint8 (N, H, W, C) and N labels"
             )
-        splits[name] = Split(images, answers.astype(np.int64))
+        splits[name] = Split(images, answers)
     return from_splits("own", splits, labels, mean, std, metric, preparation)
 
 

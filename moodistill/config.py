@@ -42,7 +42,10 @@ PRESETS = {
 # Settings that may change when a run is resumed.
 BUDGET = ("preset", "generations", "finalists", "distill_steps")
 # What runs of earlier versions had, which do not say so in `run.json`.
-EARLIER: dict[str, Any] = {"search.connections": tuple(FORMER_CONNECTIONS)}
+EARLIER: dict[str, Any] = {
+    "search.connections": tuple(FORMER_CONNECTIONS),
+    "rules.opaque": (),
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class RunConfig:
 
     @staticmethod
     def read(folder: Path) -> RunConfig:
-        """That of a run in a folder, whose own pictures are cut as the run has cut them.
+        """That of a run in a folder, whose own images are cut as the run has cut them.
 
         Raises:
             UserError: if the folder is no run, or its `run.json` is damaged.
@@ -138,7 +141,7 @@ def new_config(
     Args:
         model: a problem's name or file, or where the builder of an `own` teacher is.
         settings: whatever is None in them is that of `base`, or of the preset.
-        own: weights and pictures of a teacher that no problem file describes.
+        own: weights and images of a teacher that no problem file describes.
         base: of a run that is started anew, else the defaults.
 
     Raises:

@@ -213,8 +213,16 @@ class Settings:
         "search.connections", ("merges", "bypasses"), metavar="KIND,KIND",
     )  # fmt: skip
     keep: tuple[str, ...] | None = _setting(
-        LAYERS, "leave this layer as it is", "rules.keep", metavar="LAYER", repeated=True
+        LAYERS,
+        "keep all outputs and connections of this layer",
+        "rules.keep",
+        metavar="LAYER",
+        repeated=True,
     )
+    opaque: tuple[str, ...] | None = _setting(
+        LAYERS, "leave this module whole: it is not traced, every student has it", "rules.opaque",
+        metavar="MODULE", repeated=True,
+    )  # fmt: skip
     min_width: dict[str, int] | None = _setting(
         LAYERS, "smallest number of outputs of a layer", "rules.least", metavar="LAYER=N",
         repeated=True,

@@ -3,9 +3,11 @@
 python scripts/check_networks.py                          # every one of torchvision's
 python scripts/check_networks.py resnet50 densenet121 --size 224
 python scripts/check_networks.py --timm ghostnet_100 res2net50_26w_4s
+python scripts/check_networks.py --timm --no-latency      # a list of timm's, and a table by family
 """
 
 import argparse
+import gc
 import sys
 import time
 from pathlib import Path
@@ -33,9 +35,38 @@ STEP = 8
 IMAGES = 4
 LEAST_SIZE = {"inception_v3": 96}
 COLUMNS = (
-    "network", "trace s", "groups", "frozen", "sites", "merge edges", "bypasses", "build s",
-    "vs masked", "parameters", "ONNX", "writer", "latency",
+    "network", "trace s", "groups", "frozen", "whole", "sites", "merge edges", "bypasses",
+    "build s", "vs masked", "parameters", "ONNX", "writer", "latency",
 )  # fmt: skip
+OUTCOMES = ("works", "works in part", "refused", "wrong", "traceback")
+MOST_APART = 1e-3
+# Small ones of timm's families, of every kind that may be put on a small device.
+TIMM = [
+    "resnet18", "resnet26d", "resnet26t", "resnet50_gn", "resnetblur50", "seresnet18",
+    "ecaresnet26t", "resnext26ts", "seresnext26d_32x4d", "legacy_seresnet18", "resnetv2_18",
+    "resnetv2_18d", "resnetrs50", "test_resnet", "wide_resnet50_2", "skresnet18",
+    "skresnext50_32x4d", "resnest14d", "resnest26d", "res2net50_26w_4s", "res2next50", "vgg11",
+    "vgg11_bn", "densenet121", "rdnet_tiny", "dla34", "dla46_c", "dla46x_c", "dpn48b", "dpn68",
+    "vovnet39a", "ese_vovnet19b_dw", "cspresnet50", "cspdarknet53", "cs3darknet_focus_s",
+    "cs3darknet_s", "cspnext_tiny", "darknet17", "selecsls42", "hrnet_w18_small", "xception41",
+    "legacy_xception", "inception_v3", "inception_v4", "efficientnet_b0", "efficientnet_lite0",
+    "efficientnet_es", "efficientnet_b0_gn", "efficientnetv2_rw_t", "tf_efficientnet_b0",
+    "tf_efficientnet_lite0", "tf_efficientnetv2_b0", "mixnet_s", "tf_mixnet_s", "mnasnet_small",
+    "mobilenetv1_100", "mobilenetv2_035", "mobilenetv2_100", "mobilenetv3_small_050",
+    "mobilenetv3_large_100", "tf_mobilenetv3_small_075", "mobilenetv4_conv_small",
+    "mobilenetv4_hybrid_medium", "fbnetc_100", "fbnetv3_b", "spnasnet_100", "semnasnet_075",
+    "lcnet_050", "tinynet_e", "hardcorenas_a", "ghostnet_050", "ghostnet_100", "ghostnetv2_100",
+    "repghostnet_050", "rexnet_100", "regnetx_002", "regnety_002", "regnetz_005", "regnetv_040",
+    "nfnet_f0", "dm_nfnet_f0", "eca_nfnet_l0", "nf_regnet_b0", "nf_resnet26", "repvgg_a0",
+    "mobileone_s0", "gernet_s", "gcresnet33ts", "eca_botnext26ts_256", "sebotnet33ts_256",
+    "halonet26t", "lambda_resnet26t", "bat_resnext26ts", "hgnet_tiny", "hgnetv2_b0",
+    "lcnetv2_small", "starnet_s1", "fasternet_t0", "tresnet_m", "convmixer_768_32", "convnext_atto",
+    "convnextv2_atto", "convnext_atto_ols", "inception_next_atto", "edgenext_xx_small",
+    "mambaout_femto", "repvit_m0_9", "fastvit_t8", "mobilevit_xxs", "mobilevitv2_050",
+    "efficientformer_l1", "efficientformerv2_s0", "efficientvit_b0", "efficientvit_m0",
+    "poolformer_s12", "poolformerv2_s12", "levit_128s", "shvit_s1", "swiftformer_xs", "pvt_v2_b0",
+    "mixer_s32_224", "resmlp_12_224", "vit_tiny_patch16_224", "deit_tiny_patch16_224",
+]  # fmt: skip
 
 
 class NoiseData:
@@ -57,13 +88,21 @@ def build(name, from_timm):
     if from_timm:
         import timm
 
-        return timm.create_model(name)
+        return timm.create_model(name, num_classes=20)
     import torchvision
 
     options = {}
     if name in ("googlenet", "inception_v3"):
         options = {"init_weights": False, "aux_logits": False}
     return torchvision.models.get_model(name, **options)
+
+
+def family(name, from_timm):
+    """The module in which a network is defined."""
+    try:
+        return type(build(name, from_timm)).__module__.rpartition(".")[2]
+    except Exception:  # it cannot be built at all
+        return ""
 
 
 @torch.no_grad()
@@ -73,19 +112,68 @@ def draw(network, images):
     for module in network.modules():
         if not isinstance(module, nn.Conv2d | nn.Linear):
             for parameter in module.parameters(recurse=False):
-                parameter.uniform_(0.5, 1.5)  # a layer scale of 1e-6 would hide its branch
+                # A layer scale of 1e-6 would hide its branch; one number may scale all of it.
+                parameter.uniform_(*((0.5, 1.5) if parameter.numel() > 1 else (0.1, 0.3)))
+        elif not module.weight.any():
+            module.weight.normal_(0.0, 0.05)  # a head that begins at zero
     for norm in norms:
         norm.momentum = 1.0
     network.train()(images)
     for norm in norms:
-        norm.running_mean.add_(torch.randn(norm.num_features) * 0.2)
+        spread = norm.running_var.sqrt()
+        norm.running_mean.add_(torch.randn(norm.num_features) * 0.2 * spread)
         norm.running_var.mul_(torch.empty(norm.num_features).uniform_(0.5, 1.5))
-    network.eval()
+    if not torch.isfinite(network.eval()(images)).all():
+        for norm in norms:  # deviations that grow from layer to layer
+            norm.reset_running_stats()
+
+
+def takes(network, size):
+    """Whether a network takes images of this size."""
+    try:
+        network.eval()(torch.zeros(1, 3, size, size))
+    except Exception:  # whatever its code raises
+        return False
+    return True
+
+
+def share_whole(graph):
+    """Share of the parameters in layers that nothing can be taken from."""
+    frozen = graph.grouping.frozen
+    total = sum(p.numel() for p in graph.module.parameters())
+    cut = sum(
+        graph.layer_module(layer.target).weight.numel()
+        for layer in graph.layers
+        if any(group not in frozen for group in (*layer.groups, *layer.reads))
+    )
+    return 1 - cut / total
+
+
+def outcome(row):
+    """Which of `OUTCOMES` a row is."""
+    for kind in ("refused", "traceback"):
+        if kind in row:
+            return kind
+    if max(float(row["vs masked"]), float(row["ONNX"])) > MOST_APART:
+        return "wrong"
+    return "works in part" if row["whole"] else "works"
+
+
+def print_families(rows):
+    """A table of outcomes by family."""
+    print(f"\n| family | networks | {' | '.join(OUTCOMES)} |\n|{' --- |' * (len(OUTCOMES) + 2)}")
+    families = sorted({row.get("family", "") for row in rows})
+    for family in (*families, None):
+        mine = [row for row in rows if family is None or row.get("family", "") == family]
+        counts = [sum(outcome(row) == kind for row in mine) for kind in OUTCOMES]
+        cells = ["all" if family is None else family, len(mine), *(c or "" for c in counts)]
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 def relative(found, expected):
     """Largest difference of logits, relative to an image's largest logit."""
-    return float(((found - expected).abs().amax(1) / expected.abs().amax(1)).max())
+    largest = expected.abs().amax(1).clamp_min(1e-9)  # a student may be without any branch
+    return float(((found - expected).abs().amax(1) / largest).max())
 
 
 @torch.no_grad()
@@ -94,8 +182,10 @@ def check(name, from_timm, size, measure):
     import onnxruntime
 
     network = build(name, from_timm)
+    if from_timm and not takes(network, size):
+        size = network.default_cfg["input_size"][1]
     data = NoiseData(size)
-    row = {"network": name}
+    row = {"network": name, "family": type(network).__module__.rpartition(".")[2]}
     shape = (3, size, size)
     trace(network, shape)  # what is refused is refused before anything is run
     draw(network, data.images)
@@ -106,6 +196,7 @@ def check(name, from_timm, size, measure):
     layout = build_layout(graph, collect_samples(graph, data, config, None, ""))
     row["groups"] = len(layout.groups)
     row["frozen"] = sum(g.frozen for g in layout.groups.values())
+    row["whole"] = f"{100 * share_whole(graph):.0f}%" if graph.whole else ""
     row["sites"] = sum(name.startswith("block/") for name in layout.slices)
     row["merge edges"] = sum(len(m.inputs) for m in layout.merges)
     row["bypasses"] = sum(layer.bypassable for layer in layout.layers)
@@ -145,11 +236,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("networks", nargs="*", help="names; default: all of torchvision's")
     parser.add_argument("--timm", action="store_true", help="the names are timm's")
-    parser.add_argument("--size", type=int, default=64, help="height and width of the pictures")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
     parser.add_argument("--no-latency", action="store_true")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     arguments = parser.parse_args()
-    names = arguments.networks
+    names = arguments.networks or (TIMM if arguments.timm else [])
     if not names:
         import torchvision
 
@@ -163,14 +254,19 @@ def main() -> int:
             row = check(name, arguments.timm, size, not arguments.no_latency)
             print(f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |", flush=True)
             left_whole |= {name: row["left whole"]} if row["left whole"] else {}
-        except (UserError, RuntimeError, AssertionError) as error:
-            row = {"network": name, "refused": str(error).splitlines()[0]}
-            print(f"| {name} | refused: {row['refused']} |", flush=True)
+        except Exception as error:  # whatever a network meets: the others are still checked
+            kind = "refused" if isinstance(error, UserError) else "traceback"
+            said = str(error).splitlines()[0] if str(error) else ""
+            said = said if kind == "refused" else f"{type(error).__name__}: {said}"
+            row = {"network": name, "family": family(name, arguments.timm), kind: said}
+            print(f"| {name} | {kind}: {said} |", flush=True)
+        gc.collect()
         rows.append(row)
         if arguments.json:
             write_json_atomic(arguments.json, rows)
+    print_families(rows)
     for name, groups in left_whole.items():
-        print(f"\n{name} leaves whole: {'; '.join(f'{g} ({why})' for g, why in groups.items())}")
+        print(f"\n{name} leaves whole: {'; '.join(sorted(set(groups.values())))}")
     return 0
 
 

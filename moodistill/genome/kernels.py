@@ -1,9 +1,9 @@
 """Kernel genes: which centred part of a convolution's kernel stays.
 
-Per spatial axis one bit for every ring of taps that may go, rows before columns. Dropping a ring
-takes the outermost tap on both sides, so a 7-tap axis with three rings keeps 7, 5, 3 or 1 taps.
-The number of True bits counts, wherever they stand: as many rings stay. In the canonical form the
-True bits come first.
+Per spatial axis, in their order (rows before columns), one bit for every ring of taps that may go.
+Dropping a ring takes the outermost tap on both sides, so a 7-tap axis with three rings keeps 7, 5,
+3 or 1 taps. The number of True bits counts, wherever they stand: as many rings stay. In the
+canonical form the True bits come first.
 """
 
 from __future__ import annotations

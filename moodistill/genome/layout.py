@@ -138,6 +138,8 @@ class GenomeLayout:
         self.nodes = nodes
         self.by_name = {node.name: node for node in nodes}
         self.inputs = nodes[0].groups
+        # Groups that no layer writes: the input's, and those of what is left whole.
+        self.given = (*self.inputs, *(g for n in nodes if n.kind == "opaque" for g in n.groups))
         self.layers = [node for node in nodes if node.kind == "layer"]
         self.merges = [node for node in nodes if node.kind == "merge"]
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -86,7 +86,7 @@ def resolve(layout: GenomeLayout, genome: np.ndarray, step: int = 1) -> Structur
     source = {n.name: wiring.groups(n.inputs[0]) for n in active}
     through = frozenset(n.name for n in active if wiring.past[n.inputs[0]])
     kept: dict[str, np.ndarray] = {}
-    for name in [*layout.inputs, *(g for n in active for g in n.groups)]:
+    for name in [*layout.given, *(g for n in active for g in n.groups)]:
         group = layout.groups[name]
         if name in kept:
             continue

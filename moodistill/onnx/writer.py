@@ -6,6 +6,7 @@ with an operation this writer does not know goes through `torch.onnx.export` ins
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -14,6 +15,7 @@ import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -41,12 +43,12 @@ _TENSOR_NAMES = {
 }
 
 
-def to_onnx(student: fx.GraphModule, input_shape: tuple[int, int, int], opset: int = 17) -> bytes:
+def to_onnx(student: fx.GraphModule, input_shape: tuple[int, ...], opset: int = 17) -> bytes:
     """The student's inference graph as an ONNX file; the student is left as it is.
 
     Args:
         student: the traced network; batch normalisation counts as in eval mode.
-        input_shape: `(C, H, W)` of one image; the batch stays free.
+        input_shape: `(C, H, W)` of one image, `(C, L)` of a signal; the batch stays free.
         opset: version of the ONNX operator set.
 
     Raises:
@@ -56,8 +58,11 @@ def to_onnx(student: fx.GraphModule, input_shape: tuple[int, int, int], opset: i
         raise UserError(
             f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}: give one of these"
         )
-    if len(input_shape) != 3 or min(input_shape) < 1:
-        raise UserError(f"input_shape is {input_shape}; give three positive sizes (C, H, W)")
+    if not 2 <= len(input_shape) <= 4 or min(input_shape) < 1:
+        raise UserError(
+            f"input_shape is {input_shape}; give positive sizes: (C, H, W) of images, (C, L) of "
+            "signals"
+        )
     try:
         model = _to_model(OnnxGraph(student, tuple(input_shape)), opset)
     except UnsupportedOperation as reason:
@@ -141,7 +146,9 @@ def _export_with_torch(
     """torch's own export, freed of everything that tells where it was made."""
     buffer = io.BytesIO()
     try:
-        with warnings.catch_warnings():
+        # It would print the whole of a graph that it cannot export, whatever its `verbose` is.
+        silent = mock.patch.object(torch._C, "_jit_onnx_log", lambda *_: None, create=True)
+        with warnings.catch_warnings(), _without_fast_attention(), silent:
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 copy.deepcopy(student).cpu().eval(),
@@ -155,7 +162,7 @@ def _export_with_torch(
             )
     except Exception as error:  # the exporter raises whatever its graph passes raise
         raise UserError(
-            f"the student holds {reason}, which cannot be written as ONNX "
+            f"the student holds {' '.join(reason.split())[:200]}, which cannot be written as ONNX "
             f"({' '.join(str(error).split())[:200]}); replace that operation in the teacher"
         ) from error
     model = onnx.load_from_string(buffer.getvalue())
@@ -173,6 +180,17 @@ def _export_with_torch(
             value.ClearField("doc_string")
             value.name = value.name.lstrip("/")
     return model
+
+
+@contextlib.contextmanager
+def _without_fast_attention() -> Iterator[None]:
+    """torch's attention by its single operations: ONNX has none for the fused one."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _graphs(

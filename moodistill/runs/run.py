@@ -198,7 +198,7 @@ def _unconfirmed(session: Session, error: LatencyError) -> UserError:
 
 
 def _say_data(data: ImageData, reporter: Reporter) -> None:
-    """What the pictures are, and what became of every file."""
+    """What the images are, and what became of every file."""
     if data.table is not None:
         reporter.say("\n".join(data.table.lines()), data=asdict(data.table))
 
@@ -206,7 +206,7 @@ def _say_data(data: ImageData, reporter: Reporter) -> None:
 def _refuse_uncuttable(context: TeacherContext) -> None:
     """Refuse a network of which nothing can be left out."""
     if not context.layout.length:
-        whole = "; ".join(f"{name} ({why})" for name, why in context.graph.uncut().items())
+        whole = context.graph.describe_uncut()
         raise UserError(
             f"nothing of this network can be left out ({whole or 'all layers are kept'}); expected "
             "a convolutional network with layers whose widths may change"

@@ -29,10 +29,9 @@ def announce(session: Session) -> None:
     floor = config.search.limits.min_accuracy
     if floor and not session.students:
         session.reporter.say(f"students below accuracy {floor:.4f} are infeasible (min_accuracy)")
-    whole = session.context.graph.uncut()
+    whole = session.context.graph.describe_uncut()
     if whole:
-        reasons = "; ".join(f"{name} ({why})" for name, why in whole.items())
-        session.reporter.say(f"left whole: {reasons}")
+        session.reporter.say(f"left whole: {whole}")
 
 
 def search(session: Session) -> None:

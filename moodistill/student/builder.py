@@ -27,13 +27,15 @@ from moodistill.student.slicing import (
     GroupedSlice,
     Unit,
     centred,
+    opaque_copy,
     slice_grouped,
     slice_layer,
     slice_norm,
 )
 from moodistill.student.values import Key, Tensor, Tensors, Value
 from moodistill.teacher.graph import TeacherGraph
-from moodistill.teacher.operations import JOINS
+from moodistill.teacher.kernels import Conv
+from moodistill.teacher.operations import CONVS, JOINS
 from moodistill.teacher.rearrange import Form
 from moodistill.teacher.steps import Step
 
@@ -82,7 +84,7 @@ class _Builder:
         self.teacher = graph
         self.structure = structure
         layers = {s.name: s for s in graph.steps if s.kind == "layer"}
-        convs = {n for n, s in layers.items() if isinstance(self._module(s), nn.Conv2d)}
+        convs = {n for n, s in layers.items() if type(self._module(s)) in CONVS}
         self.parts = Parts(layout, self.structure, convs)
         self.graph = fx.Graph()
         self.modules: dict[str, Any] = {}
@@ -93,6 +95,8 @@ class _Builder:
         self.tensors = Tensors(graph, self.parts, self.graph, self.modules)
         self.norm_calls = Counter(s.target for s in graph.steps if s.kind == "norm")
         self.first_cut: dict[str, tuple[tuple[Key, ...], ...]] = {}
+        self.step_of = {step.node: step for step in graph.steps}
+        self.whole: dict[fx.Node, fx.Node] = {}  # the student's node for one of the teacher's
         self.readers: dict[str, list[Step]] = {}
         for step in graph.steps:
             for name in step.inputs:
@@ -120,6 +124,8 @@ class _Builder:
                 value = self._joint(step)
             elif step.kind == "rearrange":
                 value = self._rearrange(step)
+            elif step.kind == "opaque":
+                value = self._opaque(step)
             else:
                 value = write[step.kind](step, self.values[step.inputs[0]])
             self.values[step.name] = value
@@ -182,7 +188,7 @@ class _Builder:
 
     def _taps(self, layer: nn.Module, step: Step) -> tuple[slice, ...]:
         """The taps of a convolution that stay."""
-        if not isinstance(layer, nn.Conv2d):
+        if not isinstance(layer, Conv):
             return ()
         return centred(layer.kernel_size, self.structure.kernels.get(step.target))
 
@@ -241,7 +247,7 @@ class _Builder:
             path = self._path(step.target, index, count)
             if path not in self.modules:
                 module = self._module(step)
-                if isinstance(module, nn.Conv2d):
+                if isinstance(module, Conv):
                     outputs = self.tensors.channels(step, tensor.keys)
                     taps = self._taps(module, step)
                     part = GroupedSlice(path, step.target, channels, outputs, taps)
@@ -267,7 +273,8 @@ class _Builder:
             name = str(argument.target) if count == 1 else f"{argument.target}_{index}"
             if name not in self.modules:
                 tensor = operator.attrgetter(str(argument.target))(self.teacher.module)
-                axis = tensor.ndim - (1 if step.form.kind != "map" else 3)
+                axis = tensor.ndim - 1
+                axis -= len(step.form.size) if step.form.kind == "map" else 0
                 chosen = tensor.detach().index_select(axis, torch.from_numpy(channels)).clone()
                 trained = isinstance(tensor, nn.Parameter)
                 self.modules[name] = nn.Parameter(chosen) if trained else chosen
@@ -362,6 +369,35 @@ class _Builder:
             return self.graph.call_method(method, arguments, keywords)
         return self.graph.call_function(source.target, arguments, keywords)  # type: ignore
 
+    def _opaque(self, step: Step) -> Value:
+        """What is not understood, as it is: its inputs whole and in the teacher's order."""
+        arguments, keywords = fx.node.map_arg((step.node.args, step.node.kwargs), self._whole)
+        if step.node.op == "call_module":
+            if step.target not in self.modules:
+                self.modules[step.target] = opaque_copy(self._module(step))
+            node = self.graph.call_module(step.target, arguments, keywords)
+            node.meta["area"] = step.form.area
+        else:
+            node = self.graph.create_node(step.node.op, step.node.target, arguments, keywords)
+        return Value((Tensor(node, self.tensors.natural(step)),), step, step.form)
+
+    def _whole(self, source: fx.Node) -> fx.Node:
+        """The student's node for one of the teacher: a whole value, a constant, a size."""
+        if source not in self.whole:
+            if source in self.step_of:
+                made = self.tensors.ordered(self.values[self.step_of[source].name])
+            elif source.op == "get_attr":
+                name = f"{source.target}_whole"
+                tensor = operator.attrgetter(str(source.target))(self.teacher.module)
+                copied = tensor.detach().clone()
+                trained = isinstance(tensor, nn.Parameter)
+                self.modules[name] = nn.Parameter(copied) if trained else copied
+                made = self.graph.get_attr(name)
+            else:
+                made = self.graph.node_copy(source, self._whole)
+            self.whole[source] = made
+        return self.whole[source]
+
     def _rearrange(self, step: Step) -> Value:
         """Relabels the tensors that the step's channels come from."""
         live = [name for name in step.inputs if name in self.values]
@@ -424,20 +460,26 @@ class _Builder:
             elif reader.kind in ("norm", "activation", "spatial", "channelwise"):
                 if not self._is_read_whole(reader):
                     return False
-            elif reader.kind not in ("mixing", "output"):
+            elif reader.kind not in ("mixing", "opaque", "output"):
                 return False
         return bool(readers)
 
     def _reform(self, node: fx.Node, old: Form, new: Form) -> fx.Node:
+        """The same pixels and channels in another form, by way of a map."""
         call = self.graph.call_function
-        if old.kind == new.kind:
+        if (old.kind, old.size) == (new.kind, new.size):
             return node
+        rank = len(old.size)
         if old.kind == "last":
-            node = call(torch.permute, (node, (0, 3, 1, 2)))
-            if new.kind == "map":
-                return node
+            node = call(torch.permute, (node, (0, rank + 1, *range(1, rank + 1))))
         if new.kind in ("flat", "vector"):
-            return call(torch.flatten, (node, 1))
+            return node if old.kind in ("flat", "vector") else call(torch.flatten, (node, 1))
         if old.kind in ("flat", "vector"):
             node = call(torch.unflatten, (node, 1, (-1, *new.size)))
-        return node if new.kind == "map" else call(torch.permute, (node, (0, 2, 3, 1)))
+        elif old.size != new.size:
+            node = call(torch.flatten, (node, 2)) if rank > 1 else node
+            node = call(torch.unflatten, (node, 2, new.size)) if len(new.size) > 1 else node
+        rank = len(new.size)
+        return node if new.kind == "map" else call(
+            torch.permute, (node, (0, *range(2, rank + 2), 1))
+        )  # fmt: skip

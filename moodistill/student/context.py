@@ -19,6 +19,7 @@ from moodistill.io.tensorfile import file_digest
 from moodistill.student.builder import build_student
 from moodistill.teacher.blocks import LayerRules, build_layout
 from moodistill.teacher.graph import TeacherGraph, trace
+from moodistill.teacher.plain import logits_of
 from moodistill.teacher.samples import CalibrationConfig, TeacherSamples, collect_samples
 from moodistill.teacher.task import Task
 from moodistill.teacher.weights import load_weights
@@ -63,7 +64,7 @@ def load_context(
         raise UserError(f"teacher weights {path} do not exist" + (advice if task.train else ""))
     teacher = load_weights(task.build(), path, task.weights_key, say)
     data = task.load_data(data_dir)
-    graph = trace(teacher, data.input_shape)
+    graph = trace(teacher, data.input_shape, rules.opaque if rules else ())
     if check is not None:
         check(teacher, data)
     digest = file_digest(path)
@@ -92,10 +93,11 @@ def check_graph(
     views, hooks) may be lost, and would be lost in every student.
 
     Raises:
-        UserError: if their logits differ.
+        UserError: if their logits differ, or an image's logits hang on the others in its batch.
     """
-    expected = teacher.eval()(images.clone())
-    found = build_student(graph, layout, layout.teacher()).module(images.clone())
+    expected = logits_of(teacher.eval()(images.clone()))
+    student = build_student(graph, layout, layout.teacher()).module
+    found = student(images.clone())
     scale = float(expected.abs().max().clamp_min(1.0))
     apart = float((found - expected).abs().max()) / scale
     if not apart < MOST_APART:
@@ -104,6 +106,15 @@ def check_graph(
             f"{apart:.2g} of the largest): expected a network without side effects, such as "
             "in-place operations on slices or views, or forward hooks"
         )
+    if graph.whole and len(images) > 1:
+        # What is not understood may compute with the other images of a batch.
+        alone = float((student(images[:1].clone()) - found[:1]).abs().max()) / scale
+        if not alone < MOST_APART:
+            raise UserError(
+                f"{type(teacher).__name__} mixes images: for one image its logits differ by "
+                f"{alone:.2g} of the largest from those in a batch; left whole in it are: "
+                f"{graph.describe_uncut()}"
+            )
     return expected
 
 

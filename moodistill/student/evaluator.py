@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
 
 from moodistill.genome.canonical import settled
 from moodistill.genome.canonical import summary as describe
@@ -22,6 +21,7 @@ from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.student.builder import Student, build_student
 from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
+from moodistill.teacher.graph import Layer
 
 Measure = Callable[[bytes, str], Latency]
 
@@ -55,7 +55,7 @@ def count_macs(student: Student) -> int:
     for node in student.module.graph.nodes:
         if node.op == "call_module":
             module = student.module.get_submodule(str(node.target))
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, Layer):
                 total += sum(p.numel() for p in module.parameters()) * int(node.meta["area"])
     return total
 

@@ -34,7 +34,8 @@ def save_student(
     """
     if not np.array_equal(canonical(layout, genome), genome):
         raise ValueError("the genome is not canonical; build and save the student of canonical()")
-    tensors = dict(student.module.state_dict())
+    # Modules that are left whole may hold one tensor under two names, which the format refuses.
+    tensors = {name: t.clone() for name, t in student.module.state_dict().items()}
     metadata = {
         "moodistill_format": FORMAT,
         "moodistill_version": __version__,
@@ -43,6 +44,7 @@ def save_student(
         "blocks": json.dumps({g.name: g.block.tolist() for g in layout.groups.values()}),
         "frozen": json.dumps([g.name for g in layout.groups.values() if g.frozen]),
         "fixed": json.dumps([layer.name for layer in layout.layers if layer.fixed]),
+        "opaque": json.dumps([node.name for node in layout.nodes if node.kind == "opaque"]),
     }
     metadata["digest"] = content_digest(tensors, metadata)
     save_atomic(tensors, path, metadata)
@@ -70,7 +72,12 @@ def load_student(
         raise UserError(
             f"{path} does not have the digest it states; it is damaged, export it again"
         )
-    graph = trace(teacher, input_shape)
+    modules = {name for name, _ in teacher.named_modules()}
+    try:
+        whole = modules.intersection(json.loads(metadata.get("opaque", "[]")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: opaque is no list of modules; export it again") from error
+    graph = trace(teacher, input_shape, whole)
     try:
         student, genome = _rebuild(graph, metadata)
     except UserError:

@@ -25,10 +25,11 @@ from torch import fx, nn
 
 from moodistill.student.builder import Student
 from moodistill.student.patches import as_kernel, as_matrix, output_size, sample_patches
-from moodistill.student.regression import reduce_rank, regress
+from moodistill.student.regression import reduce_rank, regress, solve_exactly
 from moodistill.student.slicing import Unit, low_rank, tapped
-from moodistill.teacher.graph import TeacherGraph
-from moodistill.teacher.kernels import padding_of
+from moodistill.teacher.graph import Layer, TeacherGraph
+from moodistill.teacher.kernels import Conv, padding_of
+from moodistill.teacher.operations import NORMS
 from moodistill.teacher.samples import TeacherSamples, as_map, sample_pixels, sample_positions
 
 Mode = Literal["slice", "student", "patches"]
@@ -83,22 +84,27 @@ def inherit(
     for node in student.module.graph.nodes:
         if node.op == "placeholder":
             # Convolutions run up to twice as fast on maps whose channels lie together.
-            values[node] = samples.images.contiguous(memory_format=torch.channels_last)
+            pictures = samples.images.ndim == 4
+            layout = torch.channels_last if pictures else torch.contiguous_format
+            values[node] = samples.images.contiguous(memory_format=layout)
         elif node.op == "output":
             break
         elif node.op == "get_attr":
             values[node] = operator.attrgetter(str(node.target))(student.module)
         elif node.op == "call_module":
             module = student.module.get_submodule(str(node.target))
-            source = values[node.args[0]]
+            arguments, keywords = read((node.args, node.kwargs))
             unit = units.get(str(node.target))
             if unit is not None and config.mode != "slice" and unit.target not in called:
                 called.add(unit.target)
-                solution = _solve(unit, source, student, graph, samples, config)
+                solution = _solve(unit, arguments[0], student, graph, samples, config)
                 if solution is not None and not _write(unit, student.module, solution):
                     unsolved.append(unit.target)
             known = str(node.target) in norms
-            values[node] = _recalibrated(module, source) if known else module(source)
+            if known:
+                values[node] = _recalibrated(module, arguments[0])
+            else:  # what is left whole may have several arguments
+                values[node] = module(*arguments, **keywords)
         else:
             arguments, keywords = read(node.args), read(node.kwargs)
             if node.op == "call_function":
@@ -111,9 +117,9 @@ def inherit(
     return tuple(unsolved)
 
 
-def _layer(student: nn.Module, path: str) -> nn.Conv2d | nn.Linear:
+def _layer(student: nn.Module, path: str) -> Layer:
     module = student.get_submodule(path)
-    assert isinstance(module, nn.Conv2d | nn.Linear)
+    assert isinstance(module, Layer)
     return module
 
 
@@ -131,7 +137,7 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 def _recalibrated(norm: nn.Module, source: torch.Tensor) -> torch.Tensor:
     """A norm's output of `source`, once its running mean and variance are those of `source`."""
-    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert isinstance(norm, NORMS)
     # A step of training with all weight on the new batch: five times faster than `var_mean`.
     momentum, norm.momentum = norm.momentum, 1.0
     result = norm.train()(source)
@@ -212,7 +218,7 @@ def _on_patches(
     unit: Unit,
     module: nn.Conv2d,
     source: torch.Tensor,
-    layer: nn.Conv2d | nn.Linear,
+    layer: Layer,
     samples: TeacherSamples,
     free: bool,
     config: InheritConfig,
@@ -255,7 +261,7 @@ def _on_pixels(
     unit: Unit,
     module: nn.Module,
     source: torch.Tensor,
-    layer: nn.Conv2d | nn.Linear,
+    layer: Layer,
     samples: TeacherSamples,
     config: InheritConfig,
 ) -> _Solution:
@@ -263,7 +269,7 @@ def _on_pixels(
     target = samples.inputs[unit.layer]
     # Only a layer without padding may take the constant of the estimate into its bias: at a
     # padded border some taps see no input and no constant either.
-    padded = isinstance(module, nn.Conv2d) and any(p != 0 for p in padding_of(module))
+    padded = isinstance(module, Conv) and any(p != 0 for p in padding_of(module))
     centred = not padded and layer.bias is not None
     # Past a bypassed linear layer behind a flatten every feature is a channel of its own; else the
     # positions of a flatten share one estimate.
@@ -300,22 +306,36 @@ def _write(unit: Unit, student: nn.Module, solution: _Solution) -> bool:
     if not torch.isfinite(solution.matrix).all():
         return False
     first = last = _layer(student, unit.target)
-    matrix, bias = solution.matrix, solution.constant
+    matrix, basis, bias = solution.matrix, None, solution.constant
     if unit.expand is not None:
         last = _layer(student, unit.expand)
-        assert unit.rank is not None
-        if solution.rows is None:
-            matrix, basis = low_rank(matrix, unit.rank)
-        else:
-            basis, matrix = reduce_rank(matrix, solution.rows, unit.rank)
-            if solution.level is not None and bias is not None:
-                # The mean is no variation of the outputs: the basis need not hold it.
-                bias = solution.level - basis @ (basis.T @ (solution.level - bias))
+        try:
+            matrix, basis, bias = _ranked(unit, solution)
+        except torch.linalg.LinAlgError:  # the products of rows or weights are beyond float32
+            return False
+    if not all(bool(torch.isfinite(t).all()) for t in (matrix, basis, bias) if t is not None):
+        return False
+    if basis is not None:
         last.weight.copy_(basis.reshape(last.weight.shape))
     first.weight.copy_(solution.weight(matrix, first.weight.shape))
     if last.bias is not None and bias is not None:
         last.bias.copy_(bias)
     return True
+
+
+def _ranked(
+    unit: Unit, solution: _Solution
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Weights `(rank, k)` and `(outputs, rank)` of a unit's two modules, and the bias."""
+    assert unit.rank is not None
+    bias = solution.constant
+    if solution.rows is None:
+        return *low_rank(solution.matrix, unit.rank), bias
+    basis, matrix = reduce_rank(solution.matrix, solution.rows, unit.rank)
+    if solution.level is not None and bias is not None:
+        # The mean is no variation of the outputs: the basis need not hold it.
+        bias = solution.level - basis @ (basis.T @ (solution.level - bias))
+    return matrix, basis, bias
 
 
 def estimate_inputs(
@@ -342,8 +362,7 @@ def estimate_inputs(
     gram.diagonal().add_(ridge)
     if channels is not None:
         cross[torch.arange(width), torch.from_numpy(channels)] += ridge
-    factor = torch.linalg.cholesky(gram)
-    estimate = torch.cholesky_solve(cross, factor).T.float()
+    estimate = solve_exactly(gram, cross).T
     return estimate, mean_a - estimate @ mean_u
 
 
@@ -353,7 +372,7 @@ def _fold(weight: torch.Tensor, estimate: torch.Tensor, channels: int, repeat: i
     taps = weight.reshape(outputs, channels, -1)  # a conv's taps, or a linear layer's positions
     folded = (taps.transpose(1, 2).reshape(-1, channels) @ estimate).reshape(outputs, -1, width)
     folded = folded.transpose(1, 2)
-    if weight.ndim == 4:
+    if weight.ndim > 2:
         return folded.reshape(outputs, width, *weight.shape[2:])
     if repeat == 1:
         return folded.reshape(outputs, width)

@@ -83,9 +83,15 @@ def regress(
 def _solve(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     """`gram^-1 cross`; in float32, which the ridge makes good enough, unless that fails."""
     factor, failed = torch.linalg.cholesky_ex(gram)
+    return solve_exactly(gram, cross) if failed else torch.cholesky_solve(cross, factor)
+
+
+def solve_exactly(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """`gram^-1 cross`, solved in float64; NaN where `gram` has no Cholesky factor."""
+    factor, failed = torch.linalg.cholesky_ex(gram.double())
     if failed:
-        return torch.cholesky_solve(cross.double(), torch.linalg.cholesky(gram.double())).float()
-    return torch.cholesky_solve(cross, factor)
+        return torch.full_like(cross, torch.nan).float()
+    return torch.cholesky_solve(cross.double(), factor).float()
 
 
 def reduce_rank(

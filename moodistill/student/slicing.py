@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from moodistill.errors import UserError
-from moodistill.teacher.kernels import padding_of
+from moodistill.teacher.graph import Layer
+from moodistill.teacher.kernels import Conv, padding_of
+from moodistill.teacher.operations import NORMS
+from moodistill.teacher.plain import copied
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def feature_index(channels: np.ndarray, repeat: int) -> torch.Tensor:
     return torch.from_numpy(index.reshape(-1))
 
 
-def slice_layer(layer: nn.Conv2d | nn.Linear, unit: Unit) -> dict[str, nn.Module]:
+def slice_layer(layer: Layer, unit: Unit) -> dict[str, nn.Module]:
     """By path, the modules of a unit: the part of a layer that it stands for.
 
     Zeros past a bypassed layer. With a rank the best approximation of what would be there without.
@@ -90,11 +93,11 @@ def slice_layer(layer: nn.Conv2d | nn.Linear, unit: Unit) -> dict[str, nn.Module
     first = len(outputs) if unit.rank is None else unit.rank
     bias, alone = layer.bias is not None, unit.expand is None
     made: dict[str, nn.Module] = {}
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, Conv):
         groups = len(unit.outputs)
         made[unit.target] = _conv_like(layer, width, first, groups, unit.taps, bias and alone)
         if unit.expand is not None:
-            made[unit.expand] = nn.utils.skip_init(nn.Conv2d, first, len(outputs), 1, bias=bias)
+            made[unit.expand] = nn.utils.skip_init(type(layer), first, len(outputs), 1, bias=bias)
     else:
         features = width * unit.repeat
         made[unit.target] = nn.utils.skip_init(nn.Linear, features, first, bias and alone)
@@ -138,9 +141,9 @@ def write_weights(
         last.bias.copy_(bias)
 
 
-def _layer(modules: Mapping[str, nn.Module], path: str) -> nn.Conv2d | nn.Linear:
+def _layer(modules: Mapping[str, nn.Module], path: str) -> Layer:
     module = modules[path]
-    assert isinstance(module, nn.Conv2d | nn.Linear)
+    assert isinstance(module, Layer)
     return module
 
 
@@ -159,8 +162,8 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _conv_like(
-    conv: nn.Conv2d, inputs: int, outputs: int, groups: int, taps: tuple[slice, ...], bias: bool
-) -> nn.Conv2d:
+    conv: Conv, inputs: int, outputs: int, groups: int, taps: tuple[slice, ...], bias: bool
+) -> Conv:
     """A convolution without weights yet, with some taps of another's kernel at the same places."""
     padding: str | tuple[int, ...] = conv.padding
     kernel = tuple(place.stop - place.start for place in taps)
@@ -170,11 +173,11 @@ def _conv_like(
             for p, d, place in zip(padding_of(conv), conv.dilation, taps, strict=True)
         )
     return nn.utils.skip_init(
-        nn.Conv2d, inputs, outputs, kernel, conv.stride, padding, conv.dilation, groups, bias
+        type(conv), inputs, outputs, kernel, conv.stride, padding, conv.dilation, groups, bias
     )
 
 
-def slice_grouped(layer: nn.Conv2d, part: GroupedSlice, name: str) -> nn.Conv2d:
+def slice_grouped(layer: Conv, part: GroupedSlice, name: str) -> Conv:
     """The groups of a grouped convolution that a slice of it names."""
     reads, writes = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     groups = part.inputs.reshape(-1, reads)[:, 0] // reads
@@ -192,9 +195,18 @@ def slice_grouped(layer: nn.Conv2d, part: GroupedSlice, name: str) -> nn.Conv2d:
     return made
 
 
+def opaque_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module that is left whole; nothing in it overwrites what others may read."""
+    made = copied(module)
+    for inner in made.modules():
+        if getattr(inner, "inplace", False):
+            inner.inplace = False  # type: ignore[assignment]
+    return made
+
+
 def slice_norm(norm: nn.Module, channels: np.ndarray) -> nn.Module:
     """Some channels of a batch normalisation, statistics included."""
-    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert isinstance(norm, NORMS)
     index = torch.from_numpy(channels)
     made = type(norm)(len(channels), norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     made.load_state_dict({k: v[index] if v.ndim else v for k, v in norm.state_dict().items()})

@@ -17,7 +17,7 @@ from torch import nn
 from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout, Group, Node
 from moodistill.teacher.graph import TeacherGraph
-from moodistill.teacher.kernels import ranks_of, rings_of
+from moodistill.teacher.kernels import Conv, ranks_of, rings_of
 from moodistill.teacher.samples import TeacherSamples
 from moodistill.teacher.steps import Step
 
@@ -34,11 +34,13 @@ class LayerRules:
         keep: layers to leave alone: all their outputs and connections stay, they are not bypassed.
             What they read may still lose channels.
         least, most: bounds of a layer's width, in channels or neurons.
+        opaque: modules that stay as they are, as one operation that is not looked into.
     """
 
     keep: tuple[str, ...] = ()
     least: Mapping[str, int] = field(default_factory=dict)
     most: Mapping[str, int] = field(default_factory=dict)
+    opaque: tuple[str, ...] = ()
 
     def check(self, graph: TeacherGraph) -> None:
         """Refuse layers that the network does not have, and bounds that cannot be kept.
@@ -174,10 +176,10 @@ def _thinning(graph: TeacherGraph, step: Step, fixed: bool) -> dict[str, Any]:
         return {}
     module = graph.module.get_submodule(step.target)
     found: dict[str, Any] = {"module": step.target}
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, Conv):
         found["kernel"] = tuple(module.kernel_size)
         found["rings"] = () if fixed else rings_of(module)
-    if isinstance(module, nn.Conv2d | nn.Linear):
+    if isinstance(module, Conv | nn.Linear):
         found["ranks"] = () if fixed else ranks_of(module)
     return found
 
@@ -299,7 +301,7 @@ def _bypassable(graph: TeacherGraph, layer: Step) -> bool:
     if set(layer.reads) & set(graph.steps[0].groups) or set(layer.groups) & taken:
         return False
     writers = [s for s in graph.steps if s.kind == "layer" and set(s.groups) & set(layer.groups)]
-    pixels = [(s.form.kind, s.form.size) if len(s.shape) == 3 else None for s in (layer, source)]
+    pixels = [(s.form.kind, s.form.size) if len(s.shape) > 1 else None for s in (layer, source)]
     if len(writers) != 1 or pixels[0] != pixels[1]:
         return False
     frontier = [layer.name]

@@ -6,9 +6,11 @@ from torch import nn
 
 from moodistill.genome.ranks import rank_levels
 
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-def padding_of(conv: nn.Conv2d) -> tuple[int, ...]:
-    """Padding before the first row and column, in pixels, of a padding in words too."""
+
+def padding_of(conv: Conv) -> tuple[int, ...]:
+    """Padding before the first pixel of each axis, of a padding in words too."""
     if conv.padding == "valid":
         return (0,) * len(conv.kernel_size)
     if conv.padding == "same":
@@ -17,7 +19,7 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, ...]:
     return tuple(conv.padding)
 
 
-def rings_of(conv: nn.Conv2d) -> tuple[int, ...]:
+def rings_of(conv: Conv) -> tuple[int, ...]:
     """Rings of taps by axis that may go: the padding, lowered by one tap for each, stays >= 0.
 
     None of an even kernel, which has no centre.
@@ -31,9 +33,9 @@ def rings_of(conv: nn.Conv2d) -> tuple[int, ...]:
     )
 
 
-def ranks_of(layer: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
+def ranks_of(layer: Conv | nn.Linear) -> tuple[int, ...]:
     """The ranks below the full one that a layer may have; none of a grouped convolution."""
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+    if isinstance(layer, Conv) and layer.groups > 1:
         return ()
     outputs = len(layer.weight)
     return rank_levels(layer.weight.numel() // outputs, outputs)

@@ -7,6 +7,7 @@ order, it is a selection of its sources' channels. A channel shuffle is such a c
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 
@@ -22,29 +23,31 @@ REARRANGING_CALLS = (
     "unsqueeze", "unflatten", "movedim", "expand", "contiguous", "clone", "detach",
 )  # fmt: skip
 REARRANGING_MODULES = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle)
-NEXT_PICTURE = 1 << 50  # added to the numbers of a second picture
+NEXT_PICTURE = 1 << 50  # added to the numbers of a second image
 
 
 @dataclass(frozen=True)
 class Form:
     """How a value lies in memory.
 
-    `map` `(C, H, W)`, `last` `(H, W, C)`, `vector` `(C,)` or `flat` `(C * H * W,)`.
+    `map` `(C, *size)`, `last` `(*size, C)`, `vector` `(C,)` or `flat` `(C * area,)`; `whole` is
+    anything else, of any shape and as if of one channel: it is only handed on as it is.
 
     Attributes:
-        kind: one of these four.
+        kind: one of these five.
         channels: C.
-        size: `(H, W)`; `(1, 1)` for a vector.
+        size: `(H, W)` of an image, `(L,)` of a signal or of tokens, `(D, H, W)` of a volume;
+            `(1, 1)` for a vector.
     """
 
     kind: str
     channels: int
-    size: tuple[int, int]
+    size: tuple[int, ...]
 
     @property
     def area(self) -> int:
         """Pixels per channel."""
-        return self.size[0] * self.size[1]
+        return math.prod(self.size)
 
     @property
     def axis(self) -> int:
@@ -64,14 +67,15 @@ class Form:
             "last": (*self.size, self.channels),
             "vector": (self.channels,),
             "flat": (self.channels * self.area,),
+            "whole": (),
         }[self.kind]
 
 
 def map_form(shape: tuple[int, ...]) -> Form:
-    """The form of a `(C, H, W)` or `(C,)` value."""
-    return Form("map", shape[0], (shape[1], shape[2])) if len(shape) == 3 else (
-        Form("vector", shape[0], (1, 1))
-    )  # fmt: skip
+    """The form of a `(C, *size)` or `(C,)` value."""
+    if len(shape) == 1:
+        return Form("vector", shape[0], (1, 1))
+    return Form("map", shape[0], tuple(shape[1:]))
 
 
 class Elements:
@@ -93,13 +97,13 @@ class Elements:
         start = self.starts[self.names.index(name)]
         count = form.channels * form.area
         ids = torch.arange(start, start + count).reshape(form.channels, *form.size)
-        ids = ids.permute(1, 2, 0) if form.kind == "last" else ids.reshape(form.shape)
+        ids = ids.movedim(0, -1) if form.kind == "last" else ids.reshape(form.shape)
         return torch.stack([ids, ids + NEXT_PICTURE])
 
     def read(self, ids: torch.Tensor) -> tuple[Form, tuple[str, ...], np.ndarray] | None:
         """Form, source values and `(channels, 2)` origin (source index, channel), if it has one.
 
-        `ids` is `(*shape)`, of the first picture.
+        `ids` is `(*shape)`, of the first image.
         """
         if ids.numel() == 0:
             return None
@@ -115,7 +119,7 @@ class Elements:
         channel, pixel = local // area, local % area
         origin = np.stack([index.reshape(-1), channel], axis=1)
         for form in self._candidates(tuple(ids.shape), forms):
-            lead = (form.size[0] * form.size[1], form.channels)
+            lead = (form.area, form.channels)
             if form.kind == "last":
                 pixels, origins = pixel.reshape(lead), origin.reshape(*lead, 2).swapaxes(0, 1)
                 pixels = pixels.T
@@ -129,17 +133,18 @@ class Elements:
 
     @staticmethod
     def _candidates(shape: tuple[int, ...], forms: list[Form]) -> list[Form]:
-        sizes = {form.size for form in forms}
+        """Forms of this shape with as many pixels a channel as the sources have."""
         area = forms[0].area
-        free = all(form.kind in ("flat", "vector") for form in forms)
-        if len(shape) == 3:
+        if len(shape) > 1:
             found = []
-            if (shape[1], shape[2]) in sizes or (free and shape[1] * shape[2] == area):
-                found.append(Form("map", shape[0], (shape[1], shape[2])))
-            if (shape[0], shape[1]) in sizes or (free and shape[0] * shape[1] == area):
-                found.append(Form("last", shape[2], (shape[0], shape[1])))
+            if math.prod(shape[1:]) == area:
+                found.append(Form("map", shape[0], shape[1:]))
+            if math.prod(shape[:-1]) == area:
+                found.append(Form("last", shape[-1], shape[:-1]))
             return found
-        if len(shape) != 1 or len(sizes) != 1 or shape[0] % area:
+        if shape[0] % area:
             return []
-        kind = "vector" if area == 1 else "flat"
-        return [Form(kind, shape[0] // area, next(iter(sizes)))]
+        if area == 1:
+            return [Form("vector", shape[0], (1, 1))]
+        sizes = {form.size for form in forms}
+        return [Form("flat", shape[0] // area, sizes.pop())] if len(sizes) == 1 else []

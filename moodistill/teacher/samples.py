@@ -105,6 +105,8 @@ def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) 
         values = values.unflatten(1, (-1, repeat))
     if values.ndim == 3:
         values = values.unsqueeze(2)
+    if values.ndim == 5:
+        values = values.flatten(3)
     count, _, height, width = values.shape
     return _at(values, sample_positions(count, height * width, config.pixels, config.seed))
 
@@ -119,8 +121,8 @@ def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def as_map(values: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
     """A layer's input with its channels on the first axis behind the batch's."""
-    last = isinstance(layer, torch.nn.Linear) and values.ndim == 4
-    return values.permute(0, 3, 1, 2) if last else values
+    last = isinstance(layer, torch.nn.Linear) and values.ndim > 2
+    return values.movedim(-1, 1) if last else values
 
 
 @torch.no_grad()
@@ -134,6 +136,9 @@ def collect_samples(
     """One pass of the teacher over the calibration images, or its result from the cache.
 
     The cache file is keyed by teacher, data and configuration; a damaged one is made again.
+
+    Raises:
+        UserError: names the first layer whose samples are not finite.
     """
     config = affordable(graph, config)
     images = data.calibration(config.images)
@@ -143,7 +148,8 @@ def collect_samples(
     if path is not None and path.exists():
         try:
             stored = _unpacked(read_cached(path))
-            if set(stored[0]) == {layer.name for layer in graph.layers}:
+            # Earlier versions kept whatever they saw.
+            if set(stored[0]) == {layer.name for layer in graph.layers} and not _broken(*stored):
                 return TeacherSamples(images, *stored, config)
         except UserError:
             path.unlink()
@@ -166,6 +172,12 @@ def collect_samples(
     finally:
         for handle in handles:
             handle.remove()
+    broken = _broken(inputs, outputs)
+    if broken:
+        raise UserError(
+            f"the teacher's layer {broken} NaN or infinity on images of the data; expected "
+            "finite numbers: check its weights, and `mean` and `std` of the data"
+        )
     if path is not None:
         named = {"inputs": inputs, "outputs": outputs}
         save_cached({f"{k}.{n}": v for k, of in named.items() for n, v in of.items()}, path)
@@ -182,6 +194,16 @@ def _unpacked(stored: Samples) -> tuple[Samples, Samples]:
         kind, _, name = key.partition(".")
         parts.setdefault(kind, {})[name] = value
     return parts["inputs"], parts["outputs"]
+
+
+def _broken(inputs: Samples, outputs: Samples) -> str:
+    """The first layer that reads or gives NaN or infinity, and where; empty if none does."""
+    for name, rows in inputs.items():
+        if not torch.isfinite(rows).all():
+            return f"{name} reads"
+        if name in outputs and not torch.isfinite(outputs[name]).all():
+            return f"{name} gives"
+    return ""
 
 
 def reads_patches(layer: torch.nn.Module) -> bool:

@@ -18,7 +18,7 @@ class Step:
         name: for a layer its module path, else the fx node's name.
         kind: input, layer, merge (an Add of equals), gate (another operation of two values),
             norm, channelwise (depthwise and grouped convolutions, scales), mixing (a norm over
-            channels), activation, spatial, rearrange or output.
+            channels), activation, spatial, rearrange, opaque (left whole) or output.
         node: the fx node.
         inputs: names of the steps it reads.
         form: of its output.

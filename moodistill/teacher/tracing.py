@@ -1,65 +1,72 @@
 """From a network to one flat fx graph of modules and functions, with shapes and no side shows.
 
-`torch.fx` traces down to the modules of `torch.nn`. Afterwards constants are folded (sizes that do
-not depend on the batch, weights computed from parameters), functional layers become modules, and
-what does nothing in evaluation (dropout calls, stochastic depth, assertions) is taken out.
+The network is traced down to the modules of `torch.nn` (`value_tracer`). Afterwards weights that
+are computed from parameters are folded, functional layers become modules, and what does nothing in
+evaluation (dropout calls, stochastic depth, assertions) is taken out.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from moodistill.errors import UserError
-from moodistill.teacher.operations import ACTIVATIONS, NORMS, SUPPORTED
-
-PICTURES = 2  # in the batch that shapes are propagated with: an operation that mixes them shows
-_INPLACE_CALLS = (
-    operator.iadd, operator.isub, operator.imul, operator.itruediv,
-)  # fmt: skip
+from moodistill.teacher.operations import CONVS
+from moodistill.teacher.plain import plain_network
+from moodistill.teacher.value_tracer import INPLACE_CALLS, ValueTracer, said
 
 
-def flat_graph(network: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
+def flat_graph(
+    network: nn.Module, input_shape: tuple[int, ...], opaque: Collection[str] = ()
+) -> tuple[fx.GraphModule, dict[str, str]]:
     """Trace a network in evaluation mode; every node's `meta` holds what it computes.
 
-    `meta["value"]` is a fake tensor (shapes only) for `PICTURES` pictures, or a plain value.
-    The network's own tensors are shared, not copied.
+    `meta["value"]` is a fake tensor (shapes only) for `PICTURES` images, or a plain value;
+    `meta["where"]` the file and line of the network's code. The network's own tensors are shared,
+    not copied, where it holds them as they are used (see `plain_network`).
+
+    Returns:
+        The graph, and the modules in it that are left whole as they are, with the reason.
 
     Raises:
         UserError: if it cannot be traced or does not take such an input.
     """
+    name = type(network).__name__
+    network = plain_network(network)
+    unknown = sorted(set(opaque) - {path for path, _ in network.named_modules()})
+    if unknown:
+        raise UserError(f"{name} has no module {unknown[0]!r} that could be left whole")
+    tracer = ValueTracer(input_shape, opaque)
+    before = set(vars(network))
     try:
-        module = fx.symbolic_trace(network.eval())
-        _refuse_attention(module)
-        _drop_assertions(module.graph)
-        _propagate(module, input_shape)
-    except UserError:
-        raise
+        graph = tracer.trace(network)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{type(network).__name__} cannot be traced by torch.fx with input "
-            f"{(1, *input_shape)}: {reason[0]}; expected a CNN without data-dependent control flow"
+            f"{name} cannot be traced by torch.fx with input {(1, *input_shape)}: {said(error)}; "
+            "expected a CNN whose own forward can be followed (put what cannot into a submodule: "
+            "that is then left whole)"
         ) from error
+    module = fx.GraphModule(network, graph, name)
+    for made in set(vars(network)) - before:  # constants that torch.fx keeps at its root
+        delattr(network, made)
+    _drop_assertions(module.graph)
     # Before anything unused is taken out: what works in place is used by who reads its input later.
     _order_inplace(module)
     module.graph.eliminate_dead_code()
-    _fold_sizes(module.graph)
     _fold_tensors(module)
     module.graph.eliminate_dead_code()
     _calls_to_modules(module)
     _drop_no_ops(module)
     module.graph.eliminate_dead_code()
     # A new one holds what the graph uses and nothing else.
-    return fx.GraphModule(module, module.graph, type(network).__name__)
+    return fx.GraphModule(module, module.graph, name), tracer.left
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -67,75 +74,10 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("value"), torch.Tensor)
 
 
-class _Propagator(fx.Interpreter):
-    """Runs a graph and keeps what every node gave."""
-
-    def __init__(self, module: fx.GraphModule, key: str) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.extra_traceback = False
-        self.key = key
-
-    def run_node(self, n: fx.Node) -> Any:
-        n.meta[self.key] = super().run_node(n)
-        return n.meta[self.key]
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        # Shapes stay; running these on fake tensors would take most of the time.
-        if isinstance(self.fetch_attr(target), (*NORMS, *ACTIVATIONS)) and len(args) == 1:
-            return args[0]
-        return super().call_module(target, args, kwargs)
-
-
-@torch.no_grad()
-def _propagate(module: fx.GraphModule, input_shape: tuple[int, int, int]) -> None:
-    """Shapes for `PICTURES` pictures, and for one more to see what depends on their number."""
-    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
-    if len(inputs) > 1:
-        raise UserError(f"the network has a second input {inputs[1].name!r}; expected one image")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    for key, count in (("value", PICTURES), ("more", PICTURES + 1)):
-        with mode:
-            _Propagator(module, key).run(torch.zeros(count, *input_shape))
-
-
-def _refuse_attention(module: fx.GraphModule) -> None:
-    for node in module.graph.nodes:
-        if node.op == "call_module":
-            called = module.get_submodule(str(node.target))
-            if isinstance(called, nn.MultiheadAttention):
-                raise UserError(
-                    f"operation MultiheadAttention (at {node.target}) is not supported: "
-                    f"transformers are not; supported are {SUPPORTED}"
-                )
-
-
 def _drop_assertions(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if node.target is torch._assert:
             graph.erase_node(node)
-
-
-def _replace_arguments(node: fx.Node, new: dict[fx.Node, Any]) -> None:
-    node.args = fx.node.map_arg(node.args, lambda n: new.get(n, n))
-    node.kwargs = fx.node.map_arg(node.kwargs, lambda n: new.get(n, n))
-
-
-def holds_tensor(value: Any) -> bool:
-    """Whether a node's value is a tensor or has one in it."""
-    if isinstance(value, tuple | list):
-        return any(holds_tensor(part) for part in value)
-    return isinstance(value, torch.Tensor)
-
-
-def _fold_sizes(graph: fx.Graph) -> None:
-    """Sizes and other plain values that do not depend on the number of pictures, as constants."""
-    constants: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        _replace_arguments(node, constants)
-        value = node.meta.get("value")
-        plain = node.op in ("call_function", "call_method") and not holds_tensor(value)
-        if plain and value == node.meta["more"]:
-            constants[node] = tuple(value) if isinstance(value, torch.Size) else value
 
 
 def _fold_tensors(module: fx.GraphModule) -> None:
@@ -148,14 +90,7 @@ def _fold_tensors(module: fx.GraphModule) -> None:
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
             if not all(source in known for source in node.all_input_nodes):
                 continue
-            arguments = fx.node.map_arg(node.args, lambda n: known[n])
-            keywords = fx.node.map_arg(node.kwargs, lambda n: known[n])
-            with torch.no_grad():
-                if node.op == "call_method":
-                    first, *rest = arguments
-                    known[node] = getattr(first, str(node.target))(*rest, **keywords)
-                else:
-                    known[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+            known[node] = node.meta["value"]  # no fake one: it hangs on no image
             if isinstance(known[node], torch.Tensor):
                 name = f"_folded_{node.name}"
                 if _is_view(known[node], [known[source] for source in node.all_input_nodes]):
@@ -191,8 +126,9 @@ def _norm(running_mean, running_var, weight=None, bias=None, training=False, mom
 
 def _conv(weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # type: ignore
     outputs, inputs, *kernel = weight.shape
+    kind = next(kind for kind, axes in CONVS.items() if axes == len(kernel))
     made = nn.utils.skip_init(
-        nn.Conv2d, inputs * groups, outputs, tuple(kernel), stride, padding, dilation, groups,
+        kind, inputs * groups, outputs, tuple(kernel), stride, padding, dilation, groups,
         bias is not None,
     )  # fmt: skip
     return _with(made, weight, bias)
@@ -222,8 +158,9 @@ def _with(module: nn.Module, weight: Any, bias: Any) -> nn.Module:
 
 _MODULES: dict[Any, tuple[str, Callable[..., nn.Module]]] = {
     F.batch_norm: ("norm", _norm),
-    F.conv2d: ("conv", _conv),
-    torch.conv2d: ("conv", _conv),
+    **dict.fromkeys(
+        (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _conv)
+    ),
     F.linear: ("linear", _linear),
     F.layer_norm: ("norm", _layer_norm),
     F.group_norm: ("norm", _group_norm),
@@ -238,8 +175,9 @@ def _calls_to_modules(module: fx.GraphModule) -> None:
         if node.op != "call_function" or node.target not in _MODULES:
             continue
         suffix, make = _MODULES[node.target]
-        if node.target is F.batch_norm and node.meta["value"].ndim == 2:
-            make = partial(make, kind=nn.BatchNorm1d)
+        if node.target is F.batch_norm:
+            kinds = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+            make = partial(make, kind=kinds.get(node.meta["value"].ndim, nn.BatchNorm1d))
         if not node.args or not isinstance(node.args[0], fx.Node):
             continue
         first, *rest = node.args
@@ -254,7 +192,9 @@ def _calls_to_modules(module: fx.GraphModule) -> None:
             made = make(*arguments, **keywords)
         except (TypeError, ValueError, IndexError):
             continue  # the reader refuses it by name
-        if not owner or owner in called or any(c.startswith(f"{owner}.") for c in called):
+        others = {str(n.target) for n in graph.nodes if n.op == "get_attr" and n not in sources}
+        inside = any(name.startswith(f"{owner}.") for name in called | others)
+        if not owner or owner in called or inside:
             owner = f"{owner}.{suffix}" if owner else node.name
         while owner in called:
             owner += "_again"
@@ -265,6 +205,9 @@ def _calls_to_modules(module: fx.GraphModule) -> None:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+        for source in sources:  # before its module is missed
+            if not source.users:
+                graph.erase_node(source)
 
 
 def _set_submodule(module: nn.Module, path: str, made: nn.Module) -> None:
@@ -286,7 +229,7 @@ def is_inplace(module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op == "call_function":
-        return node.target in _INPLACE_CALLS or bool(node.kwargs.get("inplace", False))
+        return node.target in INPLACE_CALLS or bool(node.kwargs.get("inplace", False))
     return False
 
 
@@ -301,6 +244,12 @@ def _order_inplace(module: fx.GraphModule) -> None:
                     user.replace_input_with(source, node)
 
 
+DROPOUTS = (
+    "stochastic_depth", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+    "feature_alpha_dropout",
+)  # fmt: skip
+
+
 def _drop_no_ops(module: fx.GraphModule) -> None:
     graph = module.graph
     for node in list(graph.nodes):
@@ -310,7 +259,7 @@ def _drop_no_ops(module: fx.GraphModule) -> None:
         training = node.kwargs.get("training", node.args[-1] if len(node.args) > 1 else None)
         name = getattr(node.target, "__name__", node.target)
         # torchvision's stochastic depth; the name says it without the dependency.
-        resting = name in ("stochastic_depth", "dropout", "dropout2d") and training is False
+        resting = name in DROPOUTS and training is False
         if isinstance(source, fx.Node) and resting:
             node.replace_all_uses_with(source)
             graph.erase_node(node)

@@ -59,8 +59,8 @@ def load_weights(
 
     The file is safetensors, or what `torch.save` wrote: a state dict, or a checkpoint that holds
     one anywhere, under any name. Of several that fit, an average of weights (EMA, SWA) is taken,
-    and a word says so. Half precision is widened; what wrappers put in front of names (`module.`,
-    `_orig_mod.`, `model.`) is taken off.
+    and a word says so. Half precision and double, in the file or of `model`, become float32; what
+    wrappers put in front of names (`module.`, `_orig_mod.`, `model.`) is taken off.
 
     Args:
         model: the network.
@@ -78,6 +78,7 @@ def load_weights(
     if note:
         (say or _to_stderr)(note)
     state = {name: v.float() for name, v in chosen.tensors.items() if name in wanted}
+    model = model.float()
     model.load_state_dict(state, strict=False)
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():

@@ -19,6 +19,7 @@ from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.resolve import resolve
 from moodistill.genome.structure import Structure
 from moodistill.teacher.graph import TeacherGraph
+from moodistill.teacher.kernels import Conv
 from moodistill.teacher.steps import Step
 
 
@@ -62,14 +63,16 @@ class _Masked(fx.Interpreter):
             return self._layer(step, self.env[source])
         if step is not None and step.kind == "channelwise" and n.op == "call_module":
             module = self.teacher.module.get_submodule(step.target)
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, Conv):
                 (source,) = n.all_input_nodes
-                return _convolved(self.env[source], module, self._tapped(step, module.weight))
+                weight = self._tapped(step, module.weight)
+                return module._conv_forward(self.env[source], weight, module.bias)
         return super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         # Where an Add lost an input, two values share a tensor: nothing may work in place.
-        return super().call_module(target, tuple(a.clone() for a in args), kwargs)
+        cloned = fx.node.map_aggregate((args, kwargs), _cloned)
+        return super().call_module(target, *cloned)  # type: ignore[misc]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(target, fx.node.map_aggregate(args, _cloned), kwargs)
@@ -88,24 +91,25 @@ class _Masked(fx.Interpreter):
         if isinstance(layer, nn.Linear):
             weight = weight * mask.repeat_interleave(source.form.repeat, dim=1)
         else:
-            weight = self._tapped(step, weight * mask[:, :, None, None])
+            mask = mask.reshape(*mask.shape, *[1] * len(layer.kernel_size))
+            weight = self._tapped(step, weight * mask)
         if step.target in self.structure.ranks:
             own = np.array([self._keeps(step, c) for c in range(step.form.channels)])
             weight = _approximated(weight, own, self.structure.ranks[step.target])
         if isinstance(layer, nn.Linear):
             return F.linear(values, weight, layer.bias)
-        return _convolved(values, layer, weight)
+        return layer._conv_forward(values, weight, layer.bias)
 
     def _tapped(self, step: Step, weight: torch.Tensor) -> torch.Tensor:
         """A convolution's weight with zeros at the taps that it lost."""
         sizes = weight.shape[2:]
         kept = self.structure.kernels.get(step.target, sizes)
         mask = torch.zeros(*sizes)
-        rows, columns = (
+        middle = tuple(
             slice((size - left) // 2, (size + left) // 2)
             for size, left in zip(sizes, kept, strict=True)
         )
-        mask[rows, columns] = 1.0
+        mask[middle] = 1.0
         return weight.detach() * mask
 
     def _blocks(self, step: Step) -> np.ndarray:
@@ -118,13 +122,6 @@ class _Masked(fx.Interpreter):
     def _keeps(self, step: Step, channel: int) -> bool:
         kept = self.structure.kept.get(step.groups[step.owner[channel]])
         return kept is not None and bool(kept[step.place[channel]])
-
-
-def _convolved(values: torch.Tensor, layer: nn.Conv2d, weight: torch.Tensor) -> torch.Tensor:
-    """A convolution's output with another weight of the same shape."""
-    return F.conv2d(
-        values, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
-    )
 
 
 def _approximated(weight: torch.Tensor, rows: np.ndarray, rank: int) -> torch.Tensor:

@@ -45,17 +45,25 @@ from moodistill.storage.store import Store
 from moodistill.student.accuracy import student_accuracy
 from moodistill.student.context import TeacherContext, load_context, use_threads
 from moodistill.student.evaluator import Evaluator, Recipe, make_student, teacher_onnx
-from moodistill.student.inherit import InheritConfig
+from moodistill.student.inherit import Mode
 from moodistill.teacher.task import load_task
 from moodistill.training.distill import DistillConfig, SoftTargets, distill
 
 SILENT = not sys.stdout.isatty()  # whether bars are left out
 # Arms that search other kinds of connections than the default.
 OTHER_KINDS = {
+    "with-kernels": ("kernels", "merges", "bypasses"),
+    "with-ranks": ("ranks", "merges", "bypasses"),
+    "with-both": ("kernels", "ranks", "merges", "bypasses"),
     "with-blocks": ("blocks", "merges", "bypasses"),
     "no-merges": ("bypasses",),
     "no-bypasses": ("merges",),
+    "no-connections": (),
 }
+# Arms that inherit in another way than the default.
+OTHER_MODES: dict[str, Mode] = {
+    "no-inheritance": "slice", "l1": "slice", "single-pixels": "student",
+}  # fmt: skip
 
 
 class Bench:
@@ -79,6 +87,11 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, {"teacher_latency_ms": made.teacher_latency_ms})
         return made
+
+    def recipe_of(self, arm: str) -> Recipe:
+        """How an arm's students are scored."""
+        mode = OTHER_MODES.get(arm, self.recipe.inherit.mode)
+        return replace(self.recipe, inherit=replace(self.recipe.inherit, mode=mode))
 
     def run(self, arm: str, seed: int, meter: LatencyMeter) -> None:
         """Run one arm to its end, from its store where it was begun."""
@@ -107,9 +120,8 @@ class Bench:
 
     def _one_by_one(self, store: Store, meter: LatencyMeter, arm: str, seed: int) -> None:
         layout = self.context.layout
-        recipe = self.recipe
+        recipe = self.recipe_of(arm)
         if arm == "l1":
-            recipe = replace(recipe, inherit=InheritConfig(mode="slice"))
             shares = np.geomspace(0.95, 0.08, self.count)
             genomes = [l1_widths(self.context, float(s), self.step) for s in shares]
         else:
@@ -127,7 +139,7 @@ class Bench:
                 store.add(evaluator.evaluate(genome))
 
     def _search(self, store: Store, meter: LatencyMeter, arm: str, seed: int) -> None:
-        layout, recipe = self.context.layout, self.recipe
+        layout, recipe = self.context.layout, self.recipe_of(arm)
         population = 32
         config = SearchConfig(
             population=population,
@@ -141,9 +153,7 @@ class Bench:
         if arm in OTHER_KINDS:
             config = replace(config, connections=OTHER_KINDS[arm])
         operators = default_operators(layout, self.step)
-        if arm == "no-inheritance":
-            recipe = replace(recipe, inherit=InheritConfig(mode="slice"))
-        elif arm == "no-mutation":
+        if arm == "no-mutation":
             operators = replace(operators, mutation=BitflipMutation())
         elif arm == "plain":
             operators = Operators(
@@ -181,10 +191,8 @@ class Bench:
         context = self.context
         config = replace(DistillConfig(), steps=steps)
         if quarter["genome"]:
-            mode = "slice" if arm in ("no-inheritance", "l1") else "student"
-            recipe = replace(self.recipe, inherit=InheritConfig(mode=mode))
             genome = context.layout.unpack(bytes.fromhex(quarter["genome"]))
-            module = make_student(context, genome, recipe).module
+            module = make_student(context, genome, self.recipe_of(arm)).module
         else:
             points = torch_pruning_points(context, self.count, self.step)
             network = next(network for name, network in points if name == quarter["name"])

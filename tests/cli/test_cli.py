@@ -545,9 +545,10 @@ def test_resume_refuses_other_settings(finished, call):
     done = call("run", "--resume", finished, "--connections", "none", code=2)
     assert "connections blocks,merges,bypasses, not none" in done.stderr
     options = ["--keep", "hidden", "--min-width", "hidden=16", "--max-macs", "1e6"]
-    done = call("run", "--resume", finished, *options, code=2)
+    done = call("run", "--resume", finished, *options, "--opaque", "conv1", code=2)
     for difference in ("keep none, not hidden", "min_width none, not hidden=16", "max_macs none"):
         assert difference in done.stderr
+    assert "opaque none, not conv1" in done.stderr
     options = ["--connections", "bypasses,merges,blocks", "--seed", "5"]
     done = call("run", "--resume", finished, *options, code=2)
     assert "seed" in done.stderr and "connections" not in done.stderr  # their order is nothing

@@ -164,7 +164,9 @@ def test_the_table_is_in_the_documentation():
 def test_parts_of_a_configuration_are_settings():
     limits, rules = moodistill.Limits(max_macs=5.0), moodistill.LayerRules(least={"a": 3})
     found = Settings(**flat(limits=limits, rules=rules, latency=None))
-    assert found == Settings(max_macs=5.0, keep=(), min_width={"a": 3}, max_width={})
+    assert found == Settings(
+        max_macs=5.0, keep=(), opaque=(), min_width={"a": 3}, max_width={}
+    )  # fmt: skip
     config = new_config("digits", Settings(simd_step=4, max_macs=5.0, min_width={"a": 3}))
     assert config.search.limits == limits and config.rules == rules
     assert config.recipe.simd_step == config.search.simd_step == 4
@@ -306,14 +308,14 @@ def test_messages_name_settings_and_the_command_line_its_options():
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has none")
 def test_a_closing_terminal_interrupts_once_and_not_under_nohup():
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     try:
         with _signals():
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGHUP)
                 signal.pause()
             os.kill(os.getpid(), signal.SIGHUP)  # the results are being written
-        assert signal.getsignal(signal.SIGHUP) == before
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with _signals():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 
+from moodistill.api import _image_data
 from moodistill.data import cifar10 as data_module
 from moodistill.data.cifar10 import load_cifar10
+from moodistill.data.datasets import from_datasets, from_splits
 from moodistill.data.digits import load_digits
-from moodistill.data.images import Split, sha256_array
+from moodistill.data.images import Split, fraction_right, sha256_array
 from moodistill.errors import UserError
+
+PICTURES = np.zeros((4, 6, 6, 3), np.uint8)
 
 
 def test_digits_splits_are_fixed_and_disjoint():
@@ -90,3 +95,50 @@ def test_without_any_way_all_three_are_named(tmp_path, monkeypatch):
 def test_split_head():
     split = Split(np.zeros((5, 2, 2, 1), np.uint8), np.arange(5))
     assert len(split.head(3)) == 3 and len(split.head(99)) == 5
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([0, 1, 2, 1], np.uint8),
+        np.array([[0], [1], [2], [1]]),
+        np.array([0.0, 1.0, 2.0, 1.0]),
+        [np.array([0]), np.array(1), 2, np.float32(1)],
+        [torch.tensor(0), torch.tensor([1]), torch.tensor(2.0), torch.tensor([1])],
+    ],
+    ids=["bytes", "column", "whole floats", "arrays of one", "tensors"],
+)
+def test_labels_of_many_forms(labels):
+    """One whole number an image, however it is wrapped."""
+    pairs = list(zip(PICTURES, labels, strict=True))
+    made = [from_datasets(pairs, pairs, pairs)]
+    if isinstance(labels, np.ndarray):
+        splits = dict.fromkeys(("train", "validation", "test"), (PICTURES, labels))
+        made.append(_image_data(*splits.values(), None, None, None, fraction_right, None))
+    for data in made:
+        assert sorted(data.train.labels.tolist()) == [0, 1, 1, 2]
+        assert data.train.labels.dtype == np.int64 and len(data.labels) == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.array([0.2, 0.7, 0.1, 0.9]), r"float64 .* 0\.2"),
+        (np.array([0, 1, np.nan, 1]), "nan"),
+        (np.eye(4, dtype=np.int64), r"int64 .*shape \(4,\)|int64 \(4, 4\)"),
+        (np.array(["a", "b", "a", "b"]), "<U1"),
+    ],
+    ids=["targets", "nan", "one-hot", "names"],
+)
+def test_labels_that_are_no_classes_are_refused(labels, words):
+    """Cast to whole numbers, the targets of a regression would all be class 0."""
+    pairs = list(zip(PICTURES, labels, strict=True))
+    with pytest.raises(UserError, match=words) as caught:
+        from_datasets(pairs, pairs, pairs)
+    messages = [str(caught.value)]
+    with pytest.raises(UserError, match=words) as caught:
+        _image_data(*[(PICTURES, labels)] * 3, None, None, None, fraction_right, None)
+    messages.append(str(caught.value))
+    with pytest.raises(UserError, match=words):
+        from_splits("own", {"train": Split(PICTURES, labels)}, None, None, None)
+    assert all("train" in m and "expected one" in m and "\n" not in m for m in messages)

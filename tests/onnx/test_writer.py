@@ -568,7 +568,7 @@ def test_bad_arguments():
     with pytest.raises(UserError, match="opset is 9"):
         to_onnx(student, (3, 8, 8), opset=9)
     with pytest.raises(UserError, match="input_shape"):
-        to_onnx(student, (3, 8))
+        to_onnx(student, (3,))
     with pytest.raises(ValueError, match="stem expects 3"):
         to_onnx(student, (4, 8, 8))
 

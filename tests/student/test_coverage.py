@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_genome
+from helpers.networks import SIZE, Prepared, check, conv, worst
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,20 +18,8 @@ from moodistill.student.builder import build_student
 from moodistill.student.context import check_graph
 from moodistill.student.evaluator import count_macs
 from moodistill.student.inherit import inherit
-from moodistill.teacher.blocks import build_layout
 from moodistill.teacher.graph import trace
-from moodistill.teacher.samples import CalibrationConfig, collect_samples
 from moodistill.testing.masked import masked_logits
-
-SIZE = 16
-
-
-def conv(inputs, outputs, kernel=3, groups=1, stride=1):
-    """A convolution with its norm."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(outputs),
-    )
 
 
 class Net(nn.Module):
@@ -233,7 +222,7 @@ class Functional(Net):
 
 
 class PickedInput(nn.Module):
-    """Scales the picture's channels one by one, as GoogLeNet does; overwrites its tensors."""
+    """Scales the image's channels one by one, as GoogLeNet does; overwrites its tensors."""
 
     def __init__(self):
         super().__init__()
@@ -258,61 +247,11 @@ NETS = [
 ]  # fmt: skip
 
 
-class Prepared:
-    """A drawn network with its graph, samples and layout."""
-
-    def __init__(self, network, size=SIZE):
-        self.network = network
-        self.images = torch.randn(6, 3, size, size)
-        with torch.no_grad():
-            for module in network.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.momentum = 1.0  # one pass sets the statistics
-                    module.weight.uniform_(0.5, 1.5)
-                    module.bias.uniform_(-0.5, 0.5)
-            network.train()(self.images)
-            for module in network.eval().modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.running_mean.add_(torch.randn(module.num_features) * 0.2)
-                    module.running_var.mul_(torch.empty(module.num_features).uniform_(0.5, 1.5))
-        self.graph = trace(network, (3, size, size))
-        config = CalibrationConfig(images=6, pixels=600)
-        self.digest, self.calibration = "", lambda count: self.images
-        self.samples = collect_samples(self.graph, self, config, None, "")
-        self.layout = build_layout(self.graph, self.samples)
-
-    def genome(self, seed, step=1):
-        """A canonical random genome without bypasses (they have no masked twin)."""
-        genome = random_genome(self.layout, np.random.default_rng(seed))
-        return canonical(self.layout, genome, step)
-
-
 @pytest.fixture(scope="module", params=NETS, ids=lambda net: net.__name__)
 def prepared(request):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         return Prepared(request.param())
-
-
-def worst(found, expected):
-    """Largest difference of logits, relative to a picture's largest."""
-    found, expected = found.detach(), expected.detach()
-    scale = expected.abs().amax(dim=1, keepdim=True).clamp_min(1e-3)
-    return float(((found - expected).abs() / scale).max())
-
-
-@torch.no_grad()
-def check(prepared, seeds):
-    widths = set()
-    for seed in seeds:
-        step = (1, 4, 8)[seed % 3]
-        genome = prepared.genome(seed, step)
-        assert (canonical(prepared.layout, genome, step) == genome).all()
-        student = build_student(prepared.graph, prepared.layout, genome)
-        expected = masked_logits(prepared.graph, prepared.layout, genome, prepared.images)
-        assert worst(student.module(prepared.images), expected) < 1e-4, seed
-        widths.add(student.parameters)
-    return widths
 
 
 def counted(network, images):
@@ -526,10 +465,6 @@ def test_side_effects_that_are_lost_are_found():
 @pytest.mark.parametrize(
     ("match", "middle", "layers"),
     [
-        ("takes apart", lambda n, x: n.g(torch.cat([n.a(x), n.b(x)], 1)),
-         {"a": conv(32, 3), "b": conv(32, 5), "g": nn.Conv2d(8, 32, 3, groups=2)}),
-        ("takes apart", lambda n, x: n.d(torch.cat([n.a(x), n.g(n.a(x))], 1)),
-         {"a": conv(32, 8), "g": nn.Conv2d(8, 16, 3, padding=1, groups=8), "d": conv(24, 32)}),
         ("batch_norm", lambda n, x: F.batch_norm(x, None, None, training=True), {}),
         ("BatchNorm2d.* without running", lambda n, x: n.n(x),
          {"n": nn.BatchNorm2d(32, track_running_stats=False)}),

@@ -81,6 +81,30 @@ def test_a_solve_that_is_not_finite_leaves_the_sliced_weights(digits, monkeypatc
         assert torch.equal(student.module.get_submodule(path).weight, before[f"{path}.weight"])
 
 
+@pytest.mark.parametrize("mode", ["student", "patches"])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e30])
+@torch.no_grad()
+def test_inputs_of_no_use_give_no_weights_of_no_use(digits, mode, broken):
+    """Where what a layer reads is not finite, or its squares are not, it stays sliced."""
+    genome = np.ones(digits.layout.length, bool)
+    for name, place in digits.layout.slices.items():
+        if name.startswith("rank/"):
+            genome[place] = False
+    genome = canonical(digits.layout, genome & narrow(digits.layout, 0.5), 1)
+    student = build_student(digits.graph, digits.layout, genome)
+    assert any(unit.rank is not None for unit in student.units)
+    before = {k: v.clone() for k, v in student.module.state_dict().items()}
+    samples = replace(digits.samples, images=digits.samples.images * broken)
+    unsolved = inherit(student, digits.graph, samples, InheritConfig(mode))
+    for unit in student.units:
+        for path in filter(None, (unit.target, unit.expand)):
+            weight = student.module.get_submodule(path).weight
+            assert torch.isfinite(weight).all(), path
+            if unit.target in unsolved:
+                assert torch.equal(weight, before[f"{path}.weight"])
+    assert unsolved
+
+
 def test_recalibration_alone_helps_at_three_quarters(digits, reached):
     genome = narrow(digits.layout, 0.75)
     plain = build_student(digits.graph, digits.layout, genome)

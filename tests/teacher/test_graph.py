@@ -13,6 +13,8 @@ from moodistill.errors import UserError
 from moodistill.teacher.graph import trace
 
 SHAPE = (3, 8, 8)
+# Their job is to find a problem by its name, or to try the statistics of well-known data.
+PROBLEM_FILES = ("task.py", "weights.py", "preparations.py")
 
 
 class Net(nn.Module):
@@ -51,17 +53,13 @@ def kinds(graph):
     ("name", "middle", "modules"),
     [
         ("sort", lambda net, x: torch.sort(x)[0], {}),
-        (
-            "PixelShuffle",
-            lambda net, x: net.back(net.odd(x)),
-            {
-                "odd": nn.PixelShuffle(2),
-                "back": nn.Conv2d(2, 8, 1),
-            },
-        ),
         ("Softmax", lambda net, x: net.odd(x), {"odd": nn.Softmax(dim=1)}),
         ("ConvTranspose2d", lambda net, x: net.odd(x), {"odd": nn.ConvTranspose2d(8, 8, 1)}),
-        ("InstanceNorm2d", lambda net, x: net.odd(x), {"odd": nn.InstanceNorm2d(8)}),
+        (
+            "InstanceNorm2d",
+            lambda net, x: net.odd(x),
+            {"odd": nn.InstanceNorm2d(8, track_running_stats=True)},
+        ),
         ("permute", lambda net, x: x.permute(0, 1, 3, 2), {}),
         ("mean", lambda net, x: x.mean(1, keepdim=True) + x, {}),
         ("mean", lambda net, x: x.mean(2, keepdim=True) + x, {}),
@@ -82,7 +80,6 @@ def test_an_unknown_operation_is_refused_by_name(name, middle, modules):
 @pytest.mark.parametrize(
     ("match", "odd"),
     [
-        ("odd: padding_mode 'reflect'", nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")),
         (r"odd: Linear on a tensor of shape \(8, 8, 8\)", nn.Linear(8, 8)),
     ],
 )
@@ -101,7 +98,7 @@ def test_a_norm_behind_a_flatten_is_refused():
 
 
 class TwoInputs(Net):
-    """Takes a second picture."""
+    """Takes a second image."""
 
     def forward(self, x, other):
         return super().forward(x) + super().forward(other)
@@ -114,10 +111,13 @@ class Optional(Net):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(("net", "match"), [(TwoInputs(), "other"), (Optional(), "factor")])
-def test_a_second_input_is_refused(net, match):
-    with pytest.raises(UserError, match=match):
-        trace(net, SHAPE)
+def test_a_second_input_is_refused():
+    with pytest.raises(UserError, match="second input 'other'.*wrapper"):
+        trace(TwoInputs(), SHAPE)
+
+
+def test_an_optional_argument_keeps_its_default():
+    assert [step.kind for step in trace(Optional(), SHAPE).steps].count("input") == 1
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_second_input_is_refused(net, match):
     [
         lambda net, x: net.stem(x),
         lambda net, x: (net.head(net.pool(net.stem(x)).flatten(1)), x),
-        lambda net, x: {"logits": net.head(net.pool(net.stem(x)).flatten(1))},
+        lambda net, x: {"scores": net.head(net.pool(net.stem(x)).flatten(1))},
         lambda net, x: None,
     ],
 )
@@ -139,7 +139,7 @@ def test_attention_is_refused_by_name():
         lambda net, x: net.last(net.odd(x.flatten(2), x.flatten(2), x.flatten(2))[0]),
         odd=nn.MultiheadAttention(64, 2), last=nn.Linear(64, 4),
     )  # fmt: skip
-    with pytest.raises(UserError, match="MultiheadAttention .*transformers are not"):
+    with pytest.raises(UserError, match="not one tensor of logits.*MultiheadAttention"):
         trace(net, SHAPE)
 
 
@@ -165,14 +165,14 @@ def test_a_wrong_input_shape_is_refused(capfd):
 
 
 def test_a_view_across_pictures_is_refused():
-    """Only the flatten of one picture keeps channels apart."""
+    """Only the flatten of one image keeps channels apart."""
     with pytest.raises(UserError, match="reshape"):
         trace(Shared(lambda net, x: net.head(net.stem(x).reshape(-1, 8))), SHAPE)
 
 
 @pytest.mark.parametrize("name", ["input", "output", "add", "x", "relu", "flatten"])
 def test_any_name_of_a_layer_will_do(name):
-    """Names of modules, of traced operations and of the picture do not get mixed up."""
+    """Names of modules, of traced operations and of the image do not get mixed up."""
 
     def forward(net, x):
         x = F.relu(net.stem(x))
@@ -237,29 +237,16 @@ def test_the_shipped_teachers(digits, vgg16, resnet18):
     assert counts == [(10, 2), (15, 0), (21, 8)]
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "graph",
-        "genome",
-        "resolve",
-        "student",
-        "parts",
-        "layout",
-        "inherit",
-        "statistics",
-        "tracing",
-        "rearrange",
-        "channels",
-        "operations",
-        "reader",
-        "slicing",
-        "tensors",
-    ],
-)
-def test_no_architecture_is_named(module):
+@pytest.mark.parametrize("room", ["genome", "student", "teacher"])
+def test_no_architecture_is_named(room):
     """General rules only: no name of an architecture, of its layers or of a problem in code."""
-    path = Path(moodistill.__file__).parent / f"{module}.py"
+    files = sorted((Path(moodistill.__file__).parent / room).glob("*.py"))
+    found = {path.name: named_words(path) for path in files if path.name not in PROBLEM_FILES}
+    assert len(found) > 3 and not any(found.values()), found
+
+
+def named_words(path):
+    """Words in a module's code, but for docstrings, that name what no general rule should."""
     tree = ast.parse(path.read_text())
     words = []
     docstrings = set()
@@ -280,6 +267,5 @@ def test_no_architecture_is_named(module):
             words.append(node.name)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             words += [node.value] if id(node) not in docstrings else []
-    assert len(words) > 100
     named = ("vgg", "resnet", "digits", "cifar", "downsample", "classifier", "shortcut", "problems")
-    assert not [w for w in words for name in named if name in w.lower()]
+    return [w for w in words for name in named if name in w.lower()]
