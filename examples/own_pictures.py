@@ -1,4 +1,4 @@
-"""Your own network and your own pictures, from Python: about three minutes on two cores.
+"""Your own network and your own images, from Python: about three minutes on two cores.
 
 python examples/own_pictures.py --out results/own
 

@@ -93,7 +93,7 @@ class RunStudent:
         opset: int | None = None,
         batch: int | None = None,
     ) -> Path:
-        """Write a folder that can be shipped; returns the path of its `model.onnx`.
+        """Write a bundle; returns the path of its `model.onnx`.
 
         Args:
             out: the folder.
@@ -101,7 +101,7 @@ class RunStudent:
             softmax: probabilities instead of logits.
             int8: quantise, if that is faster on the run's device.
             opset: of the file; None for the lowest that its operations need.
-            batch: pictures that the file takes at once; None leaves that free.
+            batch: images that the file takes at once; None leaves that free.
 
         Raises:
             UserError: if the file does not pass the comparison with torch, or INT8 is no gain.
@@ -203,7 +203,7 @@ def search(
 
     Args:
         teacher: a trained network, traceable by `torch.fx`; it is not changed.
-        train, validation, test: map-style datasets of `(picture, label)` (see
+        train, validation, test: map-style datasets of `(image, label)` (see
             `own_data.from_datasets`), or pairs of a uint8 array `(N, H, W, C)` and labels `(N,)`.
             `train` calibrates and distils, `validation` scores and chooses, `test` chooses
             nothing (None takes half of `validation` for it). Or `train` alone: an `ImageData`, as
@@ -216,9 +216,9 @@ def search(
             measures them on `train`.
         metric: `(logits (n, classes), labels (n,)) -> [0, 1]`, larger is better, in place of
             accuracy everywhere.
-        preparation: how the datasets prepare the pictures of files; None reads it from
+        preparation: how the datasets prepare the images of files; None reads it from
             torchvision's transforms (see `from_datasets`). Where it is not known, a shipped
-            `run.py` takes pictures of exactly the input's size alone.
+            `run.py` takes images of exactly the input's size alone.
         preset: `quick` (the default of a new run), `standard` or `thorough`; the next three replace
             its numbers.
         generations, finalists, distill_steps: of the search and of its finalists.
@@ -227,7 +227,7 @@ def search(
         objectives: `accuracy` and some of `parameters`, `latency`, `macs`, `size`, `memory` (the
             first three).
         algorithm: `nsga2` (default), `nsga3` or `sms`.
-        screen: offspring bred for each one scored (24; 1: no screening).
+        screen: a surrogate pre-selects 1 in this many offspring (24); 1 disables it.
         connections: kinds that are searched, of `kernels`, `ranks`, `merges`, `bypasses` and
             `blocks` (`merges` and `bypasses`).
         simd_step: channels per SIMD block; None probes this device.
@@ -235,7 +235,7 @@ def search(
         latency: threads, batch and execution provider.
         int8: whether and when finalists get an INT8 twin.
         rules: layers to leave alone, and bounds of widths.
-        flip: whether finalists are distilled on mirrored pictures, too (yes); not for text.
+        flip: whether finalists are distilled on mirrored images, too (yes); not for text.
         progress: `auto`, `plain`, `json` or `quiet`.
 
     Raises:

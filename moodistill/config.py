@@ -105,7 +105,7 @@ class RunConfig:
 
     @staticmethod
     def read(folder: Path) -> RunConfig:
-        """That of a run in a folder, whose own pictures are cut as the run has cut them.
+        """That of a run in a folder, whose own images are cut as the run has cut them.
 
         Raises:
             UserError: if the folder is no run, or its `run.json` is damaged.
@@ -141,7 +141,7 @@ def new_config(
     Args:
         model: a problem's name or file, or where the builder of an `own` teacher is.
         settings: whatever is None in them is that of `base`, or of the preset.
-        own: weights and pictures of a teacher that no problem file describes.
+        own: weights and images of a teacher that no problem file describes.
         base: of a run that is started anew, else the defaults.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from moodistill.errors import UserError
 from moodistill.io.fields import convert
 
-NETWORK = "what to search in"
+NETWORK = "network and data"
 BUDGET = "budget"
 GOALS = "objectives and limits"
 LAYERS = "layers"
@@ -99,53 +99,58 @@ class Settings:
 
     model: str | None = _setting(NETWORK, "a problem's name (vgg16, resnet18, digits) or file")
     teacher: str | None = _setting(
-        NETWORK, "what builds your own network, in place of a model", metavar="MODULE:CALLABLE"
+        NETWORK,
+        "function that builds your own network, in place of a model",
+        metavar="MODULE:CALLABLE",
     )
     weights: Path | None = _setting(
         NETWORK, "the teacher's weights (.safetensors, or .pt of a state dict)", "places.weights"
     )
     data: Path | None = _setting(
-        NETWORK, "your own pictures, one folder a class", "own.data", metavar="FOLDER"
+        NETWORK, "your own images, one folder per class", "own.data", metavar="FOLDER"
     )
     size: tuple[int, ...] | None = _setting(
-        NETWORK, "of your own pictures in pixels: one number, or height and width", "own.size",
+        NETWORK, "size of your own images in pixels: one number, or height and width", "own.size",
         (32, 32), least=1,
     )  # fmt: skip
     channels: int | None = _setting(
-        NETWORK, "of your own pictures: 3 (RGB), 1 or 4", "own.channels", 3
+        NETWORK, "channels of your own images: 3 (RGB), 1 or 4", "own.channels", 3
     )
     resize: str | None = _setting(
-        NETWORK, "how your own pictures are brought to that size: squash, crop or letterbox",
+        NETWORK, "how your own images are brought to that size: squash, crop or letterbox",
         "own.resize", "squash",
     )  # fmt: skip
     shorter_side: int | None = _setting(
-        NETWORK, "of a picture before its centre is cropped, in pixels", "own.shorter_side",
-        "the size", least=1,
+        NETWORK, "shorter side of an image before its centre is cropped, in pixels",
+        "own.shorter_side", "the size", least=1,
     )  # fmt: skip
     fill: int | None = _setting(NETWORK, "value of a letterbox's borders", "own.fill", 0)
     interpolation: str | None = _setting(
-        NETWORK, "nearest, box, bilinear, hamming, bicubic or lanczos", "own.interpolation",
+        NETWORK, "one of nearest, box, bilinear, hamming, bicubic, lanczos", "own.interpolation",
         "bilinear",
     )  # fmt: skip
     channel_order: str | None = _setting(
-        NETWORK, "of your own pictures: RGB, or BGR as OpenCV reads them", "own.channel_order",
+        NETWORK, "RGB, or BGR as OpenCV reads images", "own.channel_order",
         "RGB",
     )  # fmt: skip
     exif: bool | None = _setting(
-        NETWORK, "turn your own pictures as their EXIF tag says", "own.exif", True
+        NETWORK, "turn your own images as their EXIF tag says", "own.exif", True
     )
     mean: tuple[float, ...] | None = _setting(
-        NETWORK, "of pixels in [0, 1], as the teacher was trained with", "own.mean", "measured"
+        NETWORK,
+        "channel means of pixels in [0, 1], as in the teacher's training",
+        "own.mean",
+        "measured",
     )
     std: tuple[float, ...] | None = _setting(
-        NETWORK, "of pixels in [0, 1], as the teacher was trained with", "own.std", "measured"
+        NETWORK, "standard deviations of pixels in [0, 1], likewise", "own.std", "measured"
     )
     weights_key: str | None = _setting(
-        NETWORK, "which weights to take of a file that holds several; an average if not given",
+        NETWORK, "which weights of a file that holds several; an average (EMA) if not given",
         "own.weights_key", metavar="KEY",
     )  # fmt: skip
     expect_accuracy: float | None = _setting(
-        NETWORK, "refuse a teacher that falls short of it by more than 0.02, a fraction",
+        NETWORK, "refuse a teacher whose accuracy is more than 0.02 below this fraction",
         "places.expected_accuracy", metavar="FRACTION",
     )  # fmt: skip
     data_dir: Path | None = _setting(
@@ -153,42 +158,44 @@ class Settings:
     )
     preset: str | None = _setting(BUDGET, "quick, standard or thorough", "preset", "quick")
     population: int | None = _setting(
-        BUDGET, "students a generation", "search.population", 32, least=1
+        BUDGET, "students per generation", "search.population", 32, least=1
     )
     generations: int | None = _setting(
-        BUDGET, "of the search", "search.generations", "the preset's", least=1
+        BUDGET, "generations of the search", "search.generations", "the preset's", least=1
     )
     finalists: int | None = _setting(
         BUDGET, "students that are distilled and exported", "finalists", "the preset's", least=1
     )
     distill_steps: int | None = _setting(
-        BUDGET, "of 64 images, for each finalist", "distill.steps", "the preset's", least=1
+        BUDGET,
+        "training steps of 64 images for each finalist",
+        "distill.steps",
+        "the preset's",
+        least=1,
     )
     screen: int | None = _setting(
-        BUDGET, "offspring bred for each one scored, a model chooses; 1: no screening",
-        "search.screen", 24,
+        BUDGET, "a surrogate pre-selects 1 in N offspring; 1 disables it",
+        "search.screen", 24, metavar="N",
     )  # fmt: skip
-    seed: int | None = _setting(BUDGET, "of the search", "search.seed", 0)
+    seed: int | None = _setting(BUDGET, "random seed of the search", "search.seed", 0)
     flip: bool | None = _setting(
-        BUDGET, "whether finalists are distilled on mirrored pictures, too", "distill.flip",
+        BUDGET, "distil finalists on mirrored images, too", "distill.flip",
         "as a problem's teacher was trained, else yes",
     )  # fmt: skip
     objectives: tuple[str, ...] | None = _setting(
         GOALS, "accuracy and some of parameters, latency, macs, size, memory",
         "search.objectives", ("accuracy", "parameters", "latency"), metavar="NAME,NAME",
     )  # fmt: skip
-    algorithm: str | None = _setting(
-        GOALS, "nsga2, nsga3 or sms, all pymoo's", "search.algorithm", "nsga2"
-    )
+    algorithm: str | None = _setting(GOALS, "nsga2, nsga3 or sms", "search.algorithm", "nsga2")
     min_accuracy: float | None = _setting(
-        GOALS, "hard limit, a fraction, before distillation", "search.limits.min_accuracy",
-        "two fifths of the way from chance to the teacher",
+        GOALS, "hard limit, a fraction, of students before distillation",
+        "search.limits.min_accuracy", "two fifths of the way from chance to the teacher",
     )  # fmt: skip
     max_latency_ms: float | None = _setting(
-        GOALS, "hard limit, measured", "search.limits.max_latency_ms"
+        GOALS, "hard limit, measured in ONNX Runtime", "search.limits.max_latency_ms"
     )
     max_parameters: float | None = _setting(
-        GOALS, "hard limit, of the student", "search.limits.max_parameters",
+        GOALS, "hard limit, parameters of the student", "search.limits.max_parameters",
         flags=("--max-parameters", "--max-params"),
     )  # fmt: skip
     max_macs: float | None = _setting(
@@ -202,33 +209,41 @@ class Settings:
         "search.limits.max_memory_bytes",
     )  # fmt: skip
     connections: tuple[str, ...] | None = _setting(
-        LAYERS, "kinds that are searched, of kernels, ranks, merges, bypasses, blocks; or none",
+        LAYERS, "kinds to search: some of kernels, ranks, merges, bypasses, blocks; or none",
         "search.connections", ("merges", "bypasses"), metavar="KIND,KIND",
     )  # fmt: skip
     keep: tuple[str, ...] | None = _setting(
-        LAYERS, "leave this layer alone", "rules.keep", metavar="LAYER", repeated=True
+        LAYERS,
+        "keep all outputs and connections of this layer",
+        "rules.keep",
+        metavar="LAYER",
+        repeated=True,
     )
     opaque: tuple[str, ...] | None = _setting(
-        LAYERS, "leave this module as it is and do not look into it", "rules.opaque",
+        LAYERS, "leave this module whole: it is not traced, every student has it", "rules.opaque",
         metavar="MODULE", repeated=True,
     )  # fmt: skip
     min_width: dict[str, int] | None = _setting(
-        LAYERS, "least outputs that a layer keeps", "rules.least", metavar="LAYER=N", repeated=True
-    )
+        LAYERS, "smallest number of outputs of a layer", "rules.least", metavar="LAYER=N",
+        repeated=True,
+    )  # fmt: skip
     max_width: dict[str, int] | None = _setting(
-        LAYERS, "most outputs that a layer keeps", "rules.most", metavar="LAYER=N", repeated=True
-    )
+        LAYERS, "largest number of outputs of a layer", "rules.most", metavar="LAYER=N",
+        repeated=True,
+    )  # fmt: skip
     simd_step: int | None = _setting(
         LAYERS, "channels per SIMD block; widths are whole blocks", "search.simd_step",
         "probed on this device", least=1,
     )  # fmt: skip
-    threads: int | None = _setting(LATENCY, "of ONNX Runtime", "latency.threads", 1, least=1)
-    batch: int | None = _setting(LATENCY, "images a latency is of", "latency.batch", 1, least=1)
+    threads: int | None = _setting(
+        LATENCY, "threads of ONNX Runtime", "latency.threads", 1, least=1
+    )
+    batch: int | None = _setting(LATENCY, "images per timed call", "latency.batch", 1, least=1)
     provider: str | None = _setting(
         LATENCY, "execution provider of ONNX Runtime", "latency.provider", "CPUExecutionProvider"
     )
     int8_twins: bool | None = _setting(
-        INT8, "whether finalists get an INT8 twin", "int8.wanted", True,
+        INT8, "make an INT8 twin of each finalist", "int8.wanted", True,
         flags=("--int8",),
     )  # fmt: skip
     int8_max_loss: float | None = _setting(
@@ -237,10 +252,12 @@ class Settings:
     )  # fmt: skip
     out: Path | None = _setting(OUTPUT, "new run folder", default="results/<model>-<time>")
     progress: str | None = _setting(
-        OUTPUT, "auto (live in a terminal, else plain), plain, json (one object a line, for "
+        OUTPUT, "auto (live in a terminal, else plain), plain, json (one object per line, for "
         "logs) or quiet (the result only)", default="auto", metavar="HOW",
     )  # fmt: skip
-    tensorboard: Path | None = _setting(OUTPUT, "curves for TensorBoard (extra)", metavar="DIR")
+    tensorboard: Path | None = _setting(
+        OUTPUT, "write curves for TensorBoard to this folder (extra: tensorboard)", metavar="DIR"
+    )
     torch_threads: int | None = _setting(
         MACHINES, "threads for everything but latency", "places.threads", least=1
     )
@@ -251,21 +268,29 @@ class Settings:
         MACHINES, "a Dask scheduler, tcp://host:port", "cluster.scheduler", metavar="ADDRESS"
     )
     latency_on: tuple[str, ...] | None = _setting(
-        MACHINES, "devices that are timed; the first one's latency is the objective",
+        MACHINES, "devices to time on; the latency on the first is the objective",
         "cluster.latency_on", metavar="NAME,...",
     )  # fmt: skip
     worst_latency: bool | None = _setting(
         MACHINES, "the objective is the largest latency over all devices", "cluster.worst_latency",
         False,
     )  # fmt: skip
-    tls_ca: Path | None = _setting(MACHINES, "certificates", "cluster.tls_ca", metavar="PEM")
-    tls_cert: Path | None = _setting(MACHINES, "certificate", "cluster.tls_cert", metavar="PEM")
-    tls_key: Path | None = _setting(MACHINES, "its key", "cluster.tls_key", metavar="PEM")
+    tls_ca: Path | None = _setting(
+        MACHINES, "certificate authority", "cluster.tls_ca", metavar="PEM"
+    )
+    tls_cert: Path | None = _setting(
+        MACHINES, "certificate of this machine", "cluster.tls_cert", metavar="PEM"
+    )
+    tls_key: Path | None = _setting(
+        MACHINES, "private key of this machine", "cluster.tls_key", metavar="PEM"
+    )
     patience: float | None = _setting(
-        MACHINES, "how long there may be no worker before the run stops", "cluster.patience_s",
+        MACHINES, "seconds without any worker after which the run stops", "cluster.patience_s",
         60.0, metavar="SECONDS",
     )  # fmt: skip
-    wait: bool | None = _setting(MACHINES, "say so then, and wait for one", "cluster.wait", False)
+    wait: bool | None = _setting(
+        MACHINES, "report it and wait for a worker instead of stopping", "cluster.wait", False
+    )
 
     def __post_init__(self) -> None:
         """Refuse numbers that are too small to mean anything."""

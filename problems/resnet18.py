@@ -10,7 +10,7 @@ from moodistill.teacher.task import Task, TrainConfig
 
 
 def build() -> nn.Module:
-    """torchvision's ResNet18 with a stem for 32x32 pictures."""
+    """torchvision's ResNet18 with a stem for 32x32 images."""
     model = resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()

@@ -12,7 +12,7 @@ from moodistill.teacher.task import Task, TrainConfig
 def build() -> nn.Module:
     """torchvision's features, then 512 -> 512 -> BN -> ReLU -> 10."""
     model = vgg16_bn(num_classes=10)
-    # Rounding up changes nothing at 32x32; it lets the teacher train on smaller pictures first.
+    # Rounding up changes nothing at 32x32; it lets the teacher train on smaller images first.
     model.features[43].ceil_mode = True
     model.avgpool = nn.AdaptiveAvgPool2d(1)
     model.classifier = nn.Sequential(

@@ -129,7 +129,7 @@ def draw(network, images):
 
 
 def takes(network, size):
-    """Whether a network takes pictures of this size."""
+    """Whether a network takes images of this size."""
     try:
         network.eval()(torch.zeros(1, 3, size, size))
     except Exception:  # whatever its code raises
@@ -236,7 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("networks", nargs="*", help="names; default: all of torchvision's")
     parser.add_argument("--timm", action="store_true", help="the names are timm's")
-    parser.add_argument("--size", type=int, default=64, help="height and width of the pictures")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
     parser.add_argument("--no-latency", action="store_true")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     arguments = parser.parse_args()

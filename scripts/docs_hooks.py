@@ -50,7 +50,9 @@ def commands() -> str:
 
 def rooms() -> str:
     """Every package and module of moodistill, for mkdocstrings; without what `api.md` shows."""
-    public = re.findall(r"^::: ([\w.]+)\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    public = re.findall(
+        r"^::: ([\w.]+)\.(\w+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     lines = []
     for path in sorted((ROOT / "moodistill").glob("*/__init__.py")):
         room = path.parent.name
@@ -81,7 +83,7 @@ def on_files(files: Any, config: Any) -> Any:
 
     found = set()
     for page in files.documentation_pages():
-        found |= set(OUTSIDE.findall(Path(page.abs_src_path).read_text()))
+        found |= set(OUTSIDE.findall(Path(page.abs_src_path).read_text(encoding="utf-8")))
     for name in sorted(found):
         files.append(File.generated(config, f"outside/{name}", abs_src_path=str(ROOT / name)))
     return files

@@ -39,14 +39,14 @@ def write_package(
     device: Mapping[str, Any],
     options: ShipOptions | None = None,
 ) -> None:
-    """Complete `folder`, which holds `model.onnx`, into one that can be shipped.
+    """Complete `folder`, which holds `model.onnx`, into a bundle.
 
     Its `run.py` is run on some of the data's files first and must give the answers of the search.
 
     Args:
         folder: written into; `manifest.json` comes last.
         row, teacher: what was measured of the student and of its teacher.
-        data: labels, normalisation, the sample picture (the first of `validation`).
+        data: labels, normalisation, the sample image (the first of `validation`).
         origin: task, teacher and genome.
         device: fingerprint of the device that the latency was measured on.
         options: those that `model.onnx` was written with.
@@ -83,7 +83,7 @@ def write_package(
             "preparation": data.preparation.settings() if data.preparation else None,
             "prepared": data.preparation.describe(data.input_shape[0])
             if data.preparation
-            else "not known: give pictures of exactly the input's size, made as for training",
+            else "not known: give images of exactly the input's size, made as for training",
             "mean": list(data.mean),
             "std": list(data.std),
         },
@@ -183,20 +183,20 @@ test images chose nothing. Latency: ONNX Runtime {device["onnxruntime"]}, {devic
 
 - Input `{entry["name"]}`: {entry["colour"]}, {entry["layout"]}, ({entry["batch"] or "batch"}, \
 {", ".join(map(str, entry["shape"]))}), {kind}.
-- Pictures are prepared: {entry["prepared"]}.
+- Images are prepared: {entry["prepared"]}.
 - Output `{manifest["output"]}`: ({entry["batch"] or "batch"}, {len(manifest["labels"])}): \
 {", ".join(manifest["labels"])}.
 - ONNX opset {manifest["opset"]}, IR version {manifest["ir_version"]}.
 
-`python run.py` classifies the sample picture and compares with the expected answer; it needs numpy
-and onnxruntime alone. `python run.py PICTURE` prepares and classifies pictures of yours (with
+`python run.py` classifies the sample image and compares with the expected answer; it needs numpy
+and onnxruntime alone. `python run.py IMAGE` prepares and classifies images of yours (with
 Pillow). {tried}`manifest.json` holds the SHA-256 of every file; `moodistill verify FOLDER` checks
 them.
 
-Limits: it knows the classes above and pictures like those it was trained on, nothing else.
+Limits: it knows the classes above and images like those it was trained on, nothing else.
 """
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a shipped folder, whatever it holds; `verify` checks it."""
+    """The manifest of a bundle, whatever it holds; `verify` checks it."""
     return parse_json((folder / MANIFEST).read_bytes(), dict[str, Any])

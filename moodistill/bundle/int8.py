@@ -92,7 +92,7 @@ def quantise_student(
         folder: of the twin.
         device: fingerprint of the target, which decides the types.
         config: what it may lose.
-        options: how the file takes pictures.
+        options: how the file takes images.
     """
     digest = hashlib.sha256(bare).hexdigest()
     found = read_int8(folder)

@@ -1,4 +1,4 @@
-"""The ONNX file as it is shipped: preprocessing inside, labels and origin in its metadata."""
+"""The ONNX file as a bundle holds it: preprocessing inside, labels and origin in its metadata."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INPUTS = ("uint8", "float32", "normalised")
 
 @dataclass(frozen=True)
 class ShipOptions:
-    """How a shipped model takes pictures and gives its answer.
+    """How a bundle's model takes images and gives its answer.
 
     Attributes:
         input: `uint8` or `float32` pixels from 0 to 255 with the normalisation inside the graph, or
@@ -54,11 +54,11 @@ def shipped_model(
     options: ShipOptions,
     properties: Mapping[str, str],
 ) -> bytes:
-    """A bare model (one float input, logits) as it is shipped; the same arguments, the same bytes.
+    """A bare model (one float input, logits) as a bundle holds it; deterministic.
 
     Args:
         model: an ONNX file of ours, float or INT8.
-        mean, std: of each channel of pictures scaled to [0, 1].
+        mean, std: of each channel of images scaled to [0, 1].
         options: what the graph takes and gives.
         properties: written into `metadata_props`.
     """
@@ -150,7 +150,7 @@ def colour(data: ImageData) -> str:
 
 
 def properties(data: ImageData, origin: Origin, options: ShipOptions) -> dict[str, str]:
-    """The `metadata_props` of a shipped model."""
+    """The `metadata_props` of a bundle's model."""
     inside = options.input != "normalised"
     return {
         "labels": json.dumps(data.labels),

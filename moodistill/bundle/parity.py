@@ -16,7 +16,7 @@ from moodistill.io.atomic import write_atomic
 from moodistill.onnx.runtime import outputs
 from moodistill.onnx.writer import to_onnx
 
-OPSET = 17  # that students are written in; the shipped file is stamped with the lowest
+OPSET = 17  # that students are written in; a bundle's file is stamped with the lowest
 MAX_LOGIT_DIFFERENCE = 1e-3
 COMPARED = 100  # images at once, fewer if they are large
 
@@ -60,7 +60,7 @@ def checked_onnx(
     options: ShipOptions | None = None,
     images: int = 1000,
 ) -> tuple[bytes, Parity]:
-    """The shipped model, if ONNX Runtime agrees with torch on held-out images.
+    """The bundle's model, if ONNX Runtime agrees with torch on held-out images.
 
     Raises:
         UserError: if it does not.

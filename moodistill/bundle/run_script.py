@@ -1,8 +1,8 @@
-"""Classify pictures with the model.onnx beside this file; needs numpy and onnxruntime alone.
+"""Classify images with the model.onnx beside this file; needs numpy and onnxruntime alone.
 
-python run.py                  runs the sample picture and compares it with the expected answer
-python run.py PICTURE ...      any pictures if Pillow is there, or .npy arrays of pixels (H, W, C)
-python run.py --json PICTURE   one JSON object a line with all values of the answer
+python run.py                  runs the sample image and compares it with the expected answer
+python run.py IMAGE ...        any images if Pillow is there, or .npy arrays of pixels (H, W, C)
+python run.py --json IMAGE     one JSON object a line with all values of the answer
 """
 
 import json
@@ -37,7 +37,7 @@ def load(path, entry):
 
 
 def picture(path, entry):
-    """Pixels `(H, W, C)` of a picture's file."""
+    """Pixels `(H, W, C)` of an image's file."""
     from moodistill.data.pixels import read_picture
 
     channels, height, width = entry["shape"]
@@ -45,14 +45,14 @@ def picture(path, entry):
     try:
         pixels, seen = read_picture(path, channels, settings)
     except ImportError:
-        sys.exit(f"error: {path}: install Pillow to read pictures, or give a .npy array")
+        sys.exit(f"error: {path}: install Pillow to read images, or give a .npy array")
     except Exception as error:  # Pillow raises what it likes at damaged files
-        sys.exit(f"error: {path} is no readable picture ({error})")
+        sys.exit(f"error: {path} is no readable image ({error})")
     if settings is None:
         if pixels.shape[:2] != (height, width):
             sys.exit(
                 f"error: {path} is {pixels.shape[0]} x {pixels.shape[1]} pixels, expected exactly "
-                f"{height} x {width} (height x width): how pictures of other sizes were prepared "
+                f"{height} x {width} (height x width): how images of other sizes were prepared "
                 "for this model is not known; prepare it as the training data were"
             )
         if seen["tagged"]:
@@ -61,7 +61,7 @@ def picture(path, entry):
 
 
 def main():
-    """Print one line for each picture; exit code 1 if the sample's answer is not the expected."""
+    """Print one line for each image; exit code 1 if the sample's answer is not the expected."""
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack the letters of a label
         sys.stdout.reconfigure(errors="backslashreplace")
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))

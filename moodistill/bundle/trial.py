@@ -1,4 +1,4 @@
-"""The shipped `run.py`: its text, and its answers to original files before a folder ships."""
+"""A bundle's `run.py`: its text, and its answers to original files before a folder ships."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def script_text() -> str:
     script = Path(run_script.__file__).read_text(encoding="utf-8")
     _, _, code = Path(pixels.__file__).read_text(encoding="utf-8").partition("import numpy as np\n")
     assert script.count(IMPORT) == script.count(LAST) == 1 and code
-    whole = f"{LAST}\n# How the search reads pictures.\n{code}\n# What this script does with them."
+    whole = f"{LAST}\n# How the search reads images.\n{code}\n# What this script does with them."
     return script.replace(IMPORT, "").replace(LAST, whole)
 
 
@@ -39,7 +39,7 @@ def try_run_script(folder: Path, data: ImageData, model: bytes, output: str) -> 
 
     Args:
         folder: with `run.py`, `model.onnx`, `manifest.json` and the sample.
-        data: pictures, and their files where those are known.
+        data: images, and their files where those are known.
         model: the folder's.
         output: name of the answer's values.
 
@@ -64,7 +64,7 @@ def try_run_script(folder: Path, data: ImageData, model: bytes, output: str) -> 
     )  # fmt: skip
     if done.returncode != 0:
         raise UserError(
-            f"the folder was not written: its run.py fails on the data's own pictures "
+            f"the folder was not written: its run.py fails on the data's own images "
             f"({' '.join(done.stderr.split())[-300:]})"
         )
     for file, line, answer in zip(files, done.stdout.splitlines(), expected, strict=True):
@@ -80,7 +80,7 @@ def try_run_script(folder: Path, data: ImageData, model: bytes, output: str) -> 
 
 
 def _unchanged(data: ImageData) -> Split:
-    """Some validation pictures whose files still give the same pixels."""
+    """Some validation images whose files still give the same pixels."""
     split = data.validation
     chosen: list[int] = []
     if split.files and data.preparation is not None:

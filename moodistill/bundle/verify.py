@@ -1,4 +1,4 @@
-"""Whether a shipped folder is whole, and an ONNX file safe to open."""
+"""Whether a bundle is whole, and an ONNX file safe to open."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def checked_onnx(path: Path) -> bytes:
 
 
 def verify_package(folder: Path) -> Verified:
-    """Check a shipped folder against its manifest, and its sample against the expected answer.
+    """Check a bundle against its manifest, and its sample against the expected answer.
 
     Raises:
         UserError: names the first file that disagrees.
@@ -97,7 +97,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{folder} is no shipped folder: expected {MANIFEST} in it; name one that export wrote"
+            f"{folder} is no bundle: expected {MANIFEST} in it; name one that export wrote"
         )
     try:
         manifest = read_manifest(folder)

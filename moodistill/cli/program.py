@@ -53,7 +53,7 @@ COMMANDS: dict[str, Command] = {
         "run_nsga.py",
     ),
     "resume": Command(
-        "carry on a run, finished or not",
+        "resume or extend a run",
         cli_run.resume_arguments,
         cli_run.resume_command,
         ("results/mine --preset standard", "results/mine --student s0123 --distill-steps 10000"),
@@ -66,26 +66,26 @@ COMMANDS: dict[str, Command] = {
         "choose.py",
     ),
     "export": Command(
-        "write a student's ONNX file",
+        "export a student as a bundle: its ONNX file and what runs it",
         cli_results.export_arguments,
         cli_results.export_command,
         ("results/mine s0042 --out my_student",),
         "export_onnx.py",
     ),
     "report": Command(
-        "write report.html, also of a run that goes on",
+        "write report.html, also while the run is going on",
         cli_results.report_arguments,
         cli_results.report_command,
         ("results/mine --watch",),
     ),
     "verify": Command(
-        "check a shipped folder",
+        "check an exported bundle",
         cli_results.verify_arguments,
         cli_results.verify_command,
         ("my_student",),
     ),
     "clean": Command(
-        "free what can be made again",
+        "delete files that can be recomputed",
         cli_results.clean_arguments,
         cli_results.clean_command,
         ("results/mine --cache",),
@@ -161,7 +161,7 @@ def _message(error: UserError) -> str:
     """In the words of the command line: settings by their options, and how to carry on."""
     message = with_flags(str(error))
     if isinstance(error, UnfinishedRun):
-        message += f"; carry on with --resume {shlex.quote(str(error.folder))}"
+        message += f"; continue with --resume {shlex.quote(str(error.folder))}"
     return message
 
 

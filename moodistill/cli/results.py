@@ -69,17 +69,17 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `export`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("student", metavar="STUDENT", help="a student's id from pareto.csv")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--weights", type=Path, help="the teacher's, if the run was given others")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--data-dir", type=Path, help="folder of a problem's data")
+    parser.add_argument("--weights", type=Path, help="the teacher's weights, if the run had others")
     parser.add_argument("--softmax", action="store_true", help="probabilities instead of logits")
     parser.add_argument("--int8", action="store_true", help="quantised, if that is faster here")
     parser.add_argument(
-        "--opset", type=int, help="of the ONNX file (default: the lowest that it needs)"
+        "--opset", type=int, help="opset of the ONNX file (default: the lowest that it needs)"
     )
     parser.add_argument(
         "--fixed-batch", type=int, metavar="N",
-        help="a file that takes N pictures at once, no other number, as some converters want",
+        help="a file that takes N images at once, no other number, as some converters want",
     )  # fmt: skip
     entry = parser.add_mutually_exclusive_group()
     entry.add_argument("--float32", action="store_true", help="take 0-255 pixels as float32")
@@ -89,7 +89,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export_command(arguments: argparse.Namespace) -> None:
-    """Write a student's shipped folder after comparing it with torch on real images."""
+    """Write a student's bundle after comparing it with torch on real images."""
     from moodistill.bundle.model import ShipOptions
     from moodistill.runs.export import export_student
 
@@ -116,7 +116,7 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def verify_command(arguments: argparse.Namespace) -> None:
-    """Check a shipped folder against its manifest, and run its sample."""
+    """Check a bundle against its manifest, and run its sample."""
     from moodistill.bundle.verify import verify_package
 
     found = verify_package(arguments.folder)
@@ -163,7 +163,7 @@ def clean_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def clean_command(arguments: argparse.Namespace) -> None:
-    """Free what a run, or the cache, can make again."""
+    """Delete files that a run, or the cache, can recompute."""
     from moodistill.io.cache import default_cache_dir
     from moodistill.runs.clean import clean_cache, clean_run
 

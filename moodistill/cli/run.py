@@ -52,7 +52,7 @@ class Work:
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="carry on this run")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="resume this run")
     _common_arguments(parser)
     add_settings(parser)
 
@@ -65,7 +65,7 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--student", action="append", metavar="ID",
-        help="of a finished run that is carried on: distil and export this one; may be repeated",
+        help="of a finished run that is resumed: distil and export this one; may be repeated",
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def _settings(arguments: argparse.Namespace) -> tuple[Settings, RunConfig | None
     if path.name != "run.json":
         raise UserError(f"--config is {path}; expected a .toml file or the run.json of a run")
     if arguments.resume is not None:
-        raise UserError(f"--config {path} starts its run anew; leave it out to carry on a run")
+        raise UserError(f"--config {path} starts its run anew; leave it out to resume a run")
     from moodistill.config import RunConfig, refuse_older
     from moodistill.storage.folder import read_run
 
@@ -199,7 +199,7 @@ def _hint(folder: Path, same: bool = False) -> Iterator[None]:
         if (folder / "run.json").is_file():
             how = "the same command" if same else f"--resume {shlex.quote(str(folder))}"
             with suppress(OSError):
-                print(f"carry on with {how}", file=sys.stderr)
+                print(f"continue with {how}", file=sys.stderr)
         raise
 
 

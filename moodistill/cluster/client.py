@@ -233,7 +233,7 @@ class Cluster:
             except CancelledError as error:
                 raise UserError(
                     "the scheduler was restarted or its connection lost; everything so far is "
-                    "kept: carry on with --resume"
+                    "kept: continue with --resume"
                 ) from error
             pending -= done
             yield from self._gathered(done)
@@ -270,7 +270,7 @@ class Cluster:
             message = f"no worker with the resource {resource!r} for {self.config.patience_s:g} s"
             if not self.config.wait:
                 raise UserError(
-                    f"{message}; everything so far is kept: start one and carry on with --resume"
+                    f"{message}; everything so far is kept: start one and continue with --resume"
                 )
             said.add(resource)
             self.say(f"{message}; waiting for one")

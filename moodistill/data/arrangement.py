@@ -1,4 +1,4 @@
-"""Which pictures of a folder are of which class and split; what does not fit is named."""
+"""Which images of a folder are of which class and split; what does not fit is named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def split_folders(folder: Path) -> dict[str, str]:
     """Names of the splits' folders by split; empty if there is one folder a class.
 
     Raises:
-        UserError: if there are held-out pictures but none to train on, or two folders of a split.
+        UserError: if there are held-out images but none to train on, or two folders of a split.
     """
     names = folders_in(folder)
     found = {
@@ -51,7 +51,7 @@ def split_folders(folder: Path) -> dict[str, str]:
 def sorted_out(
     folder: Path, places: Mapping[str, str]
 ) -> tuple[dict[tuple[str, str], list[str]], dict[str, list[str]]]:
-    """Pictures by split and class (of a flat folder the split is empty), and others by reason."""
+    """Images by split and class (of a flat folder the split is empty), and others by reason."""
     splits = {name: split for split, name in places.items()}
     by_class: dict[tuple[str, str], list[str]] = {}
     passed: dict[str, list[str]] = {}
@@ -71,7 +71,7 @@ def sorted_out(
 def cut_anew(
     folder: Path, places: Mapping[str, str], by_class: Mapping[tuple[str, str], list[str]]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Classes and files by split, if every class has pictures in every split.
+    """Classes and files by split, if every class has images in every split.
 
     Args:
         folder: of the data.
@@ -79,12 +79,12 @@ def cut_anew(
         by_class: files by split and class, as `sorted_out` gives them.
 
     Raises:
-        UserError: names every class that has not, and how many pictures it has where.
+        UserError: names every class that has not, and how many images it has where.
     """
     for split, name in places.items():
         if not folders_in(folder / name):
             raise UserError(
-                f"{folder / name} has no folders of classes; expected {split} pictures in "
+                f"{folder / name} has no folders of classes; expected {split} images in "
                 f"{folder / name}/<class>/"
             )
     homes = [folder / name for name in places.values()] or [folder]
@@ -105,7 +105,7 @@ def cut_anew(
             problems.append(problem)
     if problems:
         raise UserError(
-            f"{folder}: {'; '.join(problems)}: expected pictures of every class in every split; "
+            f"{folder}: {'; '.join(problems)}: expected images of every class in every split; "
             "add some, rename the folder, or leave it out"
         )
     parts = []
@@ -125,7 +125,7 @@ def _problem(
 ) -> str:
     """Why a class cannot be used; empty if it can."""
     if not any(counts.values()):
-        return f"class {name!r} has no picture"
+        return f"class {name!r} has no image"
     absent = [split for split, count in counts.items() if not count]
     if absent:
         near = _alike(name, classes)
@@ -137,7 +137,7 @@ def _problem(
     home = counts.get("train", counts.get("", 0))
     if home < least:
         return (
-            f"class {name!r} has {home} picture(s), and {' and '.join(wanted)} must be cut from "
+            f"class {name!r} has {home} image(s), and {' and '.join(wanted)} must be cut from "
             f"them: at least {least}"
         )
     return ""
@@ -161,12 +161,12 @@ def keep_cut(
     missing = [file for file in cut.places() if not (folder / file).is_file()]
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} of the {len(cut.places())} pictures that the run was "
+            f"{folder} lacks {len(missing)} of the {len(cut.places())} images that the run was "
             f"started with ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); "
             "expected all of them: put them back"
         )
     classes = sorted({class_of(file, places) for file in cut.places()})
-    # In the order of `cut_anew`: the pictures' digest depends on it.
+    # In the order of `cut_anew`: the images' digest depends on it.
     return classes, {
         split: sorted(
             getattr(cut, split), key=lambda file: (class_of(file, places), PurePosixPath(file))

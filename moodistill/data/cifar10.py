@@ -74,7 +74,7 @@ def load_cifar10(data_dir: Path | None = None, download: bool = True) -> ImageDa
         std=(0.2470, 0.2435, 0.2616),
         labels=CIFAR10_LABELS,
         digest=digest,
-        preparation=Preparation(),  # they are of that size already; other pictures are squashed
+        preparation=Preparation(),  # they are of that size already; other images are squashed
     )
 
 

@@ -1,4 +1,4 @@
-"""Which picture is in which split: a fair cut of each class, and the cut that a run keeps."""
+"""Which image is in which split: a fair cut of each class, and the cut that a run keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARE = 10  # a tenth of each class is for validation, another for the test
 class Cut:
     """Files of the splits, as paths relative to the folder of the data, with slashes.
 
-    A run keeps its own: pictures that come later neither join it nor move others.
+    A run keeps its own: images that come later neither join it nor move others.
     """
 
     train: tuple[str, ...]
@@ -50,17 +50,17 @@ class Cut:
                 raise ValueError("a file's name is no text")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} does not say which picture is in which split ({error}); restore it from "
+                f"{path} does not say which image is in which split ({error}); restore it from "
                 "a copy"
             ) from error
         return Cut(**parts)
 
 
 def cut_class(files: Sequence[str], wanted: Sequence[str] = SPLITS[1:]) -> dict[str, list[str]]:
-    """Cut the pictures of one class by the rank of their names' digests.
+    """Cut the images of one class by the rank of their names' digests.
 
-    A tenth, at least one picture, goes to each split of `wanted`, the rest to `train`. Which is
-    which depends on the names alone; a picture that is added may move one across each border.
+    A tenth, at least one image, goes to each split of `wanted`, the rest to `train`. Which is
+    which depends on the names alone; an image that is added may move one across each border.
 
     Args:
         files: paths relative to the folder of the data, class first.
@@ -81,7 +81,7 @@ def cut_class(files: Sequence[str], wanted: Sequence[str] = SPLITS[1:]) -> dict[
 
 
 def least_pictures(wanted: Sequence[str]) -> int:
-    """Pictures that a class must have so that each split gets one."""
+    """Images that a class must have so that each split gets one."""
     return 1 + len(wanted)
 
 

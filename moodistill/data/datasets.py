@@ -30,25 +30,25 @@ def from_datasets(
     metric: Metric = fraction_right,
     preparation: Preparation | None = None,
 ) -> ImageData:
-    """Map-style datasets of `(picture, label)` held in memory.
+    """Map-style datasets of `(image, label)` held in memory.
 
-    Pictures are PIL images, uint8 arrays `(H, W)` or `(H, W, C)`, or tensors `(C, H, W)`: uint8, or
+    Images are PIL images, uint8 arrays `(H, W)` or `(H, W, C)`, or tensors `(C, H, W)`: uint8, or
     floats in [0, 1] (so before any normalisation), all of one size.
 
-    How the datasets prepare pictures is read from torchvision's transforms of `validation` (Resize
+    How the datasets prepare images is read from torchvision's transforms of `validation` (Resize
     and CenterCrop), and believed if it gives the same pixels of the datasets' files. Where it is
-    not known, a shipped `run.py` takes pictures of exactly the input's size alone.
+    not known, a bundle's `run.py` takes images of exactly the input's size alone.
 
     Args:
         train, validation, test: with `__len__` and `__getitem__`; `test` None takes every second
-            picture of `validation` away for it.
+            image of `validation` away for it.
         labels: names of the classes; None numbers them.
         mean, std, metric: as in `load_image_folder`.
         name: of the data.
-        preparation: how `validation` and `test` prepare the pictures of files.
+        preparation: how `validation` and `test` prepare the images of files.
 
     Raises:
-        UserError: if a picture has another size or form, or `preparation` gives other pixels than
+        UserError: if an image has another size or form, or `preparation` gives other pixels than
             the datasets.
     """
     splits = {"train": _collect(train, "train"), "validation": _collect(validation, "validation")}
@@ -74,16 +74,16 @@ def from_splits(
 ) -> ImageData:
     """`ImageData` of `train`, `validation` and `test`, its statistics measured where not given.
 
-    Pictures are put in a random order that is always the same: often they come class by class, and
+    Images are put in a random order that is always the same: often they come class by class, and
     a search looks at the first ones.
 
     Args:
         name: of the data.
-        splits: without `test` every second picture of `validation` is taken away for it.
+        splits: without `test` every second image of `validation` is taken away for it.
         labels: names of the classes; None numbers them.
         mean, std, metric: as in `load_image_folder`.
-        preparation: how files became these pictures, None if that is not known.
-        table: what is known of the files; the pictures are counted here.
+        preparation: how files became these images, None if that is not known.
+        table: what is known of the files; the images are counted here.
         folder: that the files of the splits lie in.
 
     Raises:
@@ -101,7 +101,7 @@ def from_splits(
     for part, split in splits.items():
         if len(split) == 0 or split.images.shape[1:] != images.shape[1:]:
             raise UserError(
-                f"the {part} split has pictures of shape {split.images.shape}, expected "
+                f"the {part} split has images of shape {split.images.shape}, expected "
                 f"(n, {', '.join(map(str, images.shape[1:]))}) with n > 0"
             )
     low, high = (f(int(f(split.labels)) for split in splits.values()) for f in (min, max))
@@ -120,14 +120,14 @@ def from_splits(
     for what, values in (("mean", mean), ("std", std)):
         if len(values) != images.shape[-1]:
             raise UserError(
-                f"{what} has {len(values)} values, the pictures {images.shape[-1]} channels; "
+                f"{what} has {len(values)} values, the images {images.shape[-1]} channels; "
                 "give one for each"
             )
     if preparation is not None:
         preparation.check_channels(images.shape[-1])
         if preparation.size != images.shape[1:3]:
             raise UserError(
-                f"the preparation gives pictures of size {preparation.size}, the data are "
+                f"the preparation gives images of size {preparation.size}, the data are "
                 f"{images.shape[1:3]}: give the size of the data"
             )
     parts = [sha256_array(s.images) + sha256_array(s.labels) for s in splits.values()]
@@ -156,7 +156,7 @@ def whole_labels(labels: Any, part: str) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    expected = "expected one whole number a picture, the index of its class"
+    expected = "expected one whole number an image, the index of its class"
     if labels.ndim != 1:
         raise UserError(f"the {part} labels are {labels.dtype} {labels.shape}; {expected}")
     if labels.dtype.kind not in "biuf":
@@ -171,7 +171,7 @@ def whole_labels(labels: Any, part: str) -> np.ndarray:
 
 
 def _counted(table: DataTable, splits: Mapping[str, Split], folder: Path | None) -> DataTable:
-    """The table with the pictures of each class and split, and those that are equal."""
+    """The table with the images of each class and split, and those that are equal."""
     named = {
         part: (
             split.images,
@@ -219,15 +219,15 @@ def _collect(dataset: Any, part: str) -> Split:
     images, labels = [], []
     for index in range(len(dataset)):
         picture, label = dataset[index][:2]
-        images.append(_pixels(picture, f"{part} picture {index}"))
-        labels.append(_one_label(label, f"{part} picture {index}"))
+        images.append(_pixels(picture, f"{part} image {index}"))
+        labels.append(_one_label(label, f"{part} image {index}"))
         if images[-1].shape != images[0].shape:
             raise UserError(
-                f"{part} picture {index} is {images[-1].shape}, the first {images[0].shape}; "
+                f"{part} image {index} is {images[-1].shape}, the first {images[0].shape}; "
                 "resize them in the dataset"
             )
     if not images:
-        raise UserError(f"the {part} dataset is empty; expected pictures")
+        raise UserError(f"the {part} dataset is empty; expected images")
     return Split(np.stack(images), np.array(labels), files_of(dataset))
 
 

@@ -36,5 +36,5 @@ def load_digits() -> ImageData:
         std=(0.345,),
         labels=tuple(str(i) for i in range(10)),
         digest=hashlib.sha256((sha256_array(images) + sha256_array(labels)).encode()).hexdigest(),
-        preparation=Preparation(),  # they are of that size already; other pictures are squashed
+        preparation=Preparation(),  # they are of that size already; other images are squashed
     )

@@ -1,4 +1,4 @@
-"""Folders of pictures, made into `ImageData`; every file is read, passed over or refused."""
+"""Folders of images, made into `ImageData`; every file is read, passed over or refused."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def load_image_folder(
     fill: int = 0,
     cut: Cut | None = None,
 ) -> ImageData:
-    """Pictures in one folder a class, prepared alike and held in memory as uint8.
+    """Images in one folder a class, prepared alike and held in memory as uint8.
 
     Either `folder/{train,validation,test}/<class>/...` (also val, valid, dev, training, testing, in
-    any case; a split that is not there is cut from `train`), or `folder/<class>/...`. Pictures may
+    any case; a split that is not there is cut from `train`), or `folder/<class>/...`. Images may
     lie deeper in the folder of their class. What is cut is cut within each class: a tenth for the
-    validation and a tenth for the test, at least one picture each (see `cut.cut_class`).
+    validation and a tenth for the test, at least one image each (see `cut.cut_class`).
 
     The data carry a `DataTable` of every file and the `Preparation`.
 
     Args:
-        folder: of the pictures.
+        folder: of the images.
         size: `(height, width)` that they are brought to.
         channels: 3 (RGB or BGR), 1 (grey) or 4 (RGBA).
         mean, std: of each channel of pixels in [0, 1]; None measures them on the training split.
@@ -60,12 +60,12 @@ def load_image_folder(
         cut: of a run, which keeps its own; None cuts anew.
 
     Raises:
-        UserError: if the folder has no such form, a class is not in every split, or pictures are
+        UserError: if the folder has no such form, a class is not in every split, or images are
             damaged; all of them are named.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; expected pictures in {folder}/<class>/")
+        raise UserError(f"{folder} is no folder; expected images in {folder}/<class>/")
     if channels not in MODES:
         raise UserError(f"channels is {channels}; expected 1, 3 or 4")
     preparation = Preparation(
@@ -99,7 +99,7 @@ def _read_all(
     channels: int,
     preparation: Preparation,
 ) -> tuple[dict[str, Split], list[dict[str, Any]]]:
-    """The splits, and what was seen of each picture; damaged ones are named all at once."""
+    """The splits, and what was seen of each image; damaged ones are named all at once."""
     from PIL import Image
 
     settings = preparation.settings()
@@ -115,7 +115,7 @@ def _read_all(
 
     splits, seen, damaged = {}, [], []
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        # Pillow warns of odd metadata and of large pictures; what it cannot read it raises.
+        # Pillow warns of odd metadata and of large images; what it cannot read it raises.
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for split, files in parts.items():
@@ -133,7 +133,7 @@ def _read_all(
     if damaged:
         more = f", and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
         raise UserError(
-            f"{folder} holds {len(damaged)} file(s) that are no readable picture: "
+            f"{folder} holds {len(damaged)} file(s) that are no readable image: "
             f"{', '.join(damaged[:NAMED])}{more}; mend or delete them"
         )
     return splits, seen

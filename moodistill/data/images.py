@@ -1,4 +1,4 @@
-"""Pictures in memory, in three splits, and the metric that scores answers to them.
+"""Images in memory, in three splits, and the metric that scores answers to them.
 
 Splits (documented in docs/method.md): the teacher trains on `train`, the search scores students on
 `validation`, and `test` chooses nothing: finalists are tested when they are done.
@@ -75,7 +75,7 @@ class ImageData:
         mean, std: of each channel of pixels scaled to [0, 1].
         labels: names of the classes, in the order of the logits.
         metric: what stands wherever this project says accuracy.
-        preparation: how files became these pictures; None if that is not known.
+        preparation: how files became these images; None if that is not known.
         table: classes, splits and files; None for the data sets that the project knows.
         folder: that the files lie in; None if they do not come from one folder.
     """
@@ -119,7 +119,7 @@ class ImageData:
         return ((pixels.float() / 255.0 - mean) / std).contiguous()
 
     def at_once(self, most: int) -> int:
-        """How many pictures, at most `most`, go through a network together in little memory."""
+        """How many images, at most `most`, go through a network together in little memory."""
         _, height, width = self.input_shape
         return max(1, min(most, AT_ONCE // (height * width)))
 

@@ -1,6 +1,6 @@
-"""A picture file as the pixels that a network takes; needs numpy and Pillow alone.
+"""An image file as the pixels that a network takes; needs numpy and Pillow alone.
 
-The text of this module stands in every shipped `run.py`: a device prepares pictures by the same
+The text of this module stands in every bundle's `run.py`: a device prepares images by the same
 code as the search. So it imports nothing of ours and keeps to what old Pythons understand.
 """
 
@@ -20,7 +20,7 @@ def read_picture(path, channels, settings):
     """Pixels of a file, and what was seen on the way.
 
     Args:
-        path: of a picture in any format that Pillow reads; of several frames the first counts.
+        path: of an image in any format that Pillow reads; of several frames the first counts.
         channels: 1 (grey), 3 (RGB or BGR) or 4 (RGBA).
         settings: keywords of `prepare`; None neither turns nor resizes.
 
@@ -35,7 +35,7 @@ def read_picture(path, channels, settings):
 
     with Image.open(path) as opened:
         tag = orientation(opened)
-        opened.load()  # of a TIFF file Pillow turns the picture here, and drops the tag
+        opened.load()  # of a TIFF file Pillow turns the image here, and drops the tag
         picture, left = opened, orientation(opened)
         if left in TURNS and settings is not None and settings["exif"]:
             picture = picture.transpose(getattr(Image, TURNS[left]))
@@ -57,15 +57,15 @@ def read_picture(path, channels, settings):
 
 
 def orientation(picture):
-    """The EXIF tag that says how a picture is to be turned; 1 is upright."""
+    """The EXIF tag that says how an image is to be turned; 1 is upright."""
     try:
         return picture.getexif().get(ORIENTATION, 1)
-    except Exception:  # a damaged tag: viewers show such pictures as they are
+    except Exception:  # a damaged tag: viewers show such images as they are
         return 1
 
 
 def eight_bits(picture):
-    """Grey pictures of 16 bits as bytes: Pillow itself would make white of all above 255."""
+    """Grey images of 16 bits as bytes: Pillow itself would make white of all above 255."""
     from PIL import Image
 
     if picture.mode == "F":
@@ -79,10 +79,10 @@ def eight_bits(picture):
 
 
 def prepare(picture, resize, size, interpolation, channel_order, exif, shorter_side, fill):
-    """uint8 `(H, W, C)` of an upright Pillow picture of mode L, RGB or RGBA.
+    """uint8 `(H, W, C)` of an upright Pillow image of mode L, RGB or RGBA.
 
     The keywords are the fields of `Preparation`. Squash and crop give what torchvision's `Resize`
-    and `CenterCrop` give of a Pillow picture, pixel by pixel.
+    and `CenterCrop` give of a Pillow image, pixel by pixel.
     """
     from PIL import Image
 

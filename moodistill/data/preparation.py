@@ -1,4 +1,4 @@
-"""How a picture of any size becomes the pixels that a network takes: a part of the model."""
+"""How an image of any size becomes the pixels that a network takes: a part of the model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ CHANNEL_ORDERS = ("RGB", "BGR")
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to a picture before the normalisation, in this order.
+    """What is done to an image before the normalisation, in this order.
 
-    A picture is turned as its EXIF tag says, made grey, RGB or RGBA, resized, and its channels are
-    put in order. `pixels.prepare` does it, in a search and in a shipped `run.py`.
+    An image is turned as its EXIF tag says, made grey, RGB or RGBA, resized, and its channels are
+    put in order. `pixels.prepare` does it, in a search and in a bundle's `run.py`.
 
     Attributes:
         resize: `squash` (the aspect ratio is lost), `crop` (scaled until `size` is covered, then
@@ -25,9 +25,9 @@ class Preparation:
         size: `(height, width)` in pixels.
         interpolation: Pillow's filter: nearest, box, bilinear, hamming, bicubic or lanczos.
         channel_order: `RGB`, or `BGR` for networks trained on what OpenCV reads.
-        exif: whether pictures are turned as their EXIF tag says, as every viewer shows them;
+        exif: whether images are turned as their EXIF tag says, as every viewer shows them;
             torchvision's `ImageFolder` does not.
-        shorter_side: of a picture before its centre is cut out, in pixels (torchvision's
+        shorter_side: of an image before its centre is cut out, in pixels (torchvision's
             `Resize(256)` before `CenterCrop(224)`); None scales just as far as `size` needs.
         fill: value of a letterbox's borders, 0 to 255.
     """
@@ -81,14 +81,14 @@ class Preparation:
         return {**asdict(self), "size": list(self.size)}
 
     def check_channels(self, channels: int) -> None:
-        """Refuse an order of channels that pictures do not have.
+        """Refuse an order of channels that images do not have.
 
         Raises:
             UserError: if it is BGR and there are not three.
         """
         if self.channel_order != "RGB" and channels != 3:
             raise UserError(
-                f"channel_order is {self.channel_order}, the pictures have {channels} channel(s); "
+                f"channel_order is {self.channel_order}, the images have {channels} channel(s); "
                 "it needs 3"
             )
 

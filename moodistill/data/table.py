@@ -1,4 +1,4 @@
-"""What a data set consists of: pictures by class and split, and what became of every file."""
+"""What a data set consists of: images by class and split, and what became of every file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class DataTable:
         source: folder or name of the data.
         classes: names, in the order of the logits.
         pictures: of each split, how many of each class.
-        prepared: how pictures were prepared, in words; empty if it is not known.
+        prepared: how images were prepared, in words; empty if it is not known.
         passed_over: files that were not read, by the reason why.
-        turned: pictures whose EXIF tag says that they are to be turned.
+        turned: images whose EXIF tag says that they are to be turned.
         exif: whether they were turned.
-        reshaped: pictures of another aspect ratio than the network's input.
+        reshaped: images of another aspect ratio than the network's input.
         resize: what was done to them.
         more_frames: files of several frames or pages, of which the first was taken.
-        transparent: pictures whose alpha channel was dropped.
-        between_splits: groups of equal pictures in more than one split.
-        between_classes: groups of equal pictures in more than one class.
+        transparent: images whose alpha channel was dropped.
+        between_splits: groups of equal images in more than one split.
+        between_classes: groups of equal images in more than one class.
     """
 
     source: str
@@ -48,7 +48,7 @@ class DataTable:
 
     @property
     def total(self) -> int:
-        """Pictures of all splits."""
+        """Images of all splits."""
         return sum(sum(counts) for counts in self.pictures.values())
 
     @property
@@ -59,7 +59,7 @@ class DataTable:
     def lines(self) -> list[str]:
         """The table as text."""
         lines = [
-            f"{self.source}: {self.total:,} pictures of {len(self.classes)} classes",
+            f"{self.source}: {self.total:,} images of {len(self.classes)} classes",
             *self._counts(),
         ]
         lines.append(f"prepared: {self.prepared or 'not known; taken as they were given'}")
@@ -86,7 +86,7 @@ class DataTable:
         ):
             if groups:
                 lines.append(
-                    f"{len(groups):,} equal pictures in several {where} "
+                    f"{len(groups):,} equal images in several {where} "
                     f"({'; '.join(' = '.join(group[:3]) for group in groups[:SHOWN])}"
                     f"{'; ...' if len(groups) > SHOWN else ''})"
                 )
@@ -119,14 +119,14 @@ def _examples(files: Sequence[str]) -> str:
 
 
 def count_classes(labels: np.ndarray, classes: int) -> tuple[int, ...]:
-    """Pictures of each class, of labels `(n,)`."""
+    """Images of each class, of labels `(n,)`."""
     return tuple(int(n) for n in np.bincount(labels, minlength=classes))
 
 
 def equal_pictures(
     splits: Mapping[str, tuple[np.ndarray, np.ndarray, Sequence[str]]],
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
-    """Groups of equal pictures that are in several splits, and in several classes.
+    """Groups of equal images that are in several splits, and in several classes.
 
     Equal is what has the same SHA-256 as the network sees it, whatever the files' formats.
 

@@ -1,4 +1,4 @@
-"""What can be known of how a `Dataset` prepares pictures: its files, and torchvision's transforms.
+"""What can be known of how a `Dataset` prepares images: its files, and torchvision's transforms.
 
 Nothing is believed that does not give the same pixels: see `checked_preparation`.
 """
@@ -17,13 +17,13 @@ from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 
 COMPARED = 8  # files of a split
-# Transforms that change the form of a picture, not its pixels.
+# Transforms that change the form of an image, not its pixels.
 _FORMS = {"ToTensor", "PILToTensor", "ToImage", "ToDtype", "ToPureTensor", "ConvertImageDtype"}
 _FILTERS = {"nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"}
 
 
 def files_of(dataset: Any) -> tuple[str, ...]:
-    """Paths of a dataset's pictures in its order; empty if it does not say.
+    """Paths of a dataset's images in its order; empty if it does not say.
 
     Read from `samples`, pairs of path and label, as torchvision's `ImageFolder` has them; a
     `torch.utils.data.Subset` is looked through.
@@ -46,7 +46,7 @@ def checked_preparation(
 
     Args:
         dataset: whose transforms are read if nothing is given.
-        splits: pictures as the datasets gave them, with their files where those are known.
+        splits: images as the datasets gave them, with their files where those are known.
         given: what the caller says; without files it is believed.
 
     Returns:

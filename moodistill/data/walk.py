@@ -1,4 +1,4 @@
-"""Every file below a folder: a picture to be read, or a reason why it is passed over."""
+"""Every file below a folder: an image to be read, or a reason why it is passed over."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _collect(
         entries = list(os.scandir(folder))
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be opened ({error.strerror}); expected a folder of pictures"
+            f"{folder} cannot be opened ({error.strerror}); expected a folder of images"
         ) from error
     for entry in entries:
         if entry.is_dir():
@@ -59,7 +59,7 @@ def folders_in(folder: Path) -> list[str]:
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be opened ({error.strerror}); expected a folder of pictures"
+            f"{folder} cannot be opened ({error.strerror}); expected a folder of images"
         ) from error
     return sorted(name for name in names if not _unwanted(name))
 
@@ -71,7 +71,7 @@ def _unwanted(name: str) -> str:
 
 
 def passed_over(folder: Path, path: PurePosixPath) -> str:
-    """Why the file `folder / path` is no picture to be read; empty if it is one."""
+    """Why the file `folder / path` is no image to be read; empty if it is one."""
     for part in path.parts:
         if reason := _unwanted(part):
             return reason
@@ -80,7 +80,7 @@ def passed_over(folder: Path, path: PurePosixPath) -> str:
         return ""
     if _looks_like_a_picture(folder / path):
         return ""
-    return f"no picture that Pillow reads: {suffix or 'no suffix'}"
+    return f"no image that Pillow reads: {suffix or 'no suffix'}"
 
 
 @cache

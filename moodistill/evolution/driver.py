@@ -46,7 +46,7 @@ class SearchConfig:
         objectives: names of `moodistill.pareto.objectives.MEASURES`, `accuracy` first.
         algorithm: a key of `ALGORITHMS`.
         screen: offspring bred for each one that is scored; a model of the scores chooses. Beyond
-            the first `ROUND` those bred that look best so far. 1 is no screening.
+            the first `ROUND` those bred that look best so far. 1 disables it.
         connections: the kinds (`genome.CONNECTIONS`) that are searched; of others none is lost.
     """
 
@@ -77,7 +77,9 @@ class SearchConfig:
         if self.population < 4:
             raise UserError(f"population {self.population} is too small; expected at least 4")
         if self.screen < 1:
-            raise UserError(f"screen is {self.screen}; expected at least 1, which is no screening")
+            raise UserError(
+                f"screen is {self.screen}; expected at least 1, which disables pre-selection"
+            )
         if self.generations < 1:
             raise UserError(f"generations {self.generations} is too small; expected at least 1")
 

@@ -21,7 +21,7 @@ from moodistill.genome.layout import GenomeLayout, Node
 from moodistill.pareto.geometry import non_dominated, shrunk
 
 LEAST = 16  # students before the model says anything
-TRUSTED = 0.5  # rank correlation below which it is not listened to
+TRUSTED = 0.5  # rank correlation below which it is disabled for a generation
 POINTS = 10_000  # that estimate a hypervolume
 STRENGTHS = np.logspace(-2, 3, 12)  # of the ridge, the best by leave-one-out
 
@@ -178,7 +178,7 @@ class Surrogate:
 
     @property
     def trusted(self) -> bool:
-        """Whether it is listened to; it goes on learning where it is not."""
+        """Whether it is enabled; it goes on learning where it is not."""
         return self.correlation is None or self.correlation >= TRUSTED
 
     def predict(self, genomes: np.ndarray) -> np.ndarray | None:
@@ -231,7 +231,7 @@ class Surrogate:
     def order(
         self, genomes: np.ndarray, reference: np.ndarray, most: np.ndarray, count: int
     ) -> np.ndarray | None:
-        """Offspring that are worth scoring, the best first; None where it is not to be listened to.
+        """Offspring that are worth scoring, the best first; None where it is disabled.
 
         Args:
             genomes: `(n, length)` offspring.

@@ -112,7 +112,7 @@ def confirm(
     if all(before.measured.get(name) == digest for name, digest in measured.items()):
         return before
     rejected = meter.rejected_windows
-    with reporter.stage("latency again", len(models), "student") as stage:
+    with reporter.stage("confirming latency", len(models), "student") as stage:
         found = meter.confirm(models, report=stage.update)
     confirmed = Confirmed(measured, found, dict(meter.elsewhere))
     record = {

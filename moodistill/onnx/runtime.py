@@ -22,7 +22,7 @@ def session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 `(N, H, W, C)` to `(N, C, H, W)`, as a shipped model takes them."""
+    """uint8 `(N, H, W, C)` to `(N, C, H, W)`, as a bundle's model takes them."""
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 

@@ -60,7 +60,7 @@ def to_onnx(student: fx.GraphModule, input_shape: tuple[int, ...], opset: int = 
         )
     if not 2 <= len(input_shape) <= 4 or min(input_shape) < 1:
         raise UserError(
-            f"input_shape is {input_shape}; give positive sizes: (C, H, W) of pictures, (C, L) of "
+            f"input_shape is {input_shape}; give positive sizes: (C, H, W) of images, (C, L) of "
             "signals"
         )
     try:

@@ -1,4 +1,4 @@
-"""What a person looks at: the front as pictures and as a table for the terminal."""
+"""What a person looks at: the front as figures and as a table for the terminal."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContex
 
 
 def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None:
-    """Refuse other pictures, normalisation or metric than `run.json` (`stored`) names."""
+    """Refuse other images, normalisation or metric than `run.json` (`stored`) names."""
     for key, found in (("data_digest", data.digest), ("metric", metric_name(data))):
         known = stored.get(key)
         if known != found and (key != "metric" or EARLIER_METRICS.get(str(known)) != found):

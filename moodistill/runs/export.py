@@ -1,4 +1,4 @@
-"""From a run and a student's id to a folder that has been checked and can be shipped."""
+"""From a run and a student's id to a bundle that has been checked."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def rebuild_student(
         there = (path.parent / MODEL).is_file()
         raise UserError(
             f"{path} is missing, and with it the distilled weights of {name}: restore it"
-            + (f", or take {path.parent}, which is a shipped folder of them" if there else "")
+            + (f", or take {path.parent}, which is a bundle of them" if there else "")
         )
     config = RunConfig.read(run)
     context = load_context(
@@ -132,14 +132,14 @@ def export_student(
     task: Task | None = None,
     weights: Path | None = None,
 ) -> Exported:
-    """Write the shipped folder of a student; a finalist's distilled weights if it has them.
+    """Write the bundle of a student; a finalist's distilled weights if it has them.
 
     Args:
         run: a run's folder.
         student: its id; `<id>-int8` is the same as `<id>` with `int8`.
         out: new folder, or one without a model.
         data_dir: where the data are.
-        options: how the model takes pictures and answers.
+        options: how the model takes images and answers.
         int8: quantise it; refused if that is not faster here or costs too much accuracy.
         task: the run's, None to load it by its name.
         weights: the teacher's, where they are not the task's own.
@@ -235,7 +235,7 @@ class _Int8:
         device: fingerprint of the run's.
         config: the run's.
         origin: written into the file.
-        options: how the file takes pictures and answers.
+        options: how the file takes images and answers.
     """
 
     row: FrontRow

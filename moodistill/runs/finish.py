@@ -29,7 +29,7 @@ FLOOR = 0.7  # of the teacher's accuracy
 
 
 def finish(session: Session, searched: Searched) -> Confirmed:
-    """Distil, quantise and export the finalists, and measure the front's latency again.
+    """Distil, quantise and export the finalists, and measure the front's confirming latency.
 
     With `session.students` these are distilled now, and who was a finalist before stays one.
     Whatever is already in the folder for the same budget, or a larger one, is read back.

@@ -1,4 +1,4 @@
-"""What a run leaves: its table, figures and report, and the folders that can be shipped."""
+"""What a run leaves: its table, figures and report, and its bundles."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_table(session: Session, rows: Sequence[FrontRow]) -> None:
 
 
 def package_finalists(session: Session, searched: Searched, rows: Sequence[FrontRow]) -> None:
-    """Complete the folder of every exported student into one that can be shipped."""
+    """Complete the folder of every exported student into a bundle."""
     context = session.context
     teacher = next(row for row in rows if row.stage == "teacher")
     for row in rows:
@@ -120,7 +120,7 @@ def write_status(session: Session, status: str, changes: Changes) -> None:
 
 
 def _draw_structures(session: Session, searched: Searched) -> None:
-    """A picture of every finalist's structure."""
+    """A figure of every finalist's structure."""
     layout = session.context.layout
     for name in read_finalists(session.folder, searched):
         structure = structure_data(layout, layout.unpack(searched.students[name].genome))

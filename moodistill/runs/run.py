@@ -193,12 +193,12 @@ def _work(session: Session) -> Ending:
 def _unconfirmed(session: Session, error: LatencyError) -> UserError:
     message = f"the finalists' latency was not confirmed ({error})"
     if session.students:
-        return UserError(f"{message}; carry on with the same command")
+        return UserError(f"{message}; continue with the same command")
     return UnfinishedRun(message, session.folder)
 
 
 def _say_data(data: ImageData, reporter: Reporter) -> None:
-    """What the pictures are, and what became of every file."""
+    """What the images are, and what became of every file."""
     if data.table is not None:
         reporter.say("\n".join(data.table.lines()), data=asdict(data.table))
 

@@ -14,7 +14,7 @@ SHOWN = 10  # students in the live table
 
 
 def announce(session: Session) -> None:
-    """Say about how long it takes, which students are out, and which layers stay whole."""
+    """Say about how long it takes, which students are infeasible, and which layers stay whole."""
     config, stored = session.config, len(session.store)
     seconds = estimate_seconds(session.context, config, stored)
     count = max(0, config.search.population * config.search.generations - stored)
@@ -28,9 +28,7 @@ def announce(session: Session) -> None:
     )
     floor = config.search.limits.min_accuracy
     if floor and not session.students:
-        session.reporter.say(
-            f"students below {floor:.4f} of the search's images are out (min_accuracy)"
-        )
+        session.reporter.say(f"students below accuracy {floor:.4f} are infeasible (min_accuracy)")
     whole = session.context.graph.describe_uncut()
     if whole:
         session.reporter.say(f"left whole: {whole}")
@@ -95,7 +93,7 @@ def _surrogate(progress: Progress) -> str:
     found = progress.correlation
     if found is None:
         return ""
-    off = "" if found >= TRUSTED else ", not listened to in the next generation"
+    off = "" if found >= TRUSTED else ", disabled for the next generation"
     return f", surrogate's rank correlation {found:.2f}{off}"
 
 

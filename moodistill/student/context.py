@@ -93,7 +93,7 @@ def check_graph(
     views, hooks) may be lost, and would be lost in every student.
 
     Raises:
-        UserError: if their logits differ, or a picture's logits hang on the others in its batch.
+        UserError: if their logits differ, or an image's logits hang on the others in its batch.
     """
     expected = logits_of(teacher.eval()(images.clone()))
     student = build_student(graph, layout, layout.teacher()).module
@@ -107,11 +107,11 @@ def check_graph(
             "in-place operations on slices or views, or forward hooks"
         )
     if graph.whole and len(images) > 1:
-        # What is not understood may compute with the other pictures of a batch.
+        # What is not understood may compute with the other images of a batch.
         alone = float((student(images[:1].clone()) - found[:1]).abs().max()) / scale
         if not alone < MOST_APART:
             raise UserError(
-                f"{type(teacher).__name__} mixes pictures: for one picture its logits differ by "
+                f"{type(teacher).__name__} mixes images: for one image its logits differ by "
                 f"{alone:.2g} of the largest from those in a batch; left whole in it are: "
                 f"{graph.describe_uncut()}"
             )

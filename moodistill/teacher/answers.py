@@ -1,4 +1,4 @@
-"""What a network answers to pictures."""
+"""What a network answers to images."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Reader(Mover):
             if holds_tensor(node.meta.get("value")):  # sizes and the like are no steps
                 self._operation(node)
         elif is_tensor(node) and any(s not in self.constants for s in node.all_input_nodes):
-            self._leave_whole(node, f"{self._called(node)} ({self._place(node)}) reads no picture")
+            self._leave_whole(node, f"{self._called(node)} ({self._place(node)}) reads no image")
         elif is_tensor(node):
             raise UserError(f"{self._called(node)} ({self._place(node)}) reads no input")
 
@@ -55,7 +55,7 @@ class Reader(Mover):
             obstacles = f"; left whole: {self.obstacles()}" if self.whole else ""
             raise UserError(
                 "the network's output is not one tensor of logits (N, classes) but, for one "
-                f"picture, {form}: give a wrapper that returns the logits{obstacles}"
+                f"image, {form}: give a wrapper that returns the logits{obstacles}"
             )
         if self._called(source.node).lower() == "softmax":
             raise self._forbid(source.node, "gives probabilities; return the logits before it")
@@ -109,7 +109,7 @@ class Reader(Mover):
             if form.kind == "flat":
                 raise NotUnderstood(f"{node.target}: BatchNorm behind a flatten is not supported")
             if module.running_mean is None:
-                raise self._forbid(node, "without running statistics mixes pictures: not supported")
+                raise self._forbid(node, "without running statistics mixes images: not supported")
             if form.kind == "last" or module.num_features != form.channels:
                 raise self._refuse(node, f"on a value of shape {form.shape}")
             self._once(node, source)
@@ -205,7 +205,7 @@ class Reader(Mover):
         if getattr(target, "__name__", target) in DROPOUTS:
             raise self._forbid(node, "is active in evaluation (training=True): not supported")
         if target is F.batch_norm:
-            raise self._forbid(node, "uses statistics of the batch: it mixes pictures")
+            raise self._forbid(node, "uses statistics of the batch: it mixes images")
         if target in ops.ACTIVATION_CALLS:
             self._pass(node, "activation", source)
         elif target in ops.SPATIAL_CALLS and source.form.kind == "map" and is_tensor(node):

@@ -18,9 +18,9 @@ from moodistill.errors import UserError
 from moodistill.teacher.answers import logits_of
 from moodistill.teacher.preparations import Preparation, other_preparations
 
-MOST = 2000  # validation pictures, spread evenly: enough for the first word
-TRIED = 200  # pictures for each other preparation
-JUDGED = 10  # pictures of a class, at least, before it is judged
+MOST = 2000  # validation images, spread evenly: enough for the first word
+TRIED = 200  # images for each other preparation
+JUDGED = 10  # images of a class, at least, before it is judged
 WORST = 3  # classes that are named
 SHORT = 0.02  # how far below the expected accuracy is still accepted
 LIFT = 0.05  # gain that is worth a word, at least
@@ -33,7 +33,7 @@ class Remedy:
     Attributes:
         name: what is done otherwise, in words.
         advice: how a user does it.
-        before, after: accuracy on the same `count` pictures.
+        before, after: accuracy on the same `count` images.
     """
 
     name: str
@@ -48,12 +48,12 @@ class TeacherCheck:
     """What was found of a teacher.
 
     Attributes:
-        accuracy: the data's metric on `count` validation pictures.
+        accuracy: the data's metric on `count` validation images.
         count: of them, at most `MOST`.
-        by_class: recall of each class by its name, NaN without pictures; empty for another metric
+        by_class: recall of each class by its name, NaN without images; empty for another metric
             than accuracy.
-        training: the metric on some training pictures.
-        never: classes with pictures that are never answered.
+        training: the metric on some training images.
+        never: classes with images that are never answered.
         doubts: why it looks wrong, in words; empty if it does not.
         remedy: what makes it better, None if nothing was looked for or found.
         or_else: what explains it as well: where colours are classes, BGR is another order of them.
@@ -74,13 +74,13 @@ class TeacherCheck:
         """What is said of it, the accuracy first."""
         if not self.by_class:
             return [
-                f"the teacher's metric is {self.accuracy:.4f} on {self.count:,} validation pictures"
+                f"the teacher's metric is {self.accuracy:.4f} on {self.count:,} validation images"
             ]
         below = {name: recall for name, recall in self.by_class.items() if recall < 1}
         worst = sorted(below, key=lambda name: below[name])[:WORST]
         named = ", ".join(f"{name} {below[name]:.2f}" for name in worst)
         said = [
-            f"the teacher is right on {self.accuracy:.4f} of {self.count:,} validation pictures"
+            f"the teacher is right on {self.accuracy:.4f} of {self.count:,} validation images"
             + (f"; its worst classes: {named}" if named else "")
         ]
         if self.doubts:
@@ -93,12 +93,12 @@ class TeacherCheck:
         if self.remedy is None:
             return (
                 f"{self.tried} other preparations and another order of the classes do no better: "
-                "look at the weights, and at the labels of the pictures"
+                "look at the weights, and at the labels of the images"
             )
         one = self.remedy
         said = (
             f"with {one.name} it is right on {one.after:.2f} instead of {one.before:.2f} of "
-            f"{one.count} pictures: {one.advice}"
+            f"{one.count} images: {one.advice}"
         )
         if self.or_else is not None:
             said += f"; or, as likely, {self.or_else.name}: {self.or_else.advice}"
@@ -112,7 +112,7 @@ def check_teacher(
 
     Args:
         teacher: the network.
-        data: of which validation and training pictures are used.
+        data: of which validation and training images are used.
         expected: the accuracy that it should have, in (0, 1].
 
     Raises:
@@ -140,7 +140,7 @@ def check_teacher(
         order = _better_order(logits, split.labels)
         doubts = _doubts(found, data, order is not None)
         if _better_as_bgr(teacher, data):
-            doubts = (*doubts, "it is better on pictures in BGR")
+            doubts = (*doubts, "it is better on images in BGR")
         if doubts or short:
             found = replace(found, doubts=doubts)
             found = _with_remedy(
@@ -149,14 +149,14 @@ def check_teacher(
     if short:
         why = f": {found.finding}" if found.tried else ""
         raise UserError(
-            f"the teacher reaches {found.accuracy:.4f} on the validation pictures, more than "
+            f"the teacher reaches {found.accuracy:.4f} on the validation images, more than "
             f"{SHORT:g} below the expected {expected:g}{why}"
         )
     return found
 
 
 def _spread(split: Split, count: int) -> Split:
-    """Some pictures of a split, evenly from all of it."""
+    """Some images of a split, evenly from all of it."""
     index = np.linspace(0, len(split) - 1, min(count, len(split))).astype(int)
     return Split(split.images[index], split.labels[index])
 
@@ -181,8 +181,8 @@ def _doubts(found: TeacherCheck, data: ImageData, swapped: bool) -> tuple[str, .
     doubts = []
     if found.accuracy < 0.5 * found.training:
         doubts.append(
-            f"it is right on {found.training:.2f} of the training pictures, on less than half as "
-            "many of the validation pictures"
+            f"it is right on {found.training:.2f} of the training images, on less than half as "
+            "many of the validation images"
         )
     chance = 1 / len(data.labels)
     # Half of what any useful teacher of these classes has: of the way from chance to all.
@@ -198,7 +198,7 @@ def _doubts(found: TeacherCheck, data: ImageData, swapped: bool) -> tuple[str, .
 def _better_order(logits: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
     """Which class each logit `(classes,)` stands for, if that lifts accuracy; None if as it is.
 
-    The assignment with most right answers on one half of the pictures must hold on the other.
+    The assignment with most right answers on one half of the images must hold on the other.
     """
     answers, classes = logits.argmax(1), logits.shape[1]
     half = np.arange(len(labels)) % 2 == 0
@@ -212,7 +212,7 @@ def _better_order(logits: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
 
 
 def _lifts(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether more of the same pictures are right: five points more, and no matter of chance."""
+    """Whether more of the same images are right: five points more, and no matter of chance."""
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     net = gained - lost
     return net > LIFT * len(before) and net > 3 * np.sqrt(gained + lost)
@@ -228,7 +228,7 @@ def _better_as_bgr(teacher: nn.Module, data: ImageData) -> bool:
 def _right(
     teacher: nn.Module, data: ImageData, split: Split, way: Preparation | None = None
 ) -> np.ndarray:
-    """Which pictures `(n,)` are answered rightly, prepared as the data have it or otherwise."""
+    """Which images `(n,)` are answered rightly, prepared as the data have it or otherwise."""
     images = split.images
     if way is not None:
         data, images = way.data(data), way.pictures(images)
@@ -256,7 +256,7 @@ def _order_remedy(
 def _with_remedy(
     found: TeacherCheck, teacher: nn.Module, data: ImageData, order: Remedy | None
 ) -> TeacherCheck:
-    """Try the other preparations on some pictures, and keep what lifts most."""
+    """Try the other preparations on some images, and keep what lifts most."""
     some = _spread(data.validation, TRIED)
     before = _right(teacher, data, some)
     tried, best = 0, None

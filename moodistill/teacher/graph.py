@@ -35,7 +35,7 @@ class TeacherGraph:
         module: the flat graph that was read.
         steps: its values in topological order.
         grouping: channel groups, with their sizes and what is frozen.
-        input_shape: `(C, *size)`, `(C, H, W)` of pictures.
+        input_shape: `(C, *size)`, `(C, H, W)` of images.
         whole: steps that are not understood and stay as they are, and why.
     """
 
@@ -98,7 +98,7 @@ def trace(
 
     Args:
         teacher: the network; it is not changed.
-        input_shape: `(C, H, W)` of one picture, `(C, L)` of one signal.
+        input_shape: `(C, H, W)` of one image, `(C, L)` of one signal.
         opaque: paths of modules that are to be left whole.
 
     Raises:

@@ -76,7 +76,7 @@ class Mover(Recorder):
         self._shape(node)
         if len(result) != PICTURES or not (result[1] - result[0] == NEXT_PICTURE).all():
             raise NotUnderstood(
-                f"{self._called(node)} ({self._place(node)}) mixes pictures, or moves the first "
+                f"{self._called(node)} ({self._place(node)}) mixes images, or moves the first "
                 "axis, that of the batch"
             )
         found = self.elements.read(result[0].contiguous())

@@ -13,7 +13,7 @@ CONVS: dict[type, int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # and the a
 # Exactly these: what is derived from them may do more.
 LAYERS = (*CONVS, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# Norms over the channels of one picture: they read all of a value's channels at once.
+# Norms over the channels of one image: they read all of a value's channels at once.
 MIXING = (nn.LayerNorm, nn.GroupNorm)
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh,

@@ -95,7 +95,7 @@ def refuse_unready(network: nn.Module) -> None:
     if names:
         raise UserError(
             f"{type(network).__name__} has lazy layers that were never called (their sizes are "
-            f"not known): {', '.join(names)}; call the network on one picture first"
+            f"not known): {', '.join(names)}; call the network on one image first"
         )
     aware = [
         f"{name} ({type(module).__name__})"

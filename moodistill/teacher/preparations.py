@@ -1,4 +1,4 @@
-"""Other ways to prepare pictures for a teacher, tried where it does badly."""
+"""Other ways to prepare images for a teacher, tried where it does badly."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CROPPED = 224 / 256  # the share of a side that Resize(256) and CenterCrop(224) 
 
 @dataclass(frozen=True)
 class Preparation:
-    """One way to make a picture into a network's input.
+    """One way to make an image into a network's input.
 
     Attributes:
         name: in words.
-        mean, std: of each channel of pixels in [0, 1], in the order of the pictures.
+        mean, std: of each channel of pixels in [0, 1], in the order of the images.
         bgr: whether the channels are turned round once they are normalised.
-        crop: whether the middle of a picture is seen, as Resize and CenterCrop show it.
+        crop: whether the middle of an image is seen, as Resize and CenterCrop show it.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Preparation:
         if self.bgr:
             parts.append("turn the channels round in the network's forward: x.flip(1)")
         if self.crop:
-            parts.append("prepare the pictures by a crop instead of squashing them")
+            parts.append("prepare the images by a crop instead of squashing them")
         if "as it is" not in self.name:
             parts.append(f"give mean {_numbers(self.mean)} and std {_numbers(self.std)}")
         return ", and ".join(parts)
@@ -70,7 +70,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _middle(images: np.ndarray) -> np.ndarray:
-    """The middle of each picture, in the size of the whole."""
+    """The middle of each image, in the size of the whole."""
     height, width = images.shape[1:3]
     rows, columns = round(height * CROPPED), round(width * CROPPED)
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -100,11 +100,11 @@ def other_preparations(data: ImageData) -> Iterator[Preparation]:
         if channels == 3:
             yield Preparation(f"BGR and {name}", mean, std, bgr=True)
     yield Preparation(
-        "the middle of the pictures (a crop) and the normalisation as it is",
+        "the middle of the images (a crop) and the normalisation as it is",
         data.mean, data.std, crop=True,
     )  # fmt: skip
 
 
 def _sized(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Of grey pictures the first one, of those with a fourth channel its mean beside them."""
+    """Of grey images the first one, of those with a fourth channel its mean beside them."""
     return (*values[:channels], *(float(np.mean(values)),) * (channels - len(values)))

@@ -23,7 +23,7 @@ REARRANGING_CALLS = (
     "unsqueeze", "unflatten", "movedim", "expand", "contiguous", "clone", "detach",
 )  # fmt: skip
 REARRANGING_MODULES = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle)
-NEXT_PICTURE = 1 << 50  # added to the numbers of a second picture
+NEXT_PICTURE = 1 << 50  # added to the numbers of a second image
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Form:
     Attributes:
         kind: one of these five.
         channels: C.
-        size: `(H, W)` of a picture, `(L,)` of a signal or of tokens, `(D, H, W)` of a volume;
+        size: `(H, W)` of an image, `(L,)` of a signal or of tokens, `(D, H, W)` of a volume;
             `(1, 1)` for a vector.
     """
 
@@ -103,7 +103,7 @@ class Elements:
     def read(self, ids: torch.Tensor) -> tuple[Form, tuple[str, ...], np.ndarray] | None:
         """Form, source values and `(channels, 2)` origin (source index, channel), if it has one.
 
-        `ids` is `(*shape)`, of the first picture.
+        `ids` is `(*shape)`, of the first image.
         """
         if ids.numel() == 0:
             return None

@@ -79,12 +79,12 @@ class Recorder:
         return UserError(f"{self._called(node)} ({self._place(node)}) {why}")
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Of one picture; refuses what mixes pictures."""
+        """Of one image; refuses what mixes images."""
         value = node.meta["value"]
         assert isinstance(value, torch.Tensor)
         if not value.ndim or value.shape[0] != PICTURES:
             raise NotUnderstood(
-                f"{self._called(node)} ({self._place(node)}) mixes pictures, or moves the first "
+                f"{self._called(node)} ({self._place(node)}) mixes images, or moves the first "
                 "axis, that of the batch"
             )
         return tuple(value.shape[1:])

@@ -175,7 +175,7 @@ def collect_samples(
     broken = _broken(inputs, outputs)
     if broken:
         raise UserError(
-            f"the teacher's layer {broken} NaN or infinity on pictures of the data; expected "
+            f"the teacher's layer {broken} NaN or infinity on images of the data; expected "
             "finite numbers: check its weights, and `mean` and `std` of the data"
         )
     if path is not None:

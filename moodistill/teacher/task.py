@@ -24,11 +24,11 @@ class TrainConfig:
     """How a teacher is trained.
 
     Attributes:
-        phases: `(epochs, height of the pictures)` in order: small pictures first save time.
+        phases: `(epochs, height of the images)` in order: small images first save time.
         lr: peak of Muon's rate, relative to the norm of a kernel.
         warmup: share of the steps in which the rate rises; then it falls to zero in a line.
         pad: pixels that a view is shifted by, at most.
-        flip: whether a picture is mirrored in every other epoch.
+        flip: whether an image is mirrored in every other epoch.
         cutout: pixels of the side of a square that is painted over; 0 paints none.
         smoothing: share of a label that is spread over all classes.
     """
@@ -68,7 +68,7 @@ class Task:
 
     @property
     def mirrored(self) -> bool:
-        """Whether the teacher saw mirrored pictures; taken for granted where that is not known."""
+        """Whether the teacher saw mirrored images; taken for granted where that is not known."""
         return self.train is None or self.train.flip
 
 
@@ -83,18 +83,18 @@ def available_tasks() -> list[str]:
 
 @dataclass(frozen=True)
 class OwnTask:
-    """A teacher and pictures that no problem file describes.
+    """A teacher and images that no problem file describes.
 
     Attributes:
         weights: path of the teacher's weights.
-        data: folder of pictures, one folder a class (see `own_data.load_image_folder`).
-        size: `(height, width)` that pictures are brought to.
+        data: folder of images, one folder a class (see `own_data.load_image_folder`).
+        size: `(height, width)` that images are brought to.
         channels: 1, 3 or 4.
         mean, std: that the teacher was trained with; None measures them.
         weights_key: which set of weights to take of a file that holds several.
-        resize, interpolation, channel_order, exif, shorter_side, fill: how pictures are prepared;
+        resize, interpolation, channel_order, exif, shorter_side, fill: how images are prepared;
             see `Preparation`.
-        cut: path of the file that says which picture is in which split; None cuts anew.
+        cut: path of the file that says which image is in which split; None cuts anew.
     """
 
     weights: str
@@ -118,14 +118,14 @@ class OwnTask:
 
     @property
     def preparation(self) -> Preparation:
-        """How pictures become the network's input."""
+        """How images become the network's input."""
         return Preparation(
             self.resize, self.size, self.interpolation, self.channel_order, self.exif,
             self.shorter_side, self.fill,
         )  # fmt: skip
 
     def load(self) -> ImageData:
-        """The pictures, prepared.
+        """The images, prepared.
 
         Raises:
             UserError: as `load_image_folder` does.

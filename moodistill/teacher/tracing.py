@@ -28,7 +28,7 @@ def flat_graph(
 ) -> tuple[fx.GraphModule, dict[str, str]]:
     """Trace a network in evaluation mode; every node's `meta` holds what it computes.
 
-    `meta["value"]` is a fake tensor (shapes only) for `PICTURES` pictures, or a plain value;
+    `meta["value"]` is a fake tensor (shapes only) for `PICTURES` images, or a plain value;
     `meta["where"]` the file and line of the network's code. The network's own tensors are shared,
     not copied, where it holds them as they are used (see `plain_network`).
 
@@ -90,7 +90,7 @@ def _fold_tensors(module: fx.GraphModule) -> None:
         elif node.op in ("call_function", "call_method") and node.all_input_nodes:
             if not all(source in known for source in node.all_input_nodes):
                 continue
-            known[node] = node.meta["value"]  # no fake one: it hangs on no picture
+            known[node] = node.meta["value"]  # no fake one: it hangs on no image
             if isinstance(known[node], torch.Tensor):
                 name = f"_folded_{node.name}"
                 if _is_view(known[node], [known[source] for source in node.all_input_nodes]):

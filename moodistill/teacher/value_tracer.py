@@ -1,7 +1,7 @@
 """Traces a network while two batches of fake tensors run along.
 
 Whatever is no tensor and is equal for both batches is a constant of the network: sizes, tests on
-shapes, lengths, tuples of tensors. So only what depends on the pictures' values stops the trace.
+shapes, lengths, tuples of tensors. So only what depends on the images' values stops the trace.
 A submodule whose code cannot be followed is left whole, as one operation.
 """
 
@@ -45,7 +45,7 @@ class ValueProxy(fx.Proxy):
 
     @property
     def value(self) -> Any:
-        """A fake tensor for `PICTURES` pictures, a parameter, or a number that hangs on them."""
+        """A fake tensor for `PICTURES` images, a parameter, or a number that hangs on them."""
         return self.node.meta["value"]
 
     @property  # type: ignore[misc]
@@ -63,18 +63,18 @@ class ValueProxy(fx.Proxy):
     def __len__(self) -> int:
         length = len(self.value)
         if length != len(self.node.meta["more"]):
-            raise UserError("the code depends on the number of pictures in a batch")
+            raise UserError("the code depends on the number of images in a batch")
         return length
 
     def __iter__(self) -> Iterator[Any]:
         return iter([self[index] for index in range(len(self))])  # type: ignore[index]
 
     def _known(self) -> Any:
-        """The value of what hangs on no picture (a parameter)."""
+        """The value of what hangs on no image (a parameter)."""
         if isinstance(self.value, FakeTensor):
-            raise UserError("the code depends on the values in the pictures (a test on a tensor)")
+            raise UserError("the code depends on the values in the images (a test on a tensor)")
         if not isinstance(self.value, torch.Tensor):
-            raise UserError("the code depends on the number of pictures in a batch")
+            raise UserError("the code depends on the number of images in a batch")
         return self.value
 
     def __bool__(self) -> bool:
@@ -91,7 +91,7 @@ class ValueProxy(fx.Proxy):
 
 
 class ValueTracer(fx.Tracer):
-    """Traces a network; every node's `meta` holds its `value` and what it is for `more` pictures.
+    """Traces a network; every node's `meta` holds its `value` and what it is for `more` images.
 
     Attributes:
         left: modules that could not be followed or are to be left whole, and why.
@@ -122,7 +122,7 @@ class ValueTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """One picture batch goes in; all other arguments keep their defaults."""
+        """One image batch goes in; all other arguments keep their defaults."""
         names = list(inspect.signature(root_fn).parameters.values())[1:]
         needed = [
             p.name for p in names
@@ -261,7 +261,7 @@ class ValueTracer(fx.Tracer):
     # Values
 
     def _evaluated(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """What an operation gives for both numbers of pictures."""
+        """What an operation gives for both numbers of images."""
         if kind == "placeholder":
             return self._inputs[0], self._inputs[1]
         if kind == "get_attr":

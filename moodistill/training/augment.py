@@ -1,4 +1,4 @@
-"""Random views of training pictures."""
+"""Random views of training images."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def augment(
 
 
 def alternating_flips(count: int, epoch: int, seed: int) -> np.ndarray:
-    """Which of `count` pictures are mirrored in an epoch: a random half, then the other half.
+    """Which of `count` images are mirrored in an epoch: a random half, then the other half.
 
-    So two epochs show every picture in both forms, which random flips do only for half of them
+    So two epochs show every image in both forms, which random flips do only for half of them
     (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
     """
     first = np.random.default_rng([seed, 7]).random(count) < 0.5
@@ -37,7 +37,7 @@ def cutout(
 ) -> np.ndarray:
     """A square of `size` pixels in one `colour` `(C,)` on each of `(N, H, W, C)`, in place.
 
-    Its centre lies anywhere in the picture, so that it may stand over the border (DeVries and
+    Its centre lies anywhere in the image, so that it may stand over the border (DeVries and
     Taylor 2017).
     """
     count, height, width, _ = images.shape

@@ -16,10 +16,10 @@ class TrainBatches:
 
     Attributes:
         steps: of the whole training.
-        steps_per_epoch: pictures that fill no batch are left out of an epoch; of fewer pictures
+        steps_per_epoch: images that fill no batch are left out of an epoch; of fewer images
             than one batch all are one.
-        sizes: height of the pictures in each step.
-        pixels: of each step, all together, relative to one picture in full size; what a step costs.
+        sizes: height of the images in each step.
+        pixels: of each step, all together, relative to one image in full size; what a step costs.
     """
 
     def __init__(self, data: ImageData, config: TrainConfig) -> None:

@@ -131,7 +131,7 @@ def distill(
     Raises:
         FloatingPointError: if the loss is not finite.
     """
-    # Convolutions train up to a third faster on pictures whose channels lie together.
+    # Convolutions train up to a third faster on images whose channels lie together.
     model = copy.deepcopy(student).train().to(memory_format=torch.channels_last)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]

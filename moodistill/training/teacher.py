@@ -1,4 +1,4 @@
-"""Training a teacher: Muon on the matrices, SGD on the rest, small pictures first."""
+"""Training a teacher: Muon on the matrices, SGD on the rest, small images first."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def train_teacher(
         raise UserError(f"{task.name} does not say how it is trained: its TASK has train=None")
     with torch.random.fork_rng(devices=[]):  # the caller's draws are not touched
         torch.manual_seed(config.seed)
-        # Convolutions run up to a tenth faster on pictures whose channels lie together.
+        # Convolutions run up to a tenth faster on images whose channels lie together.
         model = task.build().to(device).to(memory_format=torch.channels_last)
         reporter = reporter or make_reporter("auto")
         try:
@@ -149,7 +149,7 @@ class _Training:
         began, seconds_before = time.monotonic(), self.seconds
         saved, paused = began, 0.0
         self.model.train()
-        with reporter.stage("training", int(done[-1]), "pictures") as stage:
+        with reporter.stage("training", int(done[-1]), "images") as stage:
             for step in range(self.start, batches.steps):
                 with training_step() as waited:
                     loss = self._step(step)

@@ -1,4 +1,4 @@
-"""The shipped folder: what it holds, that it runs without torch, and what `verify` refuses."""
+"""The bundle: what it holds, that it runs without torch, and what `verify` refuses."""
 
 import hashlib
 import json
@@ -221,7 +221,7 @@ def test_verify_refuses_what_is_no_manifest(copy, text):
     with pytest.raises(UserError, match="manifest.json"):
         verify_package(copy)
     (copy / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no shipped folder"):
+    with pytest.raises(UserError, match="no bundle"):
         verify_package(copy)
 
 

@@ -1,4 +1,4 @@
-"""The shipped `run.py` on original files: it prepares them as the search did, or does not run."""
+"""A bundle's `run.py` on original files: it prepares them as the search did, or does not run."""
 
 import json
 import os
@@ -35,7 +35,7 @@ PREPARATIONS = [
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Pictures of many shapes, a third of them turned by EXIF, some of other formats."""
+    """Images of many shapes, a third of them turned by EXIF, some of other formats."""
     root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for name in ("left", "right"):
         (root / name).mkdir()
@@ -86,7 +86,7 @@ def test_run_py_answers_as_the_search(pictures, tmp_path, settings):
     settings = {"size": (24, 24), **settings}
     data = load_image_folder(pictures, **settings)
     manifest = ship(data, tmp_path)
-    assert manifest["tried"] == 12  # of 12 validation pictures
+    assert manifest["tried"] == 12  # of 12 validation images
     assert manifest["input"]["preparation"] == data.preparation.settings()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert data.preparation.describe(data.input_shape[0]) in card
@@ -146,7 +146,7 @@ def test_of_an_unknown_preparation_only_the_exact_size_is_taken(pictures, tmp_pa
 
 def test_run_py_names_what_it_cannot_read(pictures, tmp_path):
     ship(load_image_folder(pictures, (24, 24)), tmp_path)
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "bad.npy").write_bytes(b"no array")
     for name in ("bad.png", "bad.npy", "none.png"):
         done = run_script(tmp_path, tmp_path / name)
@@ -168,7 +168,7 @@ def test_run_py_is_one_file_that_imports_nothing_of_ours():
     text = script_text()
     assert "import moodistill" not in text and "from moodistill" not in text
     compile(text, "run.py", "exec")
-    assert "def read_picture" in text and text.startswith('"""Classify pictures')
+    assert "def read_picture" in text and text.startswith('"""Classify images')
     assert trial.IMPORT not in text
 
 

@@ -503,7 +503,7 @@ def test_export_without_the_distilled_weights(finished, call, tmp_path):
     name = distilled(run)[0]["student"]
     (run / "students" / name / "student.safetensors").unlink()
     done = call("export", run, name, "--out", tmp_path / "out", code=2)
-    assert "distilled weights" in done.stderr and "is a shipped folder" in done.stderr
+    assert "distilled weights" in done.stderr and "is a bundle" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -633,7 +633,7 @@ def test_export_says_what_the_weights_reach_not_what_the_table_did(finished, cal
     assert manifest["accuracy"]["test"]["fraction"] == result["test_accuracy"]
     (folder / "students" / name / "result.json").unlink()
     done = call("export", folder, name, "--out", tmp_path / "other", code=2)
-    assert "was interrupted; carry on with --resume" in done.stderr
+    assert "was interrupted; continue with --resume" in done.stderr
 
 
 def test_a_least_accuracy_that_is_given_is_kept(call, tmp_path):

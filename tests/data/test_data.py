@@ -109,7 +109,7 @@ def test_split_head():
     ids=["bytes", "column", "whole floats", "arrays of one", "tensors"],
 )
 def test_labels_of_many_forms(labels):
-    """One whole number a picture, however it is wrapped."""
+    """One whole number an image, however it is wrapped."""
     pairs = list(zip(PICTURES, labels, strict=True))
     made = [from_datasets(pairs, pairs, pairs)]
     if isinstance(labels, np.ndarray):

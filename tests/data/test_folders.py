@@ -1,4 +1,4 @@
-"""Folders of pictures as people have them: every file is read, passed over or named."""
+"""Folders of images as people have them: every file is read, passed over or named."""
 
 import json
 import os
@@ -16,7 +16,7 @@ CLASSES = ("cat", "dog", "emu")
 
 
 def picture(seed, size=(8, 8), mode="RGB"):
-    """Noise; another seed is another picture."""
+    """Noise; another seed is another image."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
 
@@ -73,7 +73,7 @@ def test_two_pictures_of_a_class_are_too_few(tmp_path):
     for i in range(8):
         (tmp_path / "emu" / f"{i}.png").unlink()
     message = refused(tmp_path)
-    assert "'dog' has 2 picture(s)" in message and "'emu' has 1 picture(s)" in message
+    assert "'dog' has 2 image(s)" in message and "'emu' has 1 image(s)" in message
     assert "at least 3" in message and "cat" not in message
 
 
@@ -98,9 +98,9 @@ def test_a_run_keeps_its_own_cut(tmp_path):
     assert len(kept.table.passed_over["not there when the run began"]) == 15
     assert kept.table.files == every_file(tmp_path / "p")
     (tmp_path / "p" / "dog" / "7.png").unlink()
-    assert "lacks 1 of the 60 pictures" in refused(tmp_path / "p", cut=data.cut)
+    assert "lacks 1 of the 60 images" in refused(tmp_path / "p", cut=data.cut)
     (tmp_path / "cut.json").write_text('{"train": [1]}')
-    with pytest.raises(UserError, match=r"cut\.json does not say which picture"):
+    with pytest.raises(UserError, match=r"cut\.json does not say which image"):
         Cut.read(tmp_path / "cut.json")
 
 
@@ -137,7 +137,7 @@ def test_classes_of_one_split_alone_are_all_named(tmp_path):
     assert "class 'zebra' has 5 in val and none in train, test" in message
     assert "class 'Dog' has 4 in test and none in train, val (is it 'dog'?)" in message
     assert "class 'dog' has 8 in train, 4 in val and none in test" in message
-    assert "class 'empty' has no picture" in message and "'cat'" not in message
+    assert "class 'empty' has no image" in message and "'cat'" not in message
 
 
 def test_a_split_without_classes_is_named(tmp_path):
@@ -205,20 +205,20 @@ def test_every_file_is_accounted_for(tmp_path):
     ]  # fmt: skip
     for name in others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"nothing that is a picture")
+        (tmp_path / name).write_bytes(b"nothing that is an image")
     picture(9).save(tmp_path / "loose.png")
     table = load(tmp_path).table
     assert table.total == 32 and table.files == every_file(tmp_path) == 32 + len(others) + 1
     counts = {reason: len(files) for reason, files in table.passed_over.items()}
     assert counts == {
         "hidden, with a dot in front": 4, "left by a system or tool": 4,
-        "no picture that Pillow reads: .txt": 2, "no picture that Pillow reads: .csv": 1,
-        "no picture that Pillow reads: .mp4": 1, "no picture that Pillow reads: no suffix": 1,
+        "no image that Pillow reads: .txt": 2, "no image that Pillow reads: .csv": 1,
+        "no image that Pillow reads: .mp4": 1, "no image that Pillow reads: no suffix": 1,
         "in no folder of a class": 1,
     }  # fmt: skip
     assert table.more_frames == 2
     text = "\n".join(table.lines())
-    for words in ("32 pictures of 3 classes", "loose.png", "2 of several frames", "  all"):
+    for words in ("32 images of 3 classes", "loose.png", "2 of several frames", "  all"):
         assert words in text
 
 
@@ -253,7 +253,7 @@ def test_equal_pictures_are_found_whatever_their_format(tmp_path):
     assert table.between_splits == (pair,)
     assert len(table.between_classes) == 1
     text = "\n".join(table.lines())
-    assert "1 equal pictures in several splits" in text and "again.bmp" in text
+    assert "1 equal images in several splits" in text and "again.bmp" in text
 
 
 def test_a_table_of_many_classes_shows_the_smallest(tmp_path):

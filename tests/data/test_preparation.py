@@ -1,4 +1,4 @@
-"""How pictures are prepared: the same pixels as torchvision's, and in every order and form."""
+"""How images are prepared: the same pixels as torchvision's, and in every order and form."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_squash_and_crop_are_torchvisions(tmp_path, shape, interpolation, shorte
 def test_sizes_that_are_no_square(tmp_path, shape, size, resize):
     found = pixels(noise(shape), tmp_path / "a.png", resize=resize, size=size)
     assert found.shape == (*size, 3) and found.dtype == np.uint8
-    # A picture of one colour keeps it, but for a letterbox's borders.
+    # An image of one colour keeps it, but for a letterbox's borders.
     plain = Image.new("RGB", (shape[1], shape[0]), (200, 100, 50))
     found = pixels(plain, tmp_path / "a.png", resize=resize, size=size)
     inside = (found == (200, 100, 50)).all(2)
@@ -148,9 +148,9 @@ def test_a_folder_says_how_it_was_prepared(tmp_path):
     for data, words in ((squashed, "30 of another aspect ratio: squashed"),
                         (cut, "30 of another aspect ratio: cut")):  # fmt: skip
         assert any(words in line for line in data.table.lines())
-    with pytest.raises(UserError, match="channel_order is BGR, the pictures have 1"):
+    with pytest.raises(UserError, match="channel_order is BGR, the images have 1"):
         load_image_folder(root, (20, 20), channels=1, channel_order="BGR")
-    # Each picture stands beside its own file.
+    # Each image stands beside its own file.
     for index in (0, 7, 19):
         again, _ = read_picture(cut.test.files[index], 3, cut.preparation.settings())
         assert np.array_equal(again, cut.test.images[index])

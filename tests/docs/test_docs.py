@@ -146,7 +146,7 @@ def test_a_network_that_is_too_narrow_for_whole_simd_blocks(call, tmp_path, monk
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     own_network(tmp_path)
     arguments = [
-        "--teacher", "mine:build", "--weights", "best.pt", "--data", "pictures", "--out", "run",
+        "--teacher", "mine:build", "--weights", "best.pt", "--data", "images", "--out", "run",
         "--simd-step", "64", *TINY_RUN,
     ]  # fmt: skip
     error = call("run", *arguments, code=2).stderr
@@ -154,7 +154,7 @@ def test_a_network_that_is_too_narrow_for_whole_simd_blocks(call, tmp_path, monk
 
 
 def own_network(folder):
-    """A network, its weights, a problem file and pictures, as docs/own_network.md names them."""
+    """A network, its weights, a problem file and images, as docs/own_network.md names them."""
     import torch
     from PIL import Image
     from torch import nn
@@ -167,7 +167,7 @@ def own_network(folder):
         "from pathlib import Path\n"
         "from moodistill.data.folders import load_image_folder\n"
         "from moodistill.teacher.task import Task\n"
-        "TASK = Task('mine', build, lambda _: load_image_folder(Path('pictures')), Path('best.pt'))\n"
+        "TASK = Task('mine', build, lambda _: load_image_folder(Path('images')), Path('best.pt'))\n"
     )
     (folder / "mine.py").write_text(source)
     network = nn.Sequential(
@@ -176,11 +176,11 @@ def own_network(folder):
     )  # fmt: skip
     rng = np.random.default_rng(0)
     for label, name in enumerate(("dark", "light")):
-        (folder / "pictures" / name).mkdir(parents=True)
+        (folder / "images" / name).mkdir(parents=True)
         for i in range(50):
             pixels = rng.integers(0, 100, (40, 40, 3), dtype=np.uint8) + np.uint8(100 * label)
-            Image.fromarray(pixels).save(folder / "pictures" / name / f"{i}.png")
-    data = load_image_folder(folder / "pictures")
+            Image.fromarray(pixels).save(folder / "images" / name / f"{i}.png")
+    data = load_image_folder(folder / "images")
     train_on(network, data.normalise(data.train.images), torch.from_numpy(data.train.labels))
     torch.save(network.state_dict(), folder / "best.pt")
 

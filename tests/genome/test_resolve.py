@@ -339,7 +339,7 @@ def test_layout_of_vgg16(vgg16):
     assert len(bypass) == 13
     assert "features.0" not in bypass and "classifier.3" not in bypass
     assert sizes(layout, "block")["features.27"] == (4, 4)
-    assert "features.0" not in sizes(layout, "block")  # it reads the picture
+    assert "features.0" not in sizes(layout, "block")  # it reads the image
     assert sizes(layout, "block")["classifier.3"] == (1, 4)
 
 

@@ -39,7 +39,7 @@ def prepare(teacher, data) -> Prepared:
 
 
 def train_on(network, images, labels, steps=80):
-    """A few steps of SGD, enough for pictures that differ in brightness; back in eval mode."""
+    """A few steps of SGD, enough for images that differ in brightness; back in eval mode."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     network.train()
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""What a shipped folder is made of, for tests that measure nothing."""
+"""What a bundle is made of, for tests that measure nothing."""
 
 from moodistill.bundle.model import Origin
 from moodistill.pareto.table import FrontRow

@@ -1,4 +1,4 @@
-"""Run a shipped folder's sample in another runtime: CONVERTER FOLDER; prints the answer as JSON.
+"""Run a bundle's sample in another runtime: CONVERTER FOLDER; prints the answer as JSON.
 
 Called by the interpreter of an environment that has the converter and nothing of ours.
 """
@@ -38,7 +38,7 @@ def tool(name, *arguments, cwd):
 def run_tflite(model, name, images, place):
     from ai_edge_litert.interpreter import Interpreter
 
-    # onnx2tf would fetch these pictures, with which it checks itself.
+    # onnx2tf would fetch these images, with which it checks itself.
     made_up = np.random.default_rng(0).random((20, 128, 128, 3), np.float32)
     np.save(place / "calibration_image_sample_data_20x128x128x3_float32.npy", made_up)
     said = tool("onnx2tf", "-i", str(model), "-o", "out", "-n", cwd=place)

@@ -55,7 +55,7 @@ class Prepared:
 
 
 def worst(found, expected):
-    """Largest difference of logits, relative to a picture's largest."""
+    """Largest difference of logits, relative to an image's largest."""
     found, expected = found.detach(), expected.detach()
     scale = expected.abs().amax(dim=1, keepdim=True).clamp_min(1e-3)
     return float(((found - expected).abs() / scale).max())

@@ -80,7 +80,7 @@ def without_encoding(path):
 
 
 def _is_other(function):
-    """Whether it opens a picture, an archive, a store or a descriptor."""
+    """Whether it opens an image, an archive, a store or a descriptor."""
     return getattr(function.value, "id", "") in (
         "Image",
         "tarfile",
@@ -103,7 +103,7 @@ def test_no_text_file_depends_on_the_locale():
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory, digits):
-    """A shipped folder whose labels few terminals can print."""
+    """A bundle whose labels few terminals can print."""
     from moodistill.bundle.model import ShipOptions, ship
     from moodistill.onnx.writer import to_onnx
     from moodistill.student.builder import build_student

@@ -1,4 +1,4 @@
-"""Pictures that open and a table that lines up."""
+"""Images that open and a table that lines up."""
 
 import dataclasses
 

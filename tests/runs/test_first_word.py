@@ -58,7 +58,7 @@ def swapped(task):
 
 def test_the_accuracy_is_said_before_anything_long(start):
     lines, error = start(load_task("digits"), expected=0.99)
-    assert lines == ["the teacher is right on 1.0000 of 350 validation pictures"]
+    assert lines == ["the teacher is right on 1.0000 of 350 validation images"]
     assert isinstance(error, Reached)
 
 

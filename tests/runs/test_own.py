@@ -1,4 +1,4 @@
-"""A network and pictures that the project did not ship, from the shell and from Python."""
+"""A network and images that the project did not ship, from the shell and from Python."""
 
 import json
 import subprocess
@@ -60,7 +60,7 @@ def picture(label, size=(20, 24), mode="RGB"):
 
 @pytest.fixture
 def folder(tmp_path):
-    """`dark/` and `light/` with 60 pictures each."""
+    """`dark/` and `light/` with 60 images each."""
     for label, name in enumerate(("dark", "light")):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i in range(60):
@@ -95,7 +95,7 @@ def test_split_folders(folder, tmp_path):
     assert data.input_shape == (1, 32, 32) and data.mean == (0.5,)
 
 
-@pytest.mark.parametrize("damage", ["missing", "one class", "no pictures", "broken", "mean"])
+@pytest.mark.parametrize("damage", ["missing", "one class", "no images", "broken", "mean"])
 def test_bad_folders_are_one_line(folder, damage):
     settings = {}
     if damage == "missing":
@@ -104,7 +104,7 @@ def test_bad_folders_are_one_line(folder, damage):
         for path in (folder / "dark").iterdir():
             path.unlink()
         (folder / "dark").rmdir()
-    elif damage == "no pictures":
+    elif damage == "no images":
         (folder / "empty").mkdir()
     elif damage == "broken":
         path = folder / "dark" / "7.png"
@@ -136,7 +136,7 @@ def test_a_problem_file_may_be_called_like_a_module(tmp_path):
 
 
 def test_pictures_that_come_class_by_class_are_mixed(folder):
-    """A search scores the first validation pictures: they must be of all classes."""
+    """A search scores the first validation images: they must be of all classes."""
     train = load_image_folder(folder).train
     assert 0.3 < train.labels[: len(train) // 2].mean() < 0.7
     images = np.zeros((200, 4, 4, 3), np.uint8)
@@ -172,7 +172,7 @@ def test_grey_pictures_of_16_bits(folder, channels):
 
 def test_a_picture_too_large_to_be_opened_is_named(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UserError, match=r"120 file.* no readable picture: .*0\.png"):
+    with pytest.raises(UserError, match=r"120 file.* no readable image: .*0\.png"):
         load_image_folder(folder)
 
 

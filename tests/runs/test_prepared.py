@@ -1,4 +1,4 @@
-"""A preparation from the command line to the shipped folder, and what is said of the files."""
+"""A preparation from the command line to the bundle, and what is said of the files."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ PREPARED = ["--resize", "crop", "--shorter-side", "20", "--interpolation", "bicu
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """16 x 48 pictures whose class is in the middle; a third lie on their side, with EXIF."""
+    """16 x 48 images whose class is in the middle; a third lie on their side, with EXIF."""
     root, rng = tmp_path_factory.mktemp("project"), np.random.default_rng(0)
     for label, name in enumerate(("red", "blue")):
         (root / "pictures" / name).mkdir(parents=True)
@@ -67,7 +67,7 @@ def run(project, call):
 def test_the_table_is_said_before_the_search(run):
     text = run[1]
     table, _, rest = text.partition("about ")
-    for words in ("80 pictures of 2 classes", "centre-cropped", "bicubic, BGR",
+    for words in ("80 images of 2 classes", "centre-cropped", "bicubic, BGR",
                   "80 of another aspect ratio: cut", "28 with an EXIF orientation: turned"):  # fmt: skip
         assert words in table, text
     assert "results in" in rest

@@ -90,17 +90,17 @@ def noise(seed, *shape):
 
 
 def pictures(seed, channels=3, size=16):
-    """Two pictures, each four times, 1 to 10^10 times as bright.
+    """Two images, each four times, 1 to 10^10 times as bright.
 
-    Masked layers fade a picture until the biases decide alone; bright ones are still seen. Both
-    large teachers end in an adaptive pooling: smaller pictures make the same check cheaper.
+    Masked layers fade an image until the biases decide alone; bright ones are still seen. Both
+    large teachers end in an adaptive pooling: smaller images make the same check cheaper.
     """
     brightness = torch.tensor([1.0, 1e3, 1e6, 1e10]).repeat_interleave(2)
     return noise(seed, 2, channels, size, size).repeat(4, 1, 1, 1) * brightness[:, None, None, None]
 
 
 def worst(found, expected):
-    """Largest difference, relative to a picture's largest logit where that is above 1."""
+    """Largest difference, relative to an image's largest logit where that is above 1."""
     scale = expected.abs().amax(dim=1, keepdim=True).clamp_min(1.0)
     return float(((found - expected).abs() / scale).max())
 

@@ -222,7 +222,7 @@ class Functional(Net):
 
 
 class PickedInput(nn.Module):
-    """Scales the picture's channels one by one, as GoogLeNet does; overwrites its tensors."""
+    """Scales the image's channels one by one, as GoogLeNet does; overwrites its tensors."""
 
     def __init__(self):
         super().__init__()

@@ -37,7 +37,7 @@ def genome(digits):
 
 @pytest.fixture(scope="module")
 def stored(digits, genome, tmp_path_factory):
-    """A student's file, and its logits on a few pictures."""
+    """A student's file, and its logits on a few images."""
     student = made(digits, genome)
     path = tmp_path_factory.mktemp("students") / "student.safetensors"
     save_student(student, digits.layout, genome, path, "digits")

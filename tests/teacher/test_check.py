@@ -36,7 +36,7 @@ def data():
 
 
 def taught(data, prepare):
-    """A network trained on training pictures prepared by `prepare`."""
+    """A network trained on training images prepared by `prepare`."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
@@ -68,7 +68,7 @@ def test_a_good_teacher_gets_one_line(data, teacher):
     recall = {LABELS[k]: right[data.validation.labels == k].mean() for k in range(6)}
     assert found.by_class == pytest.approx(recall)
     (line,) = found.lines()
-    assert f"{right.mean():.4f} of 240 validation pictures" in line
+    assert f"{right.mean():.4f} of 240 validation images" in line
     assert ("worst" in line) == (not right.all())
 
 
@@ -157,14 +157,14 @@ class Blind(nn.Module):
 
 
 def test_bgr_is_found_where_it_costs_a_few_points_only(data, teacher):
-    """Nearly all pictures are green, which looks the same in BGR."""
+    """Nearly all images are green, which looks the same in BGR."""
     split = striped(2000, np.random.default_rng(7))
     green = split.labels // 2 == 1
     kept = np.concatenate([np.flatnonzero(green)[:420], np.flatnonzero(~green)[:80]])
     kept = np.random.default_rng(0).permutation(kept)
     few = Split(split.images[kept][..., ::-1], split.labels[kept])
     found = check_teacher(teacher, replace(data, validation=few))
-    assert found.accuracy > 0.8 and "it is better on pictures in BGR" in found.doubts
+    assert found.accuracy > 0.8 and "it is better on images in BGR" in found.doubts
     assert found.remedy.name == "BGR and the normalisation as it is"
 
 
@@ -213,7 +213,7 @@ def test_another_number_of_classes_is_refused(data, teacher):
 
 def test_another_metric_is_said_without_classes(data, teacher):
     found = check_teacher(teacher, replace(data, metric=lambda logits, labels: 0.25))
-    assert found.lines() == ["the teacher's metric is 0.2500 on 240 validation pictures"]
+    assert found.lines() == ["the teacher's metric is 0.2500 on 240 validation images"]
     with pytest.raises(UserError, match="reaches 0.2500"):
         check_teacher(teacher, replace(data, metric=lambda logits, labels: 0.25), 0.3)
 

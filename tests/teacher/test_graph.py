@@ -98,7 +98,7 @@ def test_a_norm_behind_a_flatten_is_refused():
 
 
 class TwoInputs(Net):
-    """Takes a second picture."""
+    """Takes a second image."""
 
     def forward(self, x, other):
         return super().forward(x) + super().forward(other)
@@ -165,14 +165,14 @@ def test_a_wrong_input_shape_is_refused(capfd):
 
 
 def test_a_view_across_pictures_is_refused():
-    """Only the flatten of one picture keeps channels apart."""
+    """Only the flatten of one image keeps channels apart."""
     with pytest.raises(UserError, match="reshape"):
         trace(Shared(lambda net, x: net.head(net.stem(x).reshape(-1, 8))), SHAPE)
 
 
 @pytest.mark.parametrize("name", ["input", "output", "add", "x", "relu", "flatten"])
 def test_any_name_of_a_layer_will_do(name):
-    """Names of modules, of traced operations and of the picture do not get mixed up."""
+    """Names of modules, of traced operations and of the image do not get mixed up."""
 
     def forward(net, x):
         x = F.relu(net.stem(x))

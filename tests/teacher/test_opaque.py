@@ -129,10 +129,10 @@ class Wrapped(nn.Module):
         if pixels is None:
             raise ValueError("no pixels")
         if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
-            raise ValueError("pixels are no pictures")
+            raise ValueError("pixels are no images")
         batch, channels, height, width = pixels.shape
         if channels != 3 or (height, width) != (SIZE, SIZE):
-            raise ValueError(f"{batch} pictures of {channels} channels")
+            raise ValueError(f"{batch} images of {channels} channels")
         pooled = self.body(F.relu(self.stem(pixels))).mean([2, 3])
         logits = self.head(pooled.view(batch, -1))
         loss = F.cross_entropy(logits, labels) if labels is not None else None
@@ -184,7 +184,7 @@ class Blur(nn.Module):
 
 
 class DataDependent(nn.Module):
-    """Looks at values of the pictures."""
+    """Looks at values of the images."""
 
     def __init__(self, width):
         super().__init__()
@@ -449,14 +449,14 @@ def test_teachers_as_people_have_them(name, tmp_path):
 def test_what_mixes_pictures_is_found_though_it_is_left_whole():
     """The student of the teacher's genome does the same in the same batch, so that is not enough."""
     ready = prepared(lambda: Net(lambda n, x: n.a(x - x.mean(0)), a=conv(32, 32)))
-    with pytest.raises(UserError, match="Net mixes pictures: .*left whole .*mean"):
+    with pytest.raises(UserError, match="Net mixes images: .*left whole .*mean"):
         check_graph(ready.network, ready.graph, ready.layout, ready.images)
 
 
 @pytest.mark.parametrize(
     ("words", "make"),
     [
-        ("lazy layers that were never called .*: b.weight, b.bias; call the network on one picture",
+        ("lazy layers that were never called .*: b.weight, b.bias; call the network on one image",
          lambda: Net(lambda n, x: n.b(x), b=nn.LazyConv2d(32, 1))),
         (r"prepared for quantisation: b \(Conv2d\)",
          lambda: Net(lambda n, x: n.b(x), b=torch.ao.nn.qat.Conv2d(

@@ -48,13 +48,13 @@ def test_cutout_paints_one_square(size):
     heights, widths = where.any(2).sum(1), where.any(1).sum(1)
     assert np.array_equal(where.sum((1, 2)), heights * widths)  # a rectangle
     assert heights.max() == widths.max() == size
-    # Centres lie anywhere in the picture, so squares are cut off at the border, at most by half.
+    # Centres lie anywhere in the image, so squares are cut off at the border, at most by half.
     assert heights.min() >= size // 2
     assert where.mean(0).min() > 0
 
 
 def test_batches_of_the_recipe(random_images):
-    """The same arithmetic written out, picture by picture."""
+    """The same arithmetic written out, image by image."""
     data = replace(random_images, mean=(0.4914, 0.4822, 0.4465))
     config = TrainConfig(phases=((2, 32),), batch_size=32, pad=4, cutout=8, seed=5)
     batches = TrainBatches(data, config)
