@@ -1,8 +1,8 @@
 """From a genome to a network with weights, and from there to an `Evaluation`.
 
 `builder` writes the network (a bypass bit becomes a missing layer in `_Builder._layer`), with
-`partition`, `values` and `slicing` for its tensors; `inherit` solves its weights from the teacher
-in closed form, convolutions on whole `patches` by `regression`; `evaluator` builds, inherits,
+`partition`, `values` and `slicing` for its tensors; `inherit` walks it and `solve`s its weights
+layer by layer, convolutions on whole `patches` by `regression`; `evaluator` builds, inherits,
 exports, times and tests it; `context` holds what all students of a teacher share; `file` writes a
 student to disk.
 

@@ -1,61 +1,25 @@
-"""Closed-form inheritance: the student's weights solved from the teacher, without training.
+"""Closed-form inheritance: the student is walked layer by layer and solved from the teacher.
 
-Whatever a layer of the student can still read, it should give the best linear estimate of what
-the teacher's layer gives. A convolution larger than 1x1 is solved on whole patches (`regression`).
-For a layer that reads one pixel at a time it is enough to estimate its inputs: with `u` `(n, k)`
-the student's input pixels and `a` `(n, C)` the teacher's at the same places,
-
-    A = argmin |a - u A^T|^2 + ridge * |A - A0|^2,    W'[o, k] = sum_c W[o, c] A[c, k],
-
-where `A0` picks the kept channels (0 past a bypassed layer). Masks, missing connections, merge
-edges and bypasses are one operation: the gene says what may be read, the solve says how.
-Sources: least squares for channel pruning (He et al. 2017), Gram-based compensation (GRAIL),
-recalibrated batch statistics (EagleEye, Li et al. 2020).
+Every layer is solved (`solve`) with what the student in front of it really produces, and the batch
+statistics are set on the way, so that errors do not add up (recalibrated batch statistics:
+EagleEye, Li et al. 2020).
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 
 from moodistill.student.builder import Student
-from moodistill.student.patches import as_kernel, as_matrix, output_size, sample_patches
-from moodistill.student.regression import reduce_rank, regress, solve_exactly
-from moodistill.student.slicing import Unit, low_rank, tapped
-from moodistill.teacher.graph import Layer, TeacherGraph
-from moodistill.teacher.kernels import Conv, padding_of
+from moodistill.student.solve import InheritConfig, Mode, solve_unit, write_solution
+from moodistill.teacher.graph import TeacherGraph
 from moodistill.teacher.operations import NORMS
-from moodistill.teacher.samples import TeacherSamples, as_map, sample_pixels, sample_positions
+from moodistill.teacher.samples import TeacherSamples
 
-Mode = Literal["slice", "student", "patches"]
-
-
-@dataclass(frozen=True)
-class InheritConfig:
-    """How weights are inherited; the batch statistics are always recalibrated.
-
-    Attributes:
-        mode: `slice` keeps the sliced weights; `student` walks the student layer by layer and
-            estimates the inputs of the teacher's layers from what it produces, at single pixels;
-            `patches` does so, but solves convolutions larger than 1x1 on whole patches.
-        ridge: pull towards the sliced weights, relative to the mean diagonal of the Gram matrix,
-            where samples abound.
-        scarce: added to `ridge` times `(k / n)^2`, `k` unknowns from `n` samples, at single pixels.
-        scarce_patches: the same on whole patches.
-        widest: unknowns of one output above which a convolution is solved at single pixels: the
-            cost grows with their cube, and so wide a layer gains nothing (docs/method.md).
-    """
-
-    mode: Mode = "patches"
-    ridge: float = 1e-2
-    scarce: float = 2.0
-    scarce_patches: float = 0.3
-    widest: int = 1536
+__all__ = ["InheritConfig", "Mode", "inherit"]
 
 
 @torch.no_grad()
@@ -97,8 +61,8 @@ def inherit(
             unit = units.get(str(node.target))
             if unit is not None and config.mode != "slice" and unit.target not in called:
                 called.add(unit.target)
-                solution = _solve(unit, arguments[0], student, graph, samples, config)
-                if solution is not None and not _write(unit, student.module, solution):
+                solution = solve_unit(unit, arguments[0], student, graph, samples, config)
+                if solution is not None and not write_solution(unit, student.module, solution):
                     unsolved.append(unit.target)
             known = str(node.target) in norms
             if known:
@@ -115,12 +79,6 @@ def inherit(
         for done in last_use.get(node, ()):
             del values[done]
     return tuple(unsolved)
-
-
-def _layer(student: nn.Module, path: str) -> Layer:
-    module = student.get_submodule(path)
-    assert isinstance(module, Layer)
-    return module
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -148,232 +106,3 @@ def _recalibrated(norm: nn.Module, source: torch.Tensor) -> torch.Tensor:
         norm.running_var.mul_((count - 1) / count)  # of these images, no estimate beyond them
     assert isinstance(result, torch.Tensor)
     return result
-
-
-@dataclass(frozen=True)
-class _Solution:
-    """Solved weights of one unit.
-
-    Attributes:
-        matrix: `(outputs, k)`, one column for each number that the unit reads at a place.
-        rows: `(n, k)` these numbers at the sampled places, centred where there is a `level`; None
-            where they are not at hand.
-        tapwise: whether the columns are tap by tap; else channel by channel.
-        constant: `(outputs,)`; None where none may be taken.
-        level: `(outputs,)` the mean output, where a constant is taken.
-    """
-
-    matrix: torch.Tensor
-    rows: torch.Tensor | None
-    tapwise: bool
-    constant: torch.Tensor | None
-    level: torch.Tensor | None
-
-    def weight(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """A matrix with these columns as a module's weight."""
-        return as_kernel(matrix, tuple(shape)) if self.tapwise else matrix.reshape(shape)
-
-
-def _solve(
-    unit: Unit,
-    source: torch.Tensor,
-    student: Student,
-    graph: TeacherGraph,
-    samples: TeacherSamples,
-    config: InheritConfig,
-) -> _Solution | None:
-    """The weights of a unit that reads `source`; None where the samples are of other places.
-
-    A shared layer is solved where it is first called, from samples of that call. If the teacher's
-    first call is gone and this one has another resolution it stays sliced.
-    """
-    module = _layer(student.module, unit.target)
-    layer = graph.layer_module(unit.layer)
-    step = next(step for step in graph.layers if step.target == unit.layer)
-    unknowns = module.weight[0].numel()
-    if config.mode == "patches" and unit.layer in samples.outputs and unknowns <= config.widest:
-        assert isinstance(module, nn.Conv2d)
-        rows, columns = output_size(module, (source.shape[2], source.shape[3]))
-        if rows * columns != step.form.area:
-            return None
-        free = _takes_constant(unit, student)
-        return _on_patches(unit, module, source, layer, samples, free, config)
-    area = graph.step(step.inputs[0]).form.area
-    if source.ndim > 2 and as_map(source, layer)[0, 0].numel() != area:
-        return None
-    return _on_pixels(unit, module, source, layer, samples, config)
-
-
-def _takes_constant(unit: Unit, student: Student) -> bool:
-    """Whether a unit may add a constant: by its bias, or as a norm that is recalibrated follows."""
-    path = unit.target if unit.expand is None else unit.expand
-    if student.module.get_submodule(path).bias is not None:
-        return True
-    norms = {norm.target for norm in student.norms}
-    calls = [node for node in student.module.graph.nodes if node.target == path]
-    return all(str(user.target) in norms for node in calls for user in node.users)
-
-
-def _on_patches(
-    unit: Unit,
-    module: nn.Conv2d,
-    source: torch.Tensor,
-    layer: Layer,
-    samples: TeacherSamples,
-    free: bool,
-    config: InheritConfig,
-) -> _Solution:
-    """From what the teacher's convolution gave, on whole patches; `free` to take a constant."""
-    count, channels, height, width = source.shape
-    rows, columns = output_size(module, (height, width))
-    drawn = samples.config
-    positions = sample_positions(count, rows * columns, drawn.patches, drawn.seed)
-    patches = sample_patches(source, module, positions)
-    given = samples.outputs[unit.layer]
-    matrices, constants = [], []
-    start = 0
-    for outputs, inputs in zip(unit.outputs, unit.inputs, strict=True):
-        part = patches
-        if len(inputs) < channels:
-            part = patches.unflatten(1, (-1, channels))[:, :, start : start + len(inputs)].flatten(
-                1
-            )
-        start += len(inputs)
-        index = torch.from_numpy(outputs)
-        anchor = torch.zeros(len(outputs), part.shape[1])
-        if not unit.through:
-            anchor = as_matrix(tapped(layer.weight[index], unit.taps)[:, torch.from_numpy(inputs)])
-        matrix, constant = regress(
-            part, given[:, index], anchor, free, config.ridge, config.scarce_patches
-        )
-        matrices.append(matrix)
-        constants.append(constant)
-    return _Solution(
-        torch.cat(matrices),
-        patches,
-        tapwise=True,
-        constant=torch.cat(constants) if free else None,
-        level=given[:, torch.from_numpy(np.concatenate(unit.outputs))].mean(0) if free else None,
-    )
-
-
-def _on_pixels(
-    unit: Unit,
-    module: nn.Module,
-    source: torch.Tensor,
-    layer: Layer,
-    samples: TeacherSamples,
-    config: InheritConfig,
-) -> _Solution:
-    """From estimates of what the teacher's layer read, at single pixels."""
-    target = samples.inputs[unit.layer]
-    # Only a layer without padding may take the constant of the estimate into its bias: at a
-    # padded border some taps see no input and no constant either.
-    padded = isinstance(module, Conv) and any(p != 0 for p in padding_of(module))
-    centred = not padded and layer.bias is not None
-    # Past a bypassed linear layer behind a flatten every feature is a channel of its own; else the
-    # positions of a flatten share one estimate.
-    own_repeat = layer.in_features // target.shape[1] if isinstance(layer, nn.Linear) else 1
-    repeat = unit.repeat if unit.repeat == own_repeat else 1
-    offered = sample_pixels(as_map(source, layer), repeat, samples.config)
-    matrices, biases = [], []
-    start = 0
-    for outputs, inputs in zip(unit.outputs, unit.inputs, strict=True):
-        width = len(inputs) * unit.repeat // repeat
-        estimate, constant = estimate_inputs(
-            target, offered[:, start : start + width], None if unit.through else inputs, centred,
-            config,
-        )  # fmt: skip
-        start += width
-        weight = tapped(layer.weight[torch.from_numpy(outputs)], unit.taps)
-        matrices.append(_fold(weight, estimate, target.shape[1], repeat).flatten(1))
-        if centred:
-            taps = weight.reshape(len(weight), target.shape[1], -1).sum(2)
-            assert layer.bias is not None
-            biases.append(layer.bias[torch.from_numpy(outputs)] + taps @ constant)
-    matrix = torch.cat(matrices)
-    rows = source if source.ndim == 2 else offered
-    if rows.shape[1] != matrix.shape[1]:  # several taps
-        return _Solution(matrix, None, False, torch.cat(biases) if centred else None, None)
-    if not centred:
-        return _Solution(matrix, rows, False, None, None)
-    mean, bias = rows.mean(0), torch.cat(biases)
-    return _Solution(matrix, rows - mean, False, bias, matrix @ mean + bias)
-
-
-def _write(unit: Unit, student: nn.Module, solution: _Solution) -> bool:
-    """Set the module or the two modules of a unit; whether the solution was finite."""
-    if not torch.isfinite(solution.matrix).all():
-        return False
-    first = last = _layer(student, unit.target)
-    matrix, basis, bias = solution.matrix, None, solution.constant
-    if unit.expand is not None:
-        last = _layer(student, unit.expand)
-        try:
-            matrix, basis, bias = _ranked(unit, solution)
-        except torch.linalg.LinAlgError:  # the products of rows or weights are beyond float32
-            return False
-    if not all(bool(torch.isfinite(t).all()) for t in (matrix, basis, bias) if t is not None):
-        return False
-    if basis is not None:
-        last.weight.copy_(basis.reshape(last.weight.shape))
-    first.weight.copy_(solution.weight(matrix, first.weight.shape))
-    if last.bias is not None and bias is not None:
-        last.bias.copy_(bias)
-    return True
-
-
-def _ranked(
-    unit: Unit, solution: _Solution
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Weights `(rank, k)` and `(outputs, rank)` of a unit's two modules, and the bias."""
-    assert unit.rank is not None
-    bias = solution.constant
-    if solution.rows is None:
-        return *low_rank(solution.matrix, unit.rank), bias
-    basis, matrix = reduce_rank(solution.matrix, solution.rows, unit.rank)
-    if solution.level is not None and bias is not None:
-        # The mean is no variation of the outputs: the basis need not hold it.
-        bias = solution.level - basis @ (basis.T @ (solution.level - bias))
-    return matrix, basis, bias
-
-
-def estimate_inputs(
-    target: torch.Tensor,
-    offered: torch.Tensor,
-    channels: np.ndarray | None,
-    centred: bool,
-    config: InheritConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`A` `(C, k)` and constant `d` `(C,)` that estimate `target` `(n, C)` from `offered` `(n, k)`.
-
-    `channels` names the teacher channel that each offered channel stands for (None if it stands
-    for none); the ridge pulls towards it. Not centred: `d` is 0.
-    """
-    count, width = offered.shape
-    mean_u = offered.mean(0) if centred else torch.zeros(width)
-    mean_a = target.mean(0) if centred else torch.zeros(target.shape[1])
-    u = offered - mean_u if centred else offered
-    a = target - mean_a if centred else target
-    gram = (u.T @ u).double() / count
-    cross = (u.T @ a).double() / count
-    scale = gram.diagonal().mean().clamp_min(1e-12)
-    ridge = scale * (config.ridge + config.scarce * (width / count) ** 2)
-    gram.diagonal().add_(ridge)
-    if channels is not None:
-        cross[torch.arange(width), torch.from_numpy(channels)] += ridge
-    estimate = solve_exactly(gram, cross).T
-    return estimate, mean_a - estimate @ mean_u
-
-
-def _fold(weight: torch.Tensor, estimate: torch.Tensor, channels: int, repeat: int) -> torch.Tensor:
-    """`W'[o, k, ...] = sum_c W[o, c, ...] A[c, k]`, shared over the positions of a flatten."""
-    outputs, width = len(weight), estimate.shape[1]
-    taps = weight.reshape(outputs, channels, -1)  # a conv's taps, or a linear layer's positions
-    folded = (taps.transpose(1, 2).reshape(-1, channels) @ estimate).reshape(outputs, -1, width)
-    folded = folded.transpose(1, 2)
-    if weight.ndim > 2:
-        return folded.reshape(outputs, width, *weight.shape[2:])
-    if repeat == 1:
-        return folded.reshape(outputs, width)
-    return folded.reshape(outputs, width * repeat)

@@ -19,6 +19,7 @@ FEW_PIXELS = 8000  # sampled however large the network is
 MOST_BYTES = 512 * 2**20  # of the samples of a network that is content with fewer than it asks
 FEW_IMAGES = 64  # however large they are
 MOST_MAP_BYTES = 2 * 2**30  # of the largest map of all images, several of which are held at once
+Samples = dict[str, torch.Tensor]  # by layer
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,6 @@ def collect_samples(
         named = {"inputs": inputs, "outputs": outputs}
         save_cached({f"{k}.{n}": v for k, of in named.items() for n, v in of.items()}, path)
     return TeacherSamples(images, inputs, outputs, config)
-
-
-Samples = dict[str, torch.Tensor]  # by layer
 
 
 def _unpacked(stored: Samples) -> tuple[Samples, Samples]:

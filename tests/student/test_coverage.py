@@ -516,13 +516,13 @@ def test_a_shared_layer_is_solved_once(monkeypatch):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         prepared = Prepared(Shared())
-    solve, solved = inheritance._solve, []
+    solve, solved = inheritance.solve_unit, []
 
     def counted_solve(unit, *arguments):
         solved.append(unit.target)
         return solve(unit, *arguments)
 
-    monkeypatch.setattr(inheritance, "_solve", counted_solve)
+    monkeypatch.setattr(inheritance, "solve_unit", counted_solve)
     student = build_student(prepared.graph, prepared.layout, prepared.layout.teacher())
     inherit(student, prepared.graph, prepared.samples)
     assert solved == ["stem.0", "twice.0", "last.0", "head"]

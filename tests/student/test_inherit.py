@@ -10,9 +10,10 @@ from torch import nn
 
 from moodistill.genome.canonical import canonical
 from moodistill.genome.layout import GenomeLayout, Group
-from moodistill.student import inherit as inheritance
+from moodistill.student import solve as inheritance
 from moodistill.student.builder import build_student
-from moodistill.student.inherit import InheritConfig, estimate_inputs, inherit
+from moodistill.student.inherit import InheritConfig, inherit
+from moodistill.student.solve import estimate_inputs
 from moodistill.teacher import samples as statistics
 from moodistill.teacher.blocks import build_layout, skeleton
 from moodistill.teacher.graph import trace
