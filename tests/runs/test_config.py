@@ -111,7 +111,8 @@ def test_the_reference_runs_open(name):
     folder = ROOT / "results" / "reference" / name
     config = RunConfig.read(folder)
     assert config.model == name and config.search.simd_step == 16
-    refuse_older(read_run(folder)["config"], folder)
+    with pytest.raises(UserError, match="recipe.inherit.widest.* cannot be carried on"):
+        refuse_older(read_run(folder)["config"], folder)
     assert changed_settings(config, Settings(seed=1)) == ["seed 0, not 1"]
     assert not changed_settings(config, Settings(seed=0, generations=99))
 
