@@ -641,7 +641,7 @@ def test_a_least_accuracy_that_is_given_is_kept(call, tmp_path):
     folder, given = tmp_path / "run", ("--min-accuracy", "0.2")
     tiny = ("--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2")
     done = call("run", "--model", "digits", "--out", folder, *tiny, "--no-int8", *given)
-    assert "students below 0.2000" in done.stdout
+    assert "students below accuracy 0.2000 are infeasible" in done.stdout
     stored = json.loads((folder / "run.json").read_text())
     assert stored["config"]["search"]["limits"]["min_accuracy"] == 0.2
     call("run", "--resume", folder, *given)
