@@ -24,8 +24,6 @@ from moodistill.storage.store import Store
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
-# plotly.js 4.1.1 without the traces that the page does not draw: a quarter of the whole.
-LIBRARY = Path(__file__).parent / "vendor" / "plotly-basic.min.js"
 ON, OFF, DEAD = 1, 0, -1  # a block connection: kept, cut, or one of its blocks is gone
 
 
@@ -162,10 +160,12 @@ def structure_data(layout: GenomeLayout, genome: np.ndarray) -> dict[str, Any]:
 
 
 def _page(data: Mapping[str, Any]) -> str:
+    from plotly.offline import get_plotlyjs  # a second's import
+
     # Nothing in the data may end the script element that holds it.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     title = str(data["title"]).replace("&", "&amp;").replace("<", "&lt;")
-    parts = {"{{TITLE}}": title, "{{PLOTLY}}": LIBRARY.read_text("utf-8"), "{{DATA}}": text}
+    parts = {"{{TITLE}}": title, "{{PLOTLY}}": get_plotlyjs(), "{{DATA}}": text}
     # One pass, since the library's text may hold a marker of ours.
     return re.sub(
         "|".join(map(re.escape, parts)), lambda m: parts[m[0]], TEMPLATE.read_text("utf-8")
