@@ -204,7 +204,7 @@ def search(
     Args:
         teacher: a trained network, traceable by `torch.fx`; it is not changed.
         train, validation, test: map-style datasets of `(image, label)` (see
-            `own_data.from_datasets`), or pairs of a uint8 array `(N, H, W, C)` and labels `(N,)`.
+            `from_datasets`), or pairs of a uint8 array `(N, H, W, C)` and labels `(N,)`.
             `train` calibrates and distils, `validation` scores and chooses, `test` chooses
             nothing (None takes half of `validation` for it). Or `train` alone: an `ImageData`, as
             `load_image_folder` gives it, with its labels, normalisation and metric.
@@ -234,7 +234,7 @@ def search(
         limits: hard ones (None in them, of a run that is carried on: as it has them).
         latency: threads, batch and execution provider.
         int8: whether and when finalists get an INT8 twin.
-        rules: layers to leave alone, and bounds of widths.
+        rules: layers to leave alone, modules not to look into, and bounds of widths.
         flip: whether finalists are distilled on mirrored images, too (yes); not for text.
         progress: `auto`, `plain`, `json` or `quiet`.
 

@@ -1,4 +1,4 @@
-"""What a genome means: its repair, its canonical form, and a summary in words."""
+"""What a genome means: its repair, and the structure that it describes."""
 
 from __future__ import annotations
 

@@ -117,7 +117,8 @@ def _read_distilled(
         )
     data, stored = task.load_data(data_dir), read_run(run)
     check_data(run, stored, data)
-    check_network(run, stored, trace(task.build().eval(), data.input_shape))
+    opaque = RunConfig.read(run).rules.opaque
+    check_network(run, stored, trace(task.build().eval(), data.input_shape, opaque))
     student = load_student(path, task.build(), data.input_shape)[0]
     return Rebuilt(student, evaluation, data, finalist)
 

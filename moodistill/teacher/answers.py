@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moodistill.data.images import ImageData
+from moodistill.teacher import plain
 
 
 @torch.no_grad()
@@ -17,5 +18,5 @@ def logits_of(model: nn.Module, data: ImageData, images: np.ndarray) -> np.ndarr
     answers = []
     for start in range(0, len(images), batch):
         prepared = data.normalise(images[start : start + batch]).to(device)
-        answers.append(model(prepared).cpu().numpy())
+        answers.append(plain.logits_of(model(prepared)).cpu().numpy())
     return np.concatenate(answers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from moodistill.data.images import ImageData
 from moodistill.errors import UserError
 from moodistill.io.cache import read_cached, save_cached
+from moodistill.io.cache_dir import cache_key, cached
 from moodistill.teacher.graph import TeacherGraph
 from moodistill.teacher.weights import network_digest
 
@@ -143,19 +143,30 @@ def collect_samples(
     """
     config = affordable(graph, config)
     images = data.calibration(config.images)
-    made_of = f"{teacher_digest} {network_digest(graph.module)} {data.digest} {config}"
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    key = cache_key(teacher_digest, network_digest(graph.module), data.digest, config)
     path = cache_dir / f"samples-{key}.safetensors" if cache_dir else None
-    if path is not None and path.exists():
-        try:
-            stored = _unpacked(read_cached(path))
-            # Earlier versions kept whatever they saw.
-            if set(stored[0]) == {layer.name for layer in graph.layers} and not _broken(*stored):
-                return TeacherSamples(images, *stored, config)
-        except UserError:
-            path.unlink()
-    inputs: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
+
+    def read(path: Path) -> tuple[Samples, Samples]:
+        stored = _unpacked(read_cached(path))
+        # Earlier versions kept whatever they saw.
+        if set(stored[0]) != {layer.name for layer in graph.layers} or _broken(*stored):
+            raise ValueError("samples of other layers, or not finite")
+        return stored
+
+    def write(made: tuple[Samples, Samples], path: Path) -> None:
+        kinds = zip(("inputs", "outputs"), made, strict=True)
+        save_cached({f"{kind}.{n}": v for kind, of in kinds for n, v in of.items()}, path)
+
+    found = cached(path, read, lambda: _collected(graph, images, config), write)
+    return TeacherSamples(images, *found, config)
+
+
+def _collected(
+    graph: TeacherGraph, images: torch.Tensor, config: CalibrationConfig
+) -> tuple[Samples, Samples]:
+    """Inputs and outputs of the layers by one pass over all images."""
+    inputs: Samples = {}
+    outputs: Samples = {}
     handles = []
     for layer in graph.layers:
         repeat = graph.step(layer.inputs[0]).form.repeat
@@ -179,10 +190,7 @@ def collect_samples(
             f"the teacher's layer {broken} NaN or infinity on images of the data; expected "
             "finite numbers: check its weights, and `mean` and `std` of the data"
         )
-    if path is not None:
-        named = {"inputs": inputs, "outputs": outputs}
-        save_cached({f"{k}.{n}": v for k, of in named.items() for n, v in of.items()}, path)
-    return TeacherSamples(images, inputs, outputs, config)
+    return inputs, outputs
 
 
 def _unpacked(stored: Samples) -> tuple[Samples, Samples]:

@@ -87,7 +87,7 @@ class OwnTask:
 
     Attributes:
         weights: path of the teacher's weights.
-        data: folder of images, one folder a class (see `own_data.load_image_folder`).
+        data: folder of images, one folder a class (see `data.folders.load_image_folder`).
         size: `(height, width)` that images are brought to.
         channels: 1, 3 or 4.
         mean, std: that the teacher was trained with; None measures them.

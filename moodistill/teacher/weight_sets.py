@@ -192,10 +192,11 @@ def choose_set(
     if len(averages) != 1:
         raise UserError(
             f"{path} holds {len(fitting)} different sets of weights that fit ({names}); choose one "
-            f"with --weights-key, such as --weights-key {fitting[-1].label}"
+            f"by its key, such as {fitting[-1].label} (a network of your own: `weights_key`; a "
+            "problem file: Task(weights_key=...))"
         )
     others = [one.label for one in fitting if one is not averages[0] and one.label]
-    other = f" (--weights-key {others[0]} takes the other)" if others else ""
+    other = f" (the key {others[0]} names the other)" if others else ""
     return averages[0], (
         f"{path} holds {names}: {averages[0].name} is taken, the average over training{other}"
     )

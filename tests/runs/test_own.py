@@ -392,6 +392,40 @@ def test_search_from_python(channels, classes, size, tmp_path, monkeypatch):
         moodistill.search(network, split(64), split(64), split(32), **other)
 
 
+class Answer(nn.Module):
+    """A network whose logits lie in a dict."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return {"logits": self.inner(x)}
+
+
+def test_a_module_left_whole_and_logits_in_a_dict(tmp_path, monkeypatch):
+    """The run's student exports: the network is traced again as the run traced it."""
+    monkeypatch.setenv("MOODISTILL_CACHE", str(tmp_path / "cache"))
+    labels = np.arange(64) % 2
+    images = RNG.integers(0, 256, (64, 28, 20, 1), dtype=np.uint8)
+    torch.manual_seed(0)
+    inner = [nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()]
+    for _ in range(2):
+        inner += [nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU()]
+    network = Answer(
+        nn.Sequential(*inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
+    ).eval()
+    run = moodistill.search(
+        network, (images, labels), (images, labels), (images, labels), out=tmp_path / "run",
+        population=4, generations=1, finalists=1, distill_steps=2, progress="quiet",
+        simd_step=4, int8=moodistill.Int8Config(wanted=False), metric=half_right,
+        rules=moodistill.LayerRules(opaque=("inner.6",)),
+    )  # fmt: skip
+    chosen = run.choose(knee=True)
+    assert chosen.to_torch()(torch.zeros(2, 1, 28, 20)).shape == (2, 2)
+    assert chosen.export(tmp_path / "shipped").is_file()
+
+
 def half_right(logits, labels):
     """A metric of one's own."""
     return 0.5 + 0.5 * float((logits.argmax(1) == labels).mean())

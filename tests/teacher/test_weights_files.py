@@ -134,7 +134,7 @@ def test_an_average_is_preferred_and_said(name, tmp_path):
     state, said = loaded(path)
     assert same(state, GOOD) and not same(state, OTHER)
     assert len(said) == 1 and f"{taken} is taken" in said[0]
-    assert f"--weights-key {left} takes the other" in said[0]
+    assert f"the key {left} names the other" in said[0]
     state, said = loaded(path, key=left)
     assert same(state, OTHER) and not said
     assert same(loaded(path, key=taken)[0], GOOD)
@@ -162,7 +162,9 @@ def test_an_average_without_what_the_network_needs_is_passed_over_aloud(tmp_path
 )
 def test_where_nothing_decides_the_user_does(content, tmp_path):
     torch.save(content, tmp_path / "best.pth")
-    with pytest.raises(UserError, match="different sets of weights that fit .*--weights-key"):
+    with pytest.raises(
+        UserError, match="different sets of weights that fit .*by its key, such as .*weights_key"
+    ):
         loaded(tmp_path / "best.pth")
     key = next(name for name, state in content.items() if state is GOOD)
     assert same(loaded(tmp_path / "best.pth", key=key)[0], GOOD)
