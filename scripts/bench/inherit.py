@@ -69,7 +69,8 @@ def cases(context: TeacherContext) -> dict[str, np.ndarray]:
     """Named genomes: widths, connections, bypasses, merge edges."""
     layout = context.layout
     made = {
-        f"{share:.0%} of every width": uniform_width(context, share) for share in (0.75, 0.5, 0.25)
+        f"{100 * share:g}% of every width": uniform_width(context, share)
+        for share in (0.75, 0.5, 0.375, 0.25, 0.125)
     }
     for share in (0.75, 0.5):
         made[f"{share:.0%} of connections"] = strongest_connections(context, share)
@@ -91,6 +92,9 @@ def main() -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--images", type=int, default=1000, help="validation images")
+    parser.add_argument(
+        "--widest", type=int, default=InheritConfig.widest, help="unknowns of a patch solve"
+    )
     arguments = parser.parse_args()
     use_threads(None)
     try:
@@ -108,7 +112,12 @@ def main() -> int:
         for mode in MODES:
             began = time.perf_counter()
             student = build_student(context.graph, context.layout, genome)
-            inherit(student, context.graph, context.samples, InheritConfig(mode=mode))
+            inherit(
+                student,
+                context.graph,
+                context.samples,
+                InheritConfig(mode=mode, widest=arguments.widest),
+            )
             seconds = time.perf_counter() - began
             scores.append(f"{accuracy(student.module, context.data, validation):.4f}")
         print(
