@@ -45,7 +45,7 @@ class InheritConfig:
         scarce: added to `ridge` times `(k / n)^2`, `k` unknowns from `n` samples, at single pixels.
         scarce_patches: the same on whole patches.
         widest: unknowns of one output above which a convolution is solved at single pixels: the
-            cost grows with their cube, and so wide a layer gains nothing (docs/method.md).
+            cost grows with their cube, and so wide a layer gains little (docs/method.md).
     """
 
     mode: Mode = "patches"
@@ -144,12 +144,10 @@ def _on_patches(
     matrices, constants = [], []
     start = 0
     for outputs, inputs in zip(unit.outputs, unit.inputs, strict=True):
-        part = patches
+        part, end = patches, start + len(inputs)
         if len(inputs) < channels:
-            part = patches.unflatten(1, (-1, channels))[:, :, start : start + len(inputs)].flatten(
-                1
-            )
-        start += len(inputs)
+            part = patches.unflatten(1, (-1, channels))[:, :, start:end].flatten(1)
+        start = end
         index = torch.from_numpy(outputs)
         anchor = torch.zeros(len(outputs), part.shape[1])
         if not unit.through:
