@@ -26,5 +26,5 @@ TASK = Task(
     build=build,
     load_data=load_cifar10,
     weights=Path(__file__).parent / "teachers" / "vgg16_cifar10.safetensors",
-    train=TrainConfig(phases=((6, 20), (7, 24), (13, 32)), batch_size=500, pad=4, cutout=8),
+    train=TrainConfig(phases=((6, 20), (8, 24), (16, 32)), batch_size=500, pad=4, cutout=8),
 )
