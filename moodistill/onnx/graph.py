@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from moodistill.heads.outputs import outputs_of
 from moodistill.onnx.modules import constant_pad, convert
 from moodistill.onnx.ops import INPUT, OpList, Shape, UnsupportedOperation
 
@@ -93,9 +94,9 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 class OnnxGraph:
-    """The student's operations from `INPUT` to `OUTPUT`, pruned and folded.
+    """The student's operations from `INPUT` to its outputs, pruned and folded.
 
-    Shapes are of one image, without the batch axis.
+    Shapes are of one image, without the batch axis; `outputs` has those of the outputs by name.
     """
 
     def __init__(self, student: fx.GraphModule, input_shape: Shape) -> None:
@@ -107,11 +108,11 @@ class OnnxGraph:
         self._constants: dict[fx.Node, Any] = {}
         self._visited: set[fx.Node] = set()
         live = live_nodes(student.graph)
-        result = None
+        result: dict[str, Any] = {}
         for node in student.graph.nodes:
             self._visited.add(node)
             if node.op == "output":
-                result = node.args[0]
+                result = outputs_of(node.args[0])
             elif node.op == "placeholder":
                 if self._values:
                     raise UnsupportedOperation("a second input")
@@ -125,9 +126,9 @@ class OnnxGraph:
                     # A method like clamp_ acts on its input even if nobody reads its result.
                     if node in live or self._in_place(node):
                         raise
-        output = self._value(result)
-        self.output_shape = self._ops.shapes[output]
-        self.ops = self._ops.finished(output)
+        results = {name: self._value(value) for name, value in result.items()}
+        self.outputs = {name: self._ops.shapes[value] for name, value in results.items()}
+        self.ops = self._ops.finished(results)
 
     def _value(self, argument: Any) -> str:
         if not self._has_value(argument):

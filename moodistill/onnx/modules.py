@@ -99,6 +99,15 @@ def _prelu(ops: OpList, m: Any, x: str, name: str) -> str:
     return ops.like("PRelu", x, name, m.weight.reshape(-1, *[1] * (len(shape) - 1)))
 
 
+def _softmax(ops: OpList, m: Any, x: str, name: str) -> str | None:
+    """Over one axis; from opset 13 on the axis means that alone."""
+    rank = len(ops.shapes[x]) + 1
+    if m.dim is None or m.dim % rank == 0:
+        return None
+    kind = "LogSoftmax" if isinstance(m, nn.LogSoftmax) else "Softmax"
+    return ops.like(kind, x, name, axis=m.dim % rank)
+
+
 def _flatten(ops: OpList, m: Any, x: str, name: str) -> str | None:
     shape = ops.shapes[x]
     start, end = (d % (len(shape) + 1) for d in (m.start_dim, m.end_dim))
@@ -246,6 +255,8 @@ _CONVERTERS: dict[type, _Converter] = {
     nn.Softplus: _softplus,
     nn.PReLU: _prelu,
     nn.Flatten: _flatten,
+    nn.Softmax: _softmax,
+    nn.LogSoftmax: _softmax,
     nn.Linear: _linear,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,

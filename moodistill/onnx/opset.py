@@ -29,6 +29,8 @@ FIRST = {
     "Celu": 12,
     "QuantizeLinear": 13,  # a scale for each channel
     "DequantizeLinear": 13,
+    "Softmax": 13,  # over one axis alone
+    "LogSoftmax": 13,
     "HardSwish": 14,
     "LayerNormalization": 17,
 }  # fmt: skip

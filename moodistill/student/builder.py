@@ -22,6 +22,7 @@ from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.resolve import resolve
 from moodistill.genome.structure import Structure
+from moodistill.heads.outputs import given_as, outputs_of
 from moodistill.student.partition import Parts
 from moodistill.student.slicing import (
     GroupedSlice,
@@ -118,7 +119,7 @@ class _Builder:
                 node = self.graph.placeholder("input")
                 value = Value((Tensor(node, self.tensors.natural(step)),), step, step.form)
             elif step.kind == "output":
-                self.graph.output(self.tensors.ordered(self.values[step.inputs[0]]))
+                self._output(step)
                 continue
             elif step.kind in ("merge", "gate"):
                 value = self._joint(step)
@@ -131,6 +132,12 @@ class _Builder:
             self.values[step.name] = value
         module = fx.GraphModule(self.modules, self.graph, "Student")
         return Student(module.eval(), tuple(self.units), tuple(self.norms), tuple(self.grouped))
+
+    def _output(self, step: Step) -> None:
+        """Every output by its name, with all channels in the teacher's order."""
+        given = outputs_of(step.node.args[0])
+        made = {name: self._whole(node) for name, node in given.items()}
+        self.graph.output(given_as(made))
 
     @staticmethod
     def _path(target: str, index: int, count: int) -> str:

@@ -15,6 +15,7 @@ LAYERS = (*CONVS, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Norms over the channels of one image: they read all of a value's channels at once.
 MIXING = (nn.LayerNorm, nn.GroupNorm)
+SOFTMAX = (nn.Softmax, nn.LogSoftmax)  # as they are: what is derived from them may do more
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh,
     nn.GELU, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh,

@@ -25,9 +25,9 @@ from torch.fx.proxy import Attribute
 from torch.nn import functional as F
 
 from moodistill.errors import UserError
+from moodistill.heads.outputs import given_as, outputs_of
 from moodistill.teacher.decompose import REPLACED_CALLS, REPLACED_MODULES
 from moodistill.teacher.operations import ACTIVATION_CALLS, ACTIVATIONS, NORMS
-from moodistill.teacher.plain import logits_of
 
 PICTURES = 2  # in the batch that shapes are propagated with: an operation that mixes them shows
 INPLACE_CALLS = (
@@ -140,7 +140,7 @@ class ValueTracer(fx.Tracer):
         self._batch = picture.size(0)
 
         def forward(root: nn.Module, picture: Any) -> Any:
-            return logits_of(root_fn(root, picture))
+            return given_as(outputs_of(root_fn(root, picture)))
 
         return forward, [self.root, picture]
 
