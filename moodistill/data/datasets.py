@@ -137,6 +137,8 @@ def from_splits(
     digest = hashlib.sha256(made_of.encode()).hexdigest()
     if meaning is None or meaning.plain_classes:
         table = _counted(table or DataTable(name, tuple(names), {}), splits, folder)
+    else:
+        table = None
     if table is not None:
         table = replace(
             table, classes=tuple(names),
@@ -223,6 +225,7 @@ def _pixels(picture: Any, where: str) -> np.ndarray:
     if array.min() < -1e-3 or array.max() > 1 + 1e-3:
         raise UserError(
             f"{where} has values from {array.min():.3g} to {array.max():.3g}; expected uint8, or "
-            "floats in [0, 1]: leave the normalisation to mean and std"
+            "floats in [0, 1]: leave the normalisation to mean and std (of inputs that are no "
+            "pictures say inputs='arrays')"
         )
     return np.ascontiguousarray((array * 255.0).round().clip(0, 255).astype(np.uint8))

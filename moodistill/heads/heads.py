@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,23 @@ class Heads:
                     f"the head of output {name!r} is a {type(one).__name__}; expected a Head or "
                     "its kind, such as 'segmentation'"
                 )
+        return cls(found)
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Heads:
+        """From words such as `segmentation`, `regression:mae` or `angle=regression`.
+
+        Raises:
+            UserError: if a word is none of these, or an output is named twice.
+        """
+        found: dict[str, Head] = {}
+        for word in words:
+            name, separator, rest = word.rpartition("=")
+            kind, _, metric = rest.partition(":")
+            name = name if separator else OUTPUT
+            if name in found:
+                raise UserError(f"two heads for output {name!r}; expected one, such as {name}=KIND")
+            found[name] = Head(kind, metric or None)
         return cls(found)
 
     def fitted(self, shapes: Mapping[str, tuple[int, ...]], gives: Mapping[str, str]) -> Heads:
