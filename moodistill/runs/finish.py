@@ -119,8 +119,9 @@ def _distil(session: Session, chosen: Mapping[str, Evaluation]) -> list[str]:
                 failed.append(f"{name} was not distilled ({result})")
                 reporter.say(failed[-1])
                 continue
+            metric = session.context.data.metric_label
             reporter.say(
-                f"{name}: validation {session.context.data.metric_label} {result.accuracy_before:.4f} -> "
+                f"{name}: validation {metric} {result.accuracy_before:.4f} -> "
                 f"{result.accuracy:.4f} after {result.budget['steps']} steps",
                 student=name,
                 accuracy_before=result.accuracy_before,
