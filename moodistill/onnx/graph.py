@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from moodistill.heads.outputs import outputs_of
-from moodistill.onnx.modules import constant_pad, convert
+from moodistill.onnx.maps import border_pad, constant_pad, resize
+from moodistill.onnx.modules import convert
 from moodistill.onnx.ops import INPUT, OpList, Shape, UnsupportedOperation
 
 _JOINS: dict[Any, str] = {
@@ -53,13 +54,24 @@ _AS_MODULE: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid"), (nn.Sigmoid, ())),
     **dict.fromkeys((torch.tanh, F.tanh, "tanh"), (nn.Tanh, ())),
     **dict.fromkeys(
-        (F.dropout, F.dropout2d, F.alpha_dropout), (nn.Identity, ("p", "training", "inplace"))
+        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
+        (nn.Identity, ("p", "training", "inplace")),
     ),
     F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
     F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size", "return_indices")),
     F.max_pool2d: (nn.MaxPool2d, (*_POOL, "dilation", "ceil_mode", "return_indices")),
     torch.max_pool2d: (nn.MaxPool2d, (*_POOL, "dilation", "ceil_mode")),
     F.avg_pool2d: (nn.AvgPool2d, (*_POOL, "ceil_mode", "count_include_pad", "divisor_override")),
+    F.max_pool1d: (nn.MaxPool1d, (*_POOL, "dilation", "ceil_mode", "return_indices")),
+    torch.max_pool1d: (nn.MaxPool1d, (*_POOL, "dilation", "ceil_mode")),
+    F.max_pool3d: (nn.MaxPool3d, (*_POOL, "dilation", "ceil_mode", "return_indices")),
+    torch.max_pool3d: (nn.MaxPool3d, (*_POOL, "dilation", "ceil_mode")),
+    F.avg_pool1d: (nn.AvgPool1d, (*_POOL, "ceil_mode", "count_include_pad")),
+    F.avg_pool3d: (nn.AvgPool3d, (*_POOL, "ceil_mode", "count_include_pad", "divisor_override")),
+    F.adaptive_avg_pool1d: (nn.AdaptiveAvgPool1d, ("output_size",)),
+    F.adaptive_max_pool1d: (nn.AdaptiveMaxPool1d, ("output_size", "return_indices")),
+    F.adaptive_avg_pool3d: (nn.AdaptiveAvgPool3d, ("output_size",)),
+    F.adaptive_max_pool3d: (nn.AdaptiveMaxPool3d, ("output_size", "return_indices")),
     **dict.fromkeys((torch.flatten, "flatten"), (nn.Flatten, ("start_dim", "end_dim"))),
 }
 # Inference does nothing here either; told by name, since torchvision loads slowly.
@@ -332,17 +344,54 @@ class OnnxGraph:
     def _mean(self, name: str, input: Any, dim: Any = None, keepdim: Any = False) -> str:
         shape = self._shape(input)
         axes = sorted(_axis(d, len(shape) + 1) for d in _several(dim))
-        if len(shape) != 3 or axes != [2, 3]:
+        if len(shape) < 2 or axes != [*range(2, len(shape) + 1)]:
             raise UnsupportedOperation(f"the mean of {len(shape) + 1}-D input over {dim}")
-        value = self._ops.emit("GlobalAveragePool", self._value(input), name, (shape[0], 1, 1))
+        out = (shape[0], *[1] * (len(shape) - 1))
+        value = self._ops.emit("GlobalAveragePool", self._value(input), name, out)
         return value if keepdim else self._ops.reshape(value, name, shape[:1])
 
     def _pad(
         self, name: str, input: Any, pad: Any, mode: Any = "constant", value: Any = None
     ) -> str:
+        borders = {"reflect": "reflect", "replicate": "edge"}
+        if mode in borders:
+            return border_pad(self._ops, self._value(input), name, _several(pad), borders[mode])
         if mode != "constant":
             raise UnsupportedOperation(f"padding of mode {mode}")
         return constant_pad(self._ops, self._value(input), name, _several(pad), value or 0.0)
+
+    def _interpolate(
+        self, name: str, input: Any, size: Any = None, scale_factor: Any = None,
+        mode: Any = "nearest", align_corners: Any = None, recompute_scale_factor: Any = None,
+        antialias: Any = False,
+    ) -> str:  # fmt: skip
+        made = None
+        if not antialias:
+            size = None if size is None else [self._size(one) for one in _several(size)]
+            axes = len(self._shape(input)) - 1
+            size = size * axes if size is not None and len(size) == 1 else size
+            made = resize(
+                self._ops, self._value(input), name, size, scale_factor, mode, align_corners,
+                recompute_scale_factor,
+            )  # fmt: skip
+        if made is None:
+            raise UnsupportedOperation(f"interpolate by mode {mode} from {self._shape(input)}")
+        return made
+
+    def _instance_norm(
+        self, name: str, input: Any, running_mean: Any = None, running_var: Any = None,
+        weight: Any = None, bias: Any = None, use_input_stats: Any = True, momentum: Any = 0.1,
+        eps: Any = 1e-5,
+    ) -> str:  # fmt: skip
+        if running_mean is not None or not use_input_stats:
+            raise UnsupportedOperation("instance_norm with stored statistics")
+        channels = self._shape(input)[0]
+        scale = torch.ones(channels) if weight is None else self._constant(weight)
+        shift = torch.zeros(channels) if bias is None else self._constant(bias)
+        value = self._value(input)
+        return self._ops.like(
+            "InstanceNormalization", value, name, scale, shift, epsilon=float(eps)
+        )  # fmt: skip
 
     def _copy(self, name: str, input: Any, **_: Any) -> str:
         return self._ops.like("Identity", self._value(input), name)
@@ -378,6 +427,8 @@ _CALLS: dict[Any, Callable[..., str]] = {
     **dict.fromkeys((torch.mean, "mean"), OnnxGraph._mean),
     **dict.fromkeys((torch.clone, "clone", "contiguous"), OnnxGraph._copy),
     F.pad: OnnxGraph._pad,
+    F.interpolate: OnnxGraph._interpolate,
+    F.instance_norm: OnnxGraph._instance_norm,
 }
 
 

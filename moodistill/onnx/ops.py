@@ -134,13 +134,18 @@ def _fold(ops: list[OnnxOp], results: set[str]) -> list[OnnxOp]:
     kept: dict[str, OnnxOp] = {}
     for op in ops:
         layer = kept.get(op.inputs[0]) if op.kind == "BatchNormalization" else None
-        if layer and layer.kind in ("Conv", "Gemm") and users[layer.output] == 1:
+        layers = ("Conv", "Gemm", "ConvTranspose")
+        grouped = layer and layer.kind == "ConvTranspose" and layer.attributes["group"] > 1
+        if layer and layer.kind in layers and users[layer.output] == 1 and not grouped:
             del kept[layer.output]
             scale, shift, mean, variance = (t.astype(np.float64) for t in op.tensors)
             factor = scale / np.sqrt(variance + op.attributes["epsilon"])
             weight, *bias = layer.tensors
             shift = shift + ((bias[0] if bias else 0.0) - mean) * factor
-            weight = weight * factor.astype(np.float32).reshape(-1, *[1] * (weight.ndim - 1))
+            # The outputs are the first axis of a weight, the second of a transposed one.
+            ahead = [1] if layer.kind == "ConvTranspose" else []
+            spread = (*ahead, -1, *[1] * (weight.ndim - 1 - len(ahead)))
+            weight = weight * factor.astype(np.float32).reshape(spread)
             tensors = (weight, shift.astype(np.float32))
             op = replace(layer, output=op.output, tensors=tensors)
         kept[op.output] = op

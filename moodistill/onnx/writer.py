@@ -40,6 +40,7 @@ _TENSOR_NAMES = {
     "Slice": ("starts", "ends", "axes"),
     "Reshape": ("shape",),
     "Pad": ("pads", "value"),
+    "Resize": ("scales",),
     "PRelu": ("slope",),
 }
 

@@ -28,6 +28,7 @@ from moodistill.student.slicing import (
     GroupedSlice,
     Unit,
     centred,
+    check_whole,
     opaque_copy,
     slice_grouped,
     slice_layer,
@@ -36,7 +37,7 @@ from moodistill.student.slicing import (
 from moodistill.student.values import Key, Tensor, Tensors, Value
 from moodistill.teacher.graph import TeacherGraph
 from moodistill.teacher.kernels import Conv
-from moodistill.teacher.operations import CONVS, JOINS
+from moodistill.teacher.operations import CONVS, JOINS, SHUFFLES
 from moodistill.teacher.rearrange import Form
 from moodistill.teacher.steps import Step
 
@@ -144,9 +145,13 @@ class _Builder:
         return target if count == 1 else f"{target}.{index}"
 
     def _call(self, path: str, source: fx.Node, step: Step) -> fx.Node:
-        """A call of a module with weights; its node knows the pixels of the output, `area`."""
+        """A call of a module with weights.
+
+        Its node knows the pixels of the output, `area`, and of the input, `reads`.
+        """
         node = self.graph.call_module(path, (source,))
         node.meta["area"] = step.form.area
+        node.meta["reads"] = self.teacher.step(step.inputs[0]).form.area
         return node
 
     # Steps
@@ -260,6 +265,9 @@ class _Builder:
                     part = GroupedSlice(path, step.target, channels, outputs, taps)
                     self.modules[path] = slice_grouped(module, part, step.name)
                     self.grouped.append(part)
+                elif type(module) in SHUFFLES:
+                    check_whole(module, channels, step)
+                    self.modules[path] = copy.deepcopy(module)
                 else:
                     assert isinstance(module, nn.PReLU)
                     made = nn.PReLU(len(channels))
@@ -383,7 +391,7 @@ class _Builder:
             if step.target not in self.modules:
                 self.modules[step.target] = opaque_copy(self._module(step))
             node = self.graph.call_module(step.target, arguments, keywords)
-            node.meta["area"] = step.form.area
+            node.meta["area"] = node.meta["reads"] = step.form.area
         else:
             node = self.graph.create_node(step.node.op, step.node.target, arguments, keywords)
         return Value((Tensor(node, self.tensors.natural(step)),), step, step.form)

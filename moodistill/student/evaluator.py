@@ -22,6 +22,7 @@ from moodistill.student.builder import Student, build_student
 from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
 from moodistill.teacher.graph import Layer
+from moodistill.teacher.kernels import Transposed
 
 Measure = Callable[[bytes, str], Latency]
 
@@ -56,7 +57,11 @@ def count_macs(student: Student) -> int:
         if node.op == "call_module":
             module = student.module.get_submodule(str(node.target))
             if isinstance(module, Layer):
-                total += sum(p.numel() for p in module.parameters()) * int(node.meta["area"])
+                bias = 0 if module.bias is None else module.bias.numel()
+                # Of a transposed convolution every input pixel meets all taps.
+                place = "reads" if isinstance(module, Transposed) else "area"
+                total += module.weight.numel() * int(node.meta[place])
+                total += bias * int(node.meta["area"])
     return total
 
 

@@ -123,6 +123,8 @@ class Reader(Mover):
             self._pass(node, "norm", source)
         elif isinstance(module, ops.MIXING):
             self._mixing(node, module, source)
+        elif type(module) in ops.SHUFFLES and form.kind == "map":
+            self._grouped(node, min(form.channels, self._shape(node)[0]), source)
         elif type(module) in ops.SOFTMAX:
             self._softmax(node, module, source)
         elif isinstance(module, ops.ACTIVATIONS):
@@ -142,11 +144,14 @@ class Reader(Mover):
         name = str(node.target)
         shape = self._shape(node)
         kind = source.form.kind
-        conv = type(layer) in ops.CONVS
+        axes = {**ops.CONVS, **ops.TRANSPOSED}.get(type(layer))
+        conv = axes is not None
         if conv:
+            if type(layer) in ops.TRANSPOSED and layer.groups > 1:
+                raise self._refuse(node, f"with {layer.groups} groups")
             if layer.padding_mode != "zeros":
                 raise NotUnderstood(f"{name}: padding_mode {layer.padding_mode!r} is not supported")
-            if kind != "map" or len(source.form.size) != ops.CONVS[type(layer)]:
+            if kind != "map" or len(source.form.size) != axes:
                 raise self._refuse(node, f"on a {kind} value of shape {source.shape}")
             form = map_form(shape)
         elif kind == "map":
@@ -160,7 +165,7 @@ class Reader(Mover):
         else:
             form = map_form(shape)
         if conv and layer.groups > 1:
-            self._grouped(node, layer, source, form)
+            self._grouped(node, layer.groups, source)
             return
         first = self.calls.get(name)
         if first is None:
@@ -177,11 +182,12 @@ class Reader(Mover):
         self.channels.tie(first.channels, made)
         self._add(node, "layer", form, made, (source,), name=f"{name} ({node.name})", again=True)
 
-    def _grouped(self, node: fx.Node, layer: Any, source: Step, form: Form) -> None:
+    def _grouped(self, node: fx.Node, groups: int, source: Step) -> None:
         """Each group's inputs and outputs stay or go together."""
+        form = map_form(self._shape(node))
         made = self.channels.new(str(node.target), form.channels)
-        inputs = source.channels.reshape(layer.groups, -1)
-        outputs = made.reshape(layer.groups, -1)
+        inputs = source.channels.reshape(groups, -1)
+        outputs = made.reshape(groups, -1)
         self.channels.tie(inputs[:, 0], outputs[:, 0])
         for channels in (inputs, outputs):
             if channels.shape[1] > 1:

@@ -170,6 +170,8 @@ _MODULES: dict[Any, tuple[str, Callable[..., nn.Module]]] = {
     F.linear: ("linear", _linear),
     F.layer_norm: ("norm", _layer_norm),
     F.group_norm: ("norm", _group_norm),
+    F.pixel_shuffle: ("shuffle", lambda upscale_factor: nn.PixelShuffle(upscale_factor)),
+    F.pixel_unshuffle: ("shuffle", lambda downscale_factor: nn.PixelUnshuffle(downscale_factor)),
     **dict.fromkeys((F.softmax, torch.softmax, "softmax"), ("softmax", _softmax)),
     **dict.fromkeys(
         (F.log_softmax, torch.log_softmax, "log_softmax"),

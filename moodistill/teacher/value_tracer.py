@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from moodistill.errors import UserError
 from moodistill.heads.outputs import given_as, outputs_of
 from moodistill.teacher.decompose import REPLACED_CALLS, REPLACED_MODULES
-from moodistill.teacher.operations import ACTIVATION_CALLS, ACTIVATIONS, NORMS
+from moodistill.teacher.operations import ACTIVATION_CALLS, ACTIVATIONS, LAYERS, NORMS
 
 PICTURES = 2  # in the batch that shapes are propagated with: an operation that mixes them shows
 INPLACE_CALLS = (
@@ -321,7 +321,7 @@ class ValueTracer(fx.Tracer):
 
 
 _SAME_SHAPE = {F.batch_norm, *ACTIVATION_CALLS} - {"float"}
-_OWN_SHAPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_OWN_SHAPES = LAYERS
 
 
 def holds_tensor(value: Any) -> bool:

@@ -20,7 +20,7 @@ from moodistill.genome.resolve import resolve
 from moodistill.genome.structure import Structure
 from moodistill.heads.outputs import outputs_of
 from moodistill.teacher.graph import TeacherGraph
-from moodistill.teacher.kernels import Conv
+from moodistill.teacher.kernels import Conv, Transposed, weight_of
 from moodistill.teacher.steps import Step
 
 
@@ -94,12 +94,16 @@ class _Masked(fx.Interpreter):
         connected = self.structure.connected[step.name][np.ix_(rows, columns)]
         kept = np.array([self._keeps(source, c) for c in range(source.form.channels)])
         mask = torch.from_numpy(connected & kept[None, :])
-        weight = layer.weight.detach()
+        weight = weight_of(layer).detach()
         if isinstance(layer, nn.Linear):
             weight = weight * mask.repeat_interleave(source.form.repeat, dim=1)
         else:
             mask = mask.reshape(*mask.shape, *[1] * len(layer.kernel_size))
-            weight = self._tapped(step, weight * mask)
+            weight = weight * mask
+            if isinstance(layer, Transposed):
+                cut = {"weight": weight.transpose(0, 1)}
+                return torch.func.functional_call(layer, cut, (values,))
+            weight = self._tapped(step, weight)
         if step.target in self.structure.ranks:
             own = np.array([self._keeps(step, c) for c in range(step.form.channels)])
             weight = _approximated(weight, own, self.structure.ranks[step.target])
