@@ -10,7 +10,8 @@ from moodistill.errors import UserError
 from moodistill.heads.head import CLASSES, Head
 from moodistill.heads.outputs import OUTPUT
 
-PROBABILITIES, VALUES = "probabilities", "values"
+PROBABILITIES, PLAIN = "probabilities", "output"
+VALUES = "values"  # an input that is no picture
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class ShippedOutput:
 
     Attributes:
         name: in the file; of an only output what it holds: `logits`, `probabilities`,
-            `log_probabilities` or `values`.
+            `log_probabilities` or, of values, `output`.
         kind: of its head.
         metric: that is reported, empty if this output does not count.
         labels: names of the classes.
@@ -59,7 +60,7 @@ def _shipped(name: str, head: Head, data: ImageData, softmax: bool) -> ShippedOu
     gives = head.gives or "logits"
     added = softmax and head.kind in CLASSES and gives == "logits"
     if name == OUTPUT:
-        holds = gives if head.kind in (*CLASSES, "multilabel") else VALUES
+        holds = gives if head.kind in (*CLASSES, "multilabel") else PLAIN
         name = PROBABILITIES if added else holds
     labels = head.labels or (data.labels if data.meaning.only is head else ())
     level = {"logits": 0.0, "probabilities": 0.5}.get(gives, -0.6931)

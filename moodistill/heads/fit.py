@@ -80,7 +80,9 @@ def check_targets(head: Head, name: str, output: Shape, targets: np.ndarray, par
     if head.kind not in CLASSES or not targets.size:
         return
     seen = targets[targets != head.ignore] if head.kind == "segmentation" else targets
-    low, high = int(seen.min(initial=0)), int(seen.max(initial=0))
+    if not seen.size:
+        return
+    low, high = int(seen.min()), int(seen.max())
     if low < 0 or high >= output[0]:
         hint = f" ({head.ignore} is left out)" if head.kind == "segmentation" else ""
         raise UserError(
