@@ -224,7 +224,7 @@ def _child(request):
 
         # An evaluation of a tenth of a second; `run.json` says so, and a resume reads it there.
         statistics.CalibrationConfig.__init__.__defaults__ = (96, 1500, 500, 0)
-        recipe.Recipe.__init__.__defaults__ = (8, 100, *recipe.Recipe.__init__.__defaults__[2:])
+        recipe.Recipe.__init__.__defaults__ = (100, *recipe.Recipe.__init__.__defaults__[1:])
         if request["recorded"]:
             scoring.LatencyMeter = RecordedMeter
         install_points()

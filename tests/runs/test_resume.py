@@ -186,7 +186,7 @@ def test_a_latency_process_that_dies_costs_one_student(digits, tmp_path, monkeyp
         latency.LatencyMeter(teacher_onnx(digits), shape, teacher_latency_ms=1.0) as meter,
         Store.create(tmp_path) as store,
     ):
-        evaluator = Evaluator(digits, Recipe(), meter.measure)
+        evaluator = Evaluator(digits, Recipe(), meter.measure, 8)
         config = SearchConfig(population=6, generations=1)
         list(Search(digits.layout, config, store, SerialExecutor(evaluator.evaluate)).run())
         found = store.all()
