@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TINY, TINY_RUN, prepare
+from helpers.small import SMALL, make_small
 
 # Small networks: more threads cost more than they bring, above all beside other jobs.
 torch.set_num_threads(1)
@@ -108,6 +109,7 @@ def call(cache):
         out, error = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MOODISTILL_CACHE", str(cache))
+            make_small(patch)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
                 found = run_tool(command, [str(a) for a in arguments])
         assert found == code, out.getvalue() + error.getvalue()
@@ -123,8 +125,8 @@ def finished(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "digits"
     done = subprocess.run(
         [
-            sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder,
-            "--connections", "blocks,merges,bypasses", *TINY,
+            sys.executable, SMALL, ROOT / "scripts/run_nsga.py", "--model", "digits",
+            "--out", folder, "--connections", "blocks,merges,bypasses", *TINY,
         ],  # fmt: skip
         capture_output=True, text=True, timeout=300,
         env={**os.environ, "MOODISTILL_CACHE": str(cache)},

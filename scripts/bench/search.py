@@ -140,7 +140,7 @@ class Bench:
 
     def _search(self, store: Store, meter: LatencyMeter, arm: str, seed: int) -> None:
         layout, recipe = self.context.layout, self.recipe_of(arm)
-        population = 32
+        population = min(32, self.count)
         config = SearchConfig(
             population=population,
             generations=-(-self.count // population),

@@ -248,12 +248,12 @@ def test_latency_on_a_named_device(digits, scheduler, tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "give either --workers"),
-        ({"workers": 2, "scheduler": "tcp://a:1"}, "give either --workers"),
-        ({"workers": 0}, "--workers is 0"),
-        ({"workers": 2, "latency_on": ("edge",)}, "--latency-on names a worker"),
-        ({"scheduler": "tcp://a:1", "latency_on": ("a", "a")}, "--latency-on is 'a,a'"),
-        ({"scheduler": "tcp://a:1", "latency_on": ("a b",)}, "--latency-on is 'a b'"),
+        ({}, "give either `workers`"),
+        ({"workers": 2, "scheduler": "tcp://a:1"}, "give either `workers`"),
+        ({"workers": 0}, "`workers` is 0"),
+        ({"workers": 2, "latency_on": ("edge",)}, "`latency_on` names a worker"),
+        ({"scheduler": "tcp://a:1", "latency_on": ("a", "a")}, "`latency_on` is 'a,a'"),
+        ({"scheduler": "tcp://a:1", "latency_on": ("a b",)}, "`latency_on` is 'a b'"),
         ({"scheduler": "tcp://a:1", "latency_on": ("a",), "worst_latency": True}, "several"),
         ({"scheduler": "tls://a:1", "tls_ca": "x"}, "TLS needs all three"),
         ({"scheduler": "tls://a:1"}, "tls://a:1 asks for certificates"),

@@ -160,7 +160,7 @@ def test_one_writer(driver, tmp_path):
         (line,) = done.stderr.splitlines()
         assert f"is being written by process {holder[0]};" in line
     done = driver.call("run", "--out", folder, *TINY_RUN)
-    assert done.code == 2 and "exists; continue it with --resume" in done.stderr
+    assert done.code == 2 and "exists; resume it, or give another --out" in done.stderr
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
     subprocess.run(["kill", "-KILL", str(holder[0])], check=True)
     assert driver.wait(holder).code == -9
