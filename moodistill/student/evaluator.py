@@ -18,10 +18,11 @@ from moodistill.onnx.memory import peak_memory_bytes
 from moodistill.onnx.runtime import onnx_accuracy
 from moodistill.onnx.writer import structure_hash, to_onnx
 from moodistill.pareto.evaluation import Evaluation, Latency
-from moodistill.student.builder import Student, build_student
+from moodistill.student.builder import build_student
 from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
-from moodistill.teacher.graph import Layer
+from moodistill.student.network import Student
+from moodistill.teacher.kernels import Layer
 
 Measure = Callable[[bytes, str], Latency]
 
