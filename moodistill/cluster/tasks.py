@@ -119,7 +119,8 @@ def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
 def score(setup: ScoreSetup, genome: bytes) -> Scored:
     """Score a packed genome, latency aside."""
     context, config = _prepared(setup)
-    return Evaluator(context, config.recipe, None).score(context.layout.unpack(genome))
+    evaluator = Evaluator(context, config.recipe, None, config.search.simd_step)
+    return evaluator.score(context.layout.unpack(genome))
 
 
 def distil(setup: ScoreSetup, evaluation: Evaluation, name: str) -> dict[str, bytes]:

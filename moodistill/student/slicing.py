@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from moodistill.errors import UserError
-from moodistill.teacher.graph import Layer
-from moodistill.teacher.kernels import Conv, padding_of
+from moodistill.teacher.kernels import Conv, Layer, padding_of
 from moodistill.teacher.operations import NORMS
 from moodistill.teacher.plain import copied
 
