@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from moodistill.errors import UserError
-from moodistill.teacher.graph import Layer
-from moodistill.teacher.kernels import Conv, Transposed, padding_of, weight_of
+from moodistill.teacher.kernels import Conv, Layer, Transposed, padding_of, weight_of
 from moodistill.teacher.operations import NORMS
 from moodistill.teacher.plain import copied
-from moodistill.teacher.steps import Step
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,15 @@ class GroupedSlice:
     inputs: np.ndarray
     outputs: np.ndarray
     taps: tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class NormSlice:
+    """One BatchNorm of the student: its path, the teacher's path, the channels."""
+
+    target: str
+    norm: str
+    channels: np.ndarray
 
 
 def centred(kernel: Sequence[int], kept: Sequence[int] | None) -> tuple[slice, ...]:
@@ -201,13 +208,13 @@ def slice_grouped(layer: Conv, part: GroupedSlice, name: str) -> Conv:
     return made
 
 
-def check_whole(shuffle: nn.Module, channels: np.ndarray, step: Step) -> None:
+def check_whole(shuffle: nn.Module, channels: np.ndarray, name: str) -> None:
     """Refuse channels of a pixel shuffle that are not those of whole outputs, in order."""
     reads = shuffle.upscale_factor**2 if isinstance(shuffle, nn.PixelShuffle) else 1
     outputs = channels.reshape(-1, reads)[:, 0] // reads
     wanted = (outputs[:, None] * reads + np.arange(reads)).reshape(-1)
     if not np.array_equal(channels, wanted):
-        raise UserError(f"{step.name}: the channels that it joins are out of order: not supported")
+        raise UserError(f"{name}: the channels that it joins are out of order: not supported")
 
 
 def opaque_copy(module: nn.Module) -> nn.Module:

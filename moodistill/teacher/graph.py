@@ -19,7 +19,7 @@ from moodistill.errors import UserError
 from moodistill.heads.outputs import outputs_of
 from moodistill.teacher.channel_flow import Reader
 from moodistill.teacher.channel_groups import Grouping
-from moodistill.teacher.kernels import Conv, Transposed
+from moodistill.teacher.kernels import Layer
 from moodistill.teacher.operations import SUPPORTED, called
 from moodistill.teacher.recorder import ReadAgain
 from moodistill.teacher.steps import Step
@@ -30,7 +30,6 @@ _GIVES = {
     "softmax": "probabilities", "sigmoid": "probabilities", "logsoftmax": "log_probabilities",
     "logsigmoid": "log_probabilities",
 }  # fmt: skip
-Layer = Conv | Transposed | nn.Linear
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,10 @@ from moodistill.genome.ranks import rank_levels
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Layer = Conv | Transposed | nn.Linear
 
 
-def weight_of(layer: Conv | Transposed | nn.Linear) -> torch.Tensor:
+def weight_of(layer: Layer) -> torch.Tensor:
     """A layer's weight as `(outputs, inputs, *kernel)`, whatever order it is stored in."""
     return layer.weight.transpose(0, 1) if isinstance(layer, Transposed) else layer.weight
 
@@ -40,7 +41,7 @@ def rings_of(conv: Conv) -> tuple[int, ...]:
     )
 
 
-def ranks_of(layer: Conv | nn.Linear) -> tuple[int, ...]:
+def ranks_of(layer: Layer) -> tuple[int, ...]:
     """The ranks below the full one that a layer may have; none of a grouped convolution."""
     if isinstance(layer, Conv) and layer.groups > 1:
         return ()

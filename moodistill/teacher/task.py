@@ -162,7 +162,7 @@ def load_task(name: str, own: OwnTask | None = None) -> Task:
     if ":" in name:
         if own is None:
             raise UserError(
-                f"{name!r} names a teacher without weights and data; give --weights and --data"
+                f"{name!r} names a teacher without weights and data; give `weights` and `data`"
             )
         return _own_task(name, own)
     if name.endswith(".py"):
@@ -219,7 +219,7 @@ def _own_task(name: str, own: OwnTask) -> Task:
             module = importlib.import_module(place)
         except ImportError as error:
             raise UserError(
-                f"{place} cannot be imported ({error}); expected --teacher MODULE:CALLABLE"
+                f"{place} cannot be imported ({error}); expected MODULE:CALLABLE"
             ) from error
         finally:
             sys.path.remove("")

@@ -28,8 +28,8 @@ from moodistill.errors import UserError
 from moodistill.heads.outputs import given_as, outputs_of
 from moodistill.teacher.decompose import REPLACED_CALLS, REPLACED_MODULES
 from moodistill.teacher.operations import ACTIVATION_CALLS, ACTIVATIONS, LAYERS, NORMS
+from moodistill.teacher.rearrange import PICTURES
 
-PICTURES = 2  # in the batch that shapes are propagated with: an operation that mixes them shows
 INPLACE_CALLS = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv,
 )  # fmt: skip
