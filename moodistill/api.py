@@ -193,6 +193,7 @@ def search(
     objectives: Sequence[str] | None = None,
     algorithm: str | None = None,
     screen: int | None = None,
+    seeded: float | None = None,
     connections: Sequence[str] | None = None,
     simd_step: int | None = None,
     limits: Limits | None = None,
@@ -240,6 +241,7 @@ def search(
             first three).
         algorithm: `nsga2` (default), `nsga3` or `sms`.
         screen: a surrogate pre-selects 1 in this many offspring (24); 1 disables it.
+        seeded: share of the first generation from tables of single changes (0.75).
         connections: kinds that are searched, of `kernels`, `ranks`, `merges`, `bypasses` and
             `blocks` (`merges` and `bypasses`).
         simd_step: channels per SIMD block; None probes this device.
@@ -261,7 +263,7 @@ def search(
     settings = Settings(
         preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
         population=population, seed=seed, objectives=_tuple(objectives), algorithm=algorithm,
-        screen=screen, connections=_tuple(connections), simd_step=simd_step, flip=flip,
+        screen=screen, seeded=seeded, connections=_tuple(connections), simd_step=simd_step, flip=flip,
         **flat(limits=limits, latency=latency, int8=int8, rules=rules),
     )  # fmt: skip
     folder, weights = Path(out), _weights_beside(Path(out))
