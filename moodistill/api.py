@@ -263,7 +263,8 @@ def search(
     settings = Settings(
         preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
         population=population, seed=seed, objectives=_tuple(objectives), algorithm=algorithm,
-        screen=screen, seeded=seeded, connections=_tuple(connections), simd_step=simd_step, flip=flip,
+        screen=screen, seeded=seeded, connections=_tuple(connections), simd_step=simd_step,
+        flip=flip,
         **flat(limits=limits, latency=latency, int8=int8, rules=rules),
     )  # fmt: skip
     folder, weights = Path(out), _weights_beside(Path(out))
