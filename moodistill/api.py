@@ -66,7 +66,9 @@ class RunStudent:
     reason: str = ""
 
     def to_torch(self) -> fx.GraphModule:
-        """The network `(N, C, H, W)` normalised images to logits, in eval mode.
+        """The network, normalised inputs `(N, C, ...)` to logits, in eval mode.
+
+        Several outputs come in a dict by their names.
 
         Distilled weights if it was distilled, else the inherited ones. Of an INT8 student this is
         the float one that it was made from.
