@@ -497,10 +497,9 @@ def test_all_obstacles_are_listed_with_their_place():
         assert words in str(caught.value)
 
 
-def test_probabilities_are_no_logits():
-    network = nn.Sequential(Net(lambda n, x: x), nn.Softmax(1))
-    with pytest.raises(UserError, match="Softmax .* gives probabilities; return the logits"):
-        trace(network, SHAPE)
+def test_probabilities_are_known_as_such():
+    graph = trace(nn.Sequential(Net(lambda n, x: x), nn.Softmax(1)), SHAPE)
+    assert graph.gives() == {"logits": "probabilities"} and not graph.whole
 
 
 class Signal(nn.Module):
