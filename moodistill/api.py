@@ -36,7 +36,7 @@ from moodistill.pareto import choose
 from moodistill.pareto import table as front
 from moodistill.pareto.objectives import Limits
 from moodistill.pareto.table import SUFFIX, FrontRow
-from moodistill.progress import Mode, make_reporter
+from moodistill.progress import Mode, Reporter, make_reporter
 from moodistill.runs.backend import Places
 from moodistill.runs.export import export_student, rebuild_student
 from moodistill.runs.run import resume_run, start_run
@@ -185,6 +185,8 @@ def search(
     generations: int | None = None,
     finalists: int | None = None,
     distill_steps: int | None = None,
+    calibration_images: int | None = None,
+    score_images: int | None = None,
     population: int | None = None,
     seed: int | None = None,
     objectives: Sequence[str] | None = None,
@@ -197,6 +199,7 @@ def search(
     int8: Int8Config | None = None,
     rules: LayerRules | None = None,
     flip: bool | None = None,
+    images_in_memory: bool | None = None,
     progress: Mode = "auto",
 ) -> Run:
     """Search for a front of smaller networks than `teacher`; carries on a run that `out` holds.
@@ -222,6 +225,8 @@ def search(
         preset: `quick` (the default of a new run), `standard` or `thorough`; the next three replace
             its numbers.
         generations, finalists, distill_steps: of the search and of its finalists.
+        calibration_images: training images that every student is solved on (512).
+        score_images: validation images that every student is scored on (1,000).
         population: students a generation (32).
         seed: of the search (0).
         objectives: `accuracy` and some of `parameters`, `latency`, `macs`, `size`, `memory` (the
@@ -236,6 +241,8 @@ def search(
         int8: whether and when finalists get an INT8 twin.
         rules: layers to leave alone, modules not to look into, and bounds of widths.
         flip: whether finalists are distilled on mirrored images, too (yes); not for text.
+        images_in_memory: whether datasets are held in memory, or read whenever an image is needed;
+            None holds them where they take at most a quarter of it.
         progress: `auto`, `plain`, `json` or `quiet`.
 
     Raises:
@@ -243,9 +250,18 @@ def search(
             others; one line says why.
     """
     refuse_unready(teacher)
-    data = _image_data(train, validation, test, labels, mean, std, metric, preparation)
+    reporter = make_reporter(progress)
+    try:
+        data = _image_data(
+            train, validation, test, labels, mean, std, metric, preparation, images_in_memory,
+            reporter,
+        )  # fmt: skip
+    except BaseException:
+        reporter.close()  # it may have shown how far the reading of the images is
+        raise
     settings = Settings(
         preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
+        calibration_images=calibration_images, score_images=score_images,
         population=population, seed=seed, objectives=_tuple(objectives), algorithm=algorithm,
         screen=screen, connections=_tuple(connections), simd_step=simd_step, flip=flip,
         **flat(limits=limits, latency=latency, int8=int8, rules=rules),
@@ -258,7 +274,6 @@ def search(
         weights=weights,
         train=None,
     )
-    reporter = make_reporter(progress)
     if (folder / RUN_FILE).is_file():
         refuse_changes(RunConfig.read(folder), settings, folder)
         _refuse_another(teacher, weights)
@@ -321,6 +336,8 @@ def _image_data(
     std: Any,
     metric: Metric,
     preparation: Preparation | None,
+    in_memory: bool | None = None,
+    reporter: Reporter | None = None,
 ) -> ImageData:
     if isinstance(train, ImageData):
         others = (validation, test, labels, mean, std, preparation)
@@ -339,7 +356,7 @@ def _image_data(
             raise UserError("give all splits as arrays, or all as datasets")
         return from_datasets(
             train, validation, test, labels=labels, mean=mean, std=std, metric=metric,
-            preparation=preparation,
+            preparation=preparation, in_memory=in_memory, reporter=reporter,
         )  # fmt: skip
     splits = {}
     for name in arrays:

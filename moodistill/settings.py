@@ -156,6 +156,10 @@ class Settings:
     data_dir: Path | None = _setting(
         NETWORK, "folder of a problem's data", "places.data_dir", "$MOODISTILL_DATA, then data/"
     )
+    images_in_memory: bool | None = _setting(
+        NETWORK, "hold all of your own images in memory; otherwise they are read when needed",
+        "places.images_in_memory", "while they take at most a quarter of it",
+    )  # fmt: skip
     preset: str | None = _setting(BUDGET, "quick, standard or thorough", "preset", "quick")
     population: int | None = _setting(
         BUDGET, "students per generation", "search.population", 32, least=1
@@ -173,6 +177,14 @@ class Settings:
         "the preset's",
         least=1,
     )
+    calibration_images: int | None = _setting(
+        BUDGET, "training images that every student is solved on", "calibration.images", 512,
+        metavar="N", least=1,
+    )  # fmt: skip
+    score_images: int | None = _setting(
+        BUDGET, "validation images that every student is scored on", "recipe.validation_images",
+        1000, metavar="N", least=1,
+    )  # fmt: skip
     screen: int | None = _setting(
         BUDGET, "a surrogate pre-selects 1 in N offspring; 1 disables it",
         "search.screen", 24, metavar="N",

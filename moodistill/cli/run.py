@@ -160,7 +160,7 @@ def _start(arguments: argparse.Namespace, work: Work) -> Path:
     model = _absolute(settings.teacher or settings.model) or (base.model if base else None)
     if model is None:
         raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
-    task = load_task(model, own)
+    task = load_task(model, own, work.places.images_in_memory, work.reporter)
     config = new_config(model, _device_settings(work, task), own, base)
     stem = model.rpartition(":")[2] if own else Path(model).stem  # of a file's path its name
     out = settings.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"

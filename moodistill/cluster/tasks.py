@@ -45,6 +45,7 @@ class ScoreSetup:
         network_digest: of its traced network.
         data_dir, weights: where to look for them, as on the driver; None for the defaults.
         threads: torch's.
+        images_in_memory: whether a folder's images are held; None decides by their number.
     """
 
     version: str
@@ -55,6 +56,7 @@ class ScoreSetup:
     data_dir: str | None
     weights: str | None
     threads: int
+    images_in_memory: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
         Path(path) if path is not None else None for path in (setup.data_dir, setup.weights)
     )
     try:
-        task = load_task(config.model, config.own)
+        task = load_task(config.model, config.own, setup.images_in_memory)
         context = load_context(task, data_dir, weights, config.calibration, rules=config.rules)
     except UserError as error:
         raise WorkerMismatch(f"{_name()}: {error}") from error

@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from moodistill.data.dataset_images import DatasetImages, stream_dataset
 from moodistill.data.images import ImageData, Metric, Split, fraction_right, sha256_array
+from moodistill.data.memory import are_held
 from moodistill.data.preparation import Preparation
+from moodistill.data.streamed import Images, StreamedImages, batches, digest_each
 from moodistill.data.table import DataTable, count_classes, equal_pictures
 from moodistill.data.transforms import checked_preparation, files_of
 from moodistill.errors import UserError
+from moodistill.progress import Reporter
 
 
 def from_datasets(
@@ -29,8 +33,14 @@ def from_datasets(
     name: str = "own",
     metric: Metric = fraction_right,
     preparation: Preparation | None = None,
+    in_memory: bool | None = None,
+    reporter: Reporter | None = None,
 ) -> ImageData:
-    """Map-style datasets of `(image, label)` held in memory.
+    """Map-style datasets of `(image, label)`.
+
+    Images are held in memory, or, where they take more than a quarter of it, read from the datasets
+    whenever they are needed, by several processes. Then every start reads all of them once, and an
+    image must be the same each time it is read.
 
     Images are PIL images, uint8 arrays `(H, W)` or `(H, W, C)`, or tensors `(C, H, W)`: uint8, or
     floats in [0, 1] (so before any normalisation), all of one size.
@@ -46,14 +56,18 @@ def from_datasets(
         mean, std, metric: as in `load_image_folder`.
         name: of the data.
         preparation: how `validation` and `test` prepare the images of files.
+        in_memory: whether the images are held; None decides by how much memory they take.
+        reporter: is told how far the reading of all images is; None is quiet.
 
     Raises:
         UserError: if an image has another size or form, or `preparation` gives other pixels than
             the datasets.
     """
-    splits = {"train": _collect(train, "train"), "validation": _collect(validation, "validation")}
-    if test is not None:
-        splits["test"] = _collect(test, "test")
+    given = {"train": train, "validation": validation, "test": test}
+    sources = {k: _source(one, k) for k, one in given.items() if one is not None}
+    bytes_each = int(np.prod(sources["train"].shape))
+    held = are_held(sum(map(len, sources.values())), bytes_each, in_memory)
+    splits = {k: _collect(s) if held else _streamed(s, reporter) for k, s in sources.items()}
     held_out = [splits[part] for part in ("validation", "test") if part in splits]
     preparation = checked_preparation(validation, held_out, preparation)
     if preparation is None:  # then nothing can be compared with the files
@@ -130,13 +144,10 @@ def from_splits(
                 f"the preparation gives images of size {preparation.size}, the data are "
                 f"{images.shape[1:3]}: give the size of the data"
             )
-    parts = [sha256_array(s.images) + sha256_array(s.labels) for s in splits.values()]
-    # With the normalisation, on which everything that is cached of a teacher depends.
-    made_of = f"{''.join(parts)} {mean} {std}"
-    if preparation not in (None, Preparation(size=images.shape[1:3])):
-        made_of += f" {preparation}"
-    digest = hashlib.sha256(made_of.encode()).hexdigest()
-    table = _counted(table or DataTable(name, tuple(names), {}), splits, folder)
+    digests = {part: digest_each(split.images) for part, split in splits.items()}
+    parts = [digest_of(digests[part], split.labels) for part, split in splits.items()]
+    digest = _data_digest(parts, mean, std, preparation, (images.shape[1], images.shape[2]))
+    table = _counted(table or DataTable(name, tuple(names), {}), splits, digests, folder)
     table = replace(
         table, classes=tuple(names),
         prepared=preparation.describe(images.shape[-1]) if preparation else "",
@@ -145,6 +156,37 @@ def from_splits(
         name, splits["train"], splits["validation"], splits["test"],
         mean, std, tuple(names), digest, metric, preparation, table, folder,
     )  # fmt: skip
+
+
+def digest_of(digests: Sequence[bytes], labels: np.ndarray) -> str:
+    """Of a split, from the digests of its images: the same whether they are held or streamed."""
+    return hashlib.sha256(b"".join(digests)).hexdigest() + sha256_array(labels)
+
+
+def former_digest(data: ImageData) -> str:
+    """What an earlier version had for the digest: of all pixels at once, which must be read."""
+    parts = []
+    for split in (data.train, data.validation, data.test):
+        content = hashlib.sha256()
+        for pixels in batches(split.images, 256):
+            content.update(np.ascontiguousarray(pixels).tobytes())
+        parts.append(content.hexdigest() + sha256_array(split.labels))
+    _, height, width = data.input_shape
+    return _data_digest(parts, data.mean, data.std, data.preparation, (height, width))
+
+
+def _data_digest(
+    parts: Sequence[str],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    preparation: Preparation | None,
+    size: tuple[int, int],
+) -> str:
+    # With the normalisation, on which everything that is cached of a teacher depends.
+    made_of = f"{''.join(parts)} {mean} {std}"
+    if preparation not in (None, Preparation(size=size)):
+        made_of += f" {preparation}"
+    return hashlib.sha256(made_of.encode()).hexdigest()
 
 
 def whole_labels(labels: Any, part: str) -> np.ndarray:
@@ -170,11 +212,16 @@ def whole_labels(labels: Any, part: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _counted(table: DataTable, splits: Mapping[str, Split], folder: Path | None) -> DataTable:
+def _counted(
+    table: DataTable,
+    splits: Mapping[str, Split],
+    digests: Mapping[str, Sequence[bytes]],
+    folder: Path | None,
+) -> DataTable:
     """The table with the images of each class and split, and those that are equal."""
     named = {
         part: (
-            split.images,
+            digests[part],
             split.labels,
             [os.path.relpath(file, folder) if folder else file for file in split.files],
         )
@@ -195,40 +242,48 @@ def _shuffled(split: Split) -> Split:
     return split.ordered(np.random.default_rng(0).permutation(len(split)))
 
 
-def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+def _statistics(images: Images) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of uint8 `(N, H, W, C)`, in [0, 1].
 
-    From how often each byte occurs: exact, and without a copy as floats.
+    From the sums of the bytes and of their squares: exact, so the same held and streamed.
     """
-    found = []
-    values = np.arange(256) / 255.0
-    for channel in range(images.shape[-1]):
-        counts = sum(
-            np.bincount(part[..., channel].ravel(), minlength=256)
-            for part in np.array_split(images, max(1, len(images) // 1000))
-        )
-        shares = counts / np.sum(counts)
-        mean = float(shares @ values)
-        found.append(
-            (round(mean, 4), max(1e-3, round(float(shares @ (values - mean) ** 2) ** 0.5, 4)))
-        )
-    return [mean for mean, _ in found], [std for _, std in found]
+    if isinstance(images, StreamedImages):
+        sums = images.known.sums.sum(0)
+    else:
+        values = np.arange(256)
+        counts = np.zeros((images.shape[-1], 256), np.int64)
+        for pixels in batches(images, 1000):
+            for channel, found in enumerate(counts):
+                found += np.bincount(pixels[..., channel].ravel(), minlength=256)
+        sums = np.stack([counts @ values, counts @ values**2])
+    total = len(images) * images.shape[1] * images.shape[2] * 255
+    means = [int(one) / total for one in sums[0]]
+    squares = [int(one) / (total * 255) for one in sums[1]]
+    deviations = [max(0.0, s - m * m) ** 0.5 for m, s in zip(means, squares, strict=True)]
+    return [round(m, 4) for m in means], [max(1e-3, round(d, 4)) for d in deviations]
 
 
-def _collect(dataset: Any, part: str) -> Split:
-    images, labels = [], []
-    for index in range(len(dataset)):
-        picture, label = dataset[index][:2]
-        images.append(_pixels(picture, f"{part} image {index}"))
-        labels.append(_one_label(label, f"{part} image {index}"))
-        if images[-1].shape != images[0].shape:
-            raise UserError(
-                f"{part} image {index} is {images[-1].shape}, the first {images[0].shape}; "
-                "resize them in the dataset"
-            )
-    if not images:
+def _source(dataset: Any, part: str) -> DatasetImages:
+    if not len(dataset):
         raise UserError(f"the {part} dataset is empty; expected images")
-    return Split(np.stack(images), np.array(labels), files_of(dataset))
+    return DatasetImages(dataset, part, _item)
+
+
+def _item(item: Any, where: str) -> tuple[np.ndarray, Any]:
+    """Pixels and label of what a dataset gives."""
+    picture, label = item[:2]
+    return _pixels(picture, where), _one_label(label, where)
+
+
+def _collect(source: DatasetImages) -> Split:
+    items = [source.item(index) for index in range(len(source))]
+    images = np.stack([pixels for pixels, _ in items])
+    return Split(images, np.array([label for _, label in items]), files_of(source.dataset))
+
+
+def _streamed(source: DatasetImages, reporter: Reporter | None) -> Split:
+    images, labels = stream_dataset(source, reporter)
+    return Split(images, np.array(labels), files_of(source.dataset))
 
 
 def _one_label(label: Any, where: str) -> Any:

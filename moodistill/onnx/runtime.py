@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime
 
 from moodistill.data.images import ImageData, Split
+from moodistill.data.streamed import batches
 
 BATCH = 10  # a thread each: small batches stay in its cache
 
@@ -42,8 +44,7 @@ def outputs(
     fixed = first.shape[0] if isinstance(first.shape[0], int) else None
     batch = fixed or batch
 
-    def answer(start: int) -> np.ndarray:
-        images = split.images[start : start + batch]
+    def answer(images: np.ndarray) -> np.ndarray:
         count = len(images)
         if fixed is not None:
             images = np.resize(images, (fixed, *images.shape[1:]))
@@ -56,7 +57,14 @@ def outputs(
         return np.asarray(run.run(None, {first.name: feed})[0])[:count]
 
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(answer, range(0, len(split), batch))
+        # No more batches are read than the threads need: the images may not fit into memory.
+        waiting: deque[Future[np.ndarray]] = deque()
+        for images in batches(split.images, batch):
+            waiting.append(pool.submit(answer, images))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def onnx_accuracy(model: bytes, data: ImageData, split: Split, threads: int) -> float:

@@ -9,7 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from moodistill.config import RunConfig
+from moodistill.data.images import ImageData
+from moodistill.data.memory import are_held
 from moodistill.errors import UserError
 from moodistill.evolution.executor import Executor, SerialExecutor
 from moodistill.finalists.confirm import Timer
@@ -38,12 +42,14 @@ class Places:
         data_dir, weights: None for the task's own.
         threads: of torch.
         expected_accuracy: a teacher that falls short of it by more than two points is refused.
+        images_in_memory: whether a folder's images are held; None decides by their number.
     """
 
     data_dir: Path | None = None
     weights: Path | None = None
     threads: int | None = None
     expected_accuracy: float | None = None
+    images_in_memory: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -189,4 +195,13 @@ def _setup(
         data_dir=None if places.data_dir is None else str(places.data_dir.resolve()),
         weights=None if places.weights is None else str(places.weights.resolve()),
         threads=places.threads or threads,
+        images_in_memory=_held_by_workers(context.data, places, workers),
     )
+
+
+def _held_by_workers(data: ImageData, places: Places, workers: int | None) -> bool | None:
+    """Whether workers hold the images: those of this machine share its memory."""
+    if places.images_in_memory is not None or workers is None:
+        return places.images_in_memory
+    count = sum(len(split) for split in (data.train, data.validation, data.test))
+    return are_held((1 + workers) * count, int(np.prod(data.input_shape)), None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moodistill.config import RunConfig
+from moodistill.data.datasets import former_digest
 from moodistill.data.images import ImageData, fraction_right, metric_name
 from moodistill.errors import UserError
 from moodistill.runs.backend import HERE
@@ -107,7 +108,10 @@ def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None
     """Refuse other images, normalisation or metric than `run.json` (`stored`) names."""
     for key, found in (("data_digest", data.digest), ("metric", metric_name(data))):
         known = stored.get(key)
-        if known != found and (key != "metric" or EARLIER_METRICS.get(str(known)) != found):
+        if known == found or (key == "metric" and EARLIER_METRICS.get(str(known)) == found):
+            continue
+        # Its images must be read to know, so it is asked last.
+        if key == "metric" or data.table is None or known != former_digest(data):
             raise UserError(
                 f"{folder} was started with {key} {known}, found {found}; "
                 "give the same data and metric"

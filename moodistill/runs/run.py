@@ -70,7 +70,7 @@ def start_run(
     """
     use_threads(places.threads)
     reporter = reporter or Reporter()
-    task = task or load_task(config.model, config.own)
+    task = task or _task(config, places, reporter)
     context = _context(task, config, places, reporter, first=True)
     _say_data(context.data, reporter)
     _refuse_uncuttable(context)
@@ -117,7 +117,7 @@ def resume_run(
             whole = len(store.generations()) >= kept.search.generations
             ended = stored.get("status") == "finished" or whole
             check_students(folder, store, kept, budget.students, ended)
-        task = task or load_task(config.model, config.own)
+        task = task or _task(config, places, reporter)
         context = _context(task, config, places, reporter)
         _say_data(context.data, reporter)
         scales = check_resumed(folder, stored, context, cluster)
@@ -272,6 +272,10 @@ def _writer(folder: Path) -> Store:
     )
 
 
+def _task(config: RunConfig, places: Places, reporter: Reporter) -> Task:
+    return load_task(config.model, config.own, places.images_in_memory, reporter)
+
+
 def _context(
     task: Task, config: RunConfig, places: Places, reporter: Reporter, first: bool = False
 ) -> TeacherContext:
@@ -283,7 +287,11 @@ def _context(
 
     remove_orphans(default_cache_dir(), CACHE_ORPHANS_S)
     wanted = first or places.expected_accuracy is not None
-    return load_context(
-        task, places.data_dir, places.weights, config.calibration, rules=config.rules,
-        say=reporter.say, check=check if wanted else None,
-    )  # fmt: skip
+    try:
+        return load_context(
+            task, places.data_dir, places.weights, config.calibration, rules=config.rules,
+            say=reporter.say, check=check if wanted else None,
+        )  # fmt: skip
+    except BaseException:
+        reporter.close()  # it may have shown how far the reading of the images is
+        raise

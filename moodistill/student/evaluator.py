@@ -86,7 +86,7 @@ class Evaluator:
         self.context = context
         self.recipe = recipe
         self.measure = measure
-        self.validation = context.data.validation.head(recipe.validation_images)
+        self.validation = context.data.validation.head(recipe.validation_images).held()
 
     def evaluate(self, genome: np.ndarray) -> Evaluation:
         """Score one genome; whatever goes wrong becomes the evaluation's `failure`."""

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from moodistill.data.images import ImageData
+from moodistill.data.streamed import Images, batches
 from moodistill.teacher import plain
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, data: ImageData, images: np.ndarray) -> np.ndarray:
+def logits_of(model: nn.Module, data: ImageData, images: Images) -> np.ndarray:
     """Logits `(N, classes)` of `model` (in eval mode) for uint8 `(N, H, W, C)`."""
     device = next(model.parameters()).device
-    batch = data.at_once(500)
     answers = []
-    for start in range(0, len(images), batch):
-        prepared = data.normalise(images[start : start + batch]).to(device)
+    for pixels in batches(images, data.at_once(500)):
+        prepared = data.normalise(pixels).to(device)
         answers.append(plain.logits_of(model(prepared)).cpu().numpy())
     return np.concatenate(answers)

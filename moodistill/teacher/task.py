@@ -17,6 +17,7 @@ from moodistill.data.folders import load_image_folder
 from moodistill.data.images import ImageData
 from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
+from moodistill.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -124,20 +125,22 @@ class OwnTask:
             self.shorter_side, self.fill,
         )  # fmt: skip
 
-    def load(self) -> ImageData:
-        """The images, prepared.
-
-        Raises:
-            UserError: as `load_image_folder` does.
-        """
+    def load(self, in_memory: bool | None = None, reporter: Reporter | None = None) -> ImageData:
+        """The images, prepared; the arguments and what is raised are `load_image_folder`'s."""
         return load_image_folder(
             Path(self.data), channels=self.channels, mean=self.mean, std=self.std,
             cut=None if self.cut is None else Cut.read(Path(self.cut)),
+            in_memory=in_memory, reporter=reporter,
             **asdict(self.preparation),
         )  # fmt: skip
 
 
-def load_task(name: str, own: OwnTask | None = None) -> Task:
+def load_task(
+    name: str,
+    own: OwnTask | None = None,
+    in_memory: bool | None = None,
+    reporter: Reporter | None = None,
+) -> Task:
     """The `TASK` of `problems/<name>.py` or of a Python file, or one made from `MODULE:CALLABLE`.
 
     A problem file or module is code and is executed: load only what you trust.
@@ -146,6 +149,7 @@ def load_task(name: str, own: OwnTask | None = None) -> Task:
         name: a problem's name, the path of a file ending in `.py`, or, with `own`, where the
             teacher's builder is: `package.module:build` or `file.py:build`.
         own: weights and data for such a builder.
+        in_memory, reporter: of own images, see `load_image_folder`.
 
     Raises:
         UserError: if there is no such problem, or it defines no `TASK` or builder.
@@ -155,7 +159,7 @@ def load_task(name: str, own: OwnTask | None = None) -> Task:
             raise UserError(
                 f"{name!r} names a teacher without weights and data; give --weights and --data"
             )
-        return _own_task(name, own)
+        return _own_task(name, own, in_memory, reporter)
     if name.endswith(".py"):
         module = _module_of_file(name)
     else:
@@ -200,7 +204,7 @@ def _module_of_file(name: str) -> ModuleType:
     return module
 
 
-def _own_task(name: str, own: OwnTask) -> Task:
+def _own_task(name: str, own: OwnTask, in_memory: bool | None, reporter: Reporter | None) -> Task:
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py"):
         module = _module_of_file(place)
@@ -231,7 +235,7 @@ def _own_task(name: str, own: OwnTask) -> Task:
     return Task(
         name=attribute,
         build=checked_build,
-        load_data=lambda _: own.load(),
+        load_data=lambda _: own.load(in_memory, reporter),
         weights=Path(own.weights),
         train=None,
         weights_key=own.weights_key,

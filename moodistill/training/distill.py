@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from moodistill.data.images import ImageData
+from moodistill.data.streamed import read_batches
 from moodistill.errors import UserError
 from moodistill.io.cache import read_cached, save_cached
 from moodistill.io.cache_dir import cache_key, read_or_none
@@ -88,12 +89,22 @@ class SoftTargets:
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images `(B, C, H, W)` and labels `(B,)` of view batch `index`; always the same."""
+        return next(self.batches([index]))
+
+    def batches(self, order: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of these numbers one after another; streamed images are read ahead."""
+        train, config = self.data.train, self.config
+        chosen = (self._draw(index)[0] for index in order)
+        for index, pixels in zip(order, read_batches(train.images, chosen), strict=True):
+            numbers, rng = self._draw(index)
+            images = augment(pixels, config.pad, config.flip, rng)
+            yield self.data.normalise(images), torch.from_numpy(train.labels[numbers])
+
+    def _draw(self, index: int) -> tuple[np.ndarray, np.random.Generator]:
+        """Numbers `(B,)` of the images in a batch, and what its views are drawn with."""
         rng = np.random.default_rng([self.config.seed, index])
         count, size = len(self.data.train), self.config.batch_size
-        chosen = rng.choice(count, size, replace=count < size)
-        images = augment(self.data.train.images[chosen], self.config.pad, self.config.flip, rng)
-        labels = torch.from_numpy(self.data.train.labels[chosen])
-        return self.data.normalise(images), labels
+        return rng.choice(count, size, replace=count < size), rng
 
     @torch.no_grad()
     def soft(self, index: int, images: torch.Tensor) -> torch.Tensor:
@@ -148,15 +159,15 @@ def distill(
     signature = f"{asdict(config)} {config.peak_lr} {views} {seed} {targets.key} {shapes}"
     start = 0 if checkpoint is None else _carry_on(checkpoint, signature, model, optimizer)
     saved, mixed = time.monotonic(), mixed_precision()
+    order = _order(start, config.steps, views, seed)
+    shown = targets.batches(order)
     with torch.random.fork_rng(devices=[]):  # the caller's draws are not touched
         for step in range(start, config.steps):
             torch.manual_seed(seed + step)  # of dropout, also where it is carried on
             rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)))
             for group in optimizer.param_groups:
                 group["lr"] = config.peak_lr * rate
-            epoch, place = divmod(step, views)
-            index = int(np.random.default_rng([seed, epoch]).permutation(views)[place])
-            images, labels = targets.batch(index)
+            index, (images, labels) = order[step - start], next(shown)
             soft = targets.soft(index, images)
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 logits = model(images.contiguous(memory_format=torch.channels_last)).float()
@@ -176,6 +187,13 @@ def distill(
                 Checkpoint(signature, step + 1, model.state_dict(), momentum).save(checkpoint)
                 saved = time.monotonic()
     return model.eval().to(memory_format=torch.contiguous_format)
+
+
+def _order(start: int, end: int, views: int, seed: int) -> list[int]:
+    """Which batch of views each step from `start` on sees: all in turn, shuffled anew each time."""
+    epochs = {step // views for step in range(start, end)}
+    shuffled = {epoch: np.random.default_rng([seed, epoch]).permutation(views) for epoch in epochs}
+    return [int(shuffled[step // views][step % views]) for step in range(start, end)]
 
 
 def _loss(

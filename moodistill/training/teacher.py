@@ -149,6 +149,7 @@ class _Training:
         began, seconds_before = time.monotonic(), self.seconds
         saved, paused = began, 0.0
         self.model.train()
+        self.shown = batches.following(self.start)
         with reporter.stage("training", int(done[-1]), "images") as stage:
             for step in range(self.start, batches.steps):
                 with training_step() as waited:
@@ -187,7 +188,7 @@ class _Training:
         """One update; returns its loss."""
         config, steps = self.config, self.batches.steps
         torch.manual_seed(config.seed + step)  # of dropout, also where it is carried on
-        images, labels = self.batches.batch(step)
+        images, labels = next(self.shown)
         images = images.to(self.device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=self.mixed):
             logits = self.model(images).float()

@@ -1,0 +1,87 @@
+"""How long a folder of images takes to be indexed, and how much memory streaming it takes.
+
+Makes a folder of JPEG files, starts from it twice (the second time nothing has changed) and goes
+through one epoch of views as a distillation does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moodistill.data.folders import load_image_folder
+from moodistill.data.streamed import batches
+
+KINDS = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+
+
+def make_folder(folder: Path, count: int, side: int) -> None:
+    """Smooth noise in ten classes, as JPEG files of `side` x `side` pixels."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / f"class{number % 10}"
+        place.mkdir(exist_ok=True, parents=True)
+        small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        small.resize((side, side), Image.Resampling.BICUBIC).save(place / f"{number}.jpg")
+
+
+def seconds_of(folder: Path, size: int) -> float:
+    began = time.perf_counter()
+    load_image_folder(folder, (size, size), in_memory=False)
+    return time.perf_counter() - began
+
+
+def peak_mib() -> float:
+    """Of this process and of the largest of its workers."""
+    return sum(resource.getrusage(kind).ru_maxrss for kind in KINDS) / 1024
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its workers that have ended, so that a busy machine does not count."""
+    used = [resource.getrusage(kind) for kind in KINDS]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--side", type=int, default=256, help="of the files")
+    parser.add_argument("--size", type=int, default=224, help="that they are brought to")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["MOODISTILL_CACHE"] = f"{place}/cache"
+        folder = Path(place) / "images"
+        make_folder(folder, arguments.images, arguments.side)
+        used = cpu_seconds()
+        first = seconds_of(folder, arguments.size)
+        used = cpu_seconds() - used
+        later = seconds_of(folder, arguments.size)
+        data = load_image_folder(folder, (arguments.size,) * 2, in_memory=False)
+        began = time.perf_counter()
+        seen = sum(len(pixels) for pixels in batches(data.train.images, 64))
+        streamed = seen / (time.perf_counter() - began)
+    print(
+        json.dumps(
+            {
+                "images": arguments.images,
+                "first_start_s": round(first, 2),
+                "indexed_per_s": round(arguments.images / first),
+                "index_cpu_ms_each": round(1000 * used / arguments.images, 2),
+                "later_start_s": round(later, 2),
+                "streamed_per_s": round(streamed),
+                "peak_mib": round(peak_mib()),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
