@@ -66,6 +66,15 @@ class GroupedSlice:
     taps: tuple[slice, ...]
 
 
+@dataclass(frozen=True)
+class NormSlice:
+    """One BatchNorm of the student: its path, the teacher's path, the channels."""
+
+    target: str
+    norm: str
+    channels: np.ndarray
+
+
 def centred(kernel: Sequence[int], kept: Sequence[int] | None) -> tuple[slice, ...]:
     """By axis, the `kept` taps in the middle of a kernel; all where `kept` is None."""
     pairs = zip(kernel, kept or kernel, strict=True)
