@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from moodistill.accelerator import AUTO
 from moodistill.bundle.int8 import Int8Config
 from moodistill.bundle.model import ShipOptions
 from moodistill.config import Budget, RunConfig, new_config, refuse_changes
@@ -199,6 +200,7 @@ def search(
     int8: Int8Config | None = None,
     rules: LayerRules | None = None,
     flip: bool | None = None,
+    device: str = AUTO,
     images_in_memory: bool | None = None,
     progress: Mode = "auto",
 ) -> Run:
@@ -241,6 +243,8 @@ def search(
         int8: whether and when finalists get an INT8 twin.
         rules: layers to leave alone, modules not to look into, and bounds of widths.
         flip: whether finalists are distilled on mirrored images, too (yes); not for text.
+        device: that students are solved, scored and distilled on: `cpu`, `cuda`, `cuda:N`, `mps`
+            or `xpu`; `auto` takes an accelerator that is there. Latency is measured on the CPU.
         images_in_memory: whether datasets are held in memory, or read whenever an image is needed;
             None holds them where they take at most a quarter of it.
         progress: `auto`, `plain`, `json` or `quiet`.
@@ -277,14 +281,14 @@ def search(
     if (folder / RUN_FILE).is_file():
         refuse_changes(RunConfig.read(folder), settings, folder)
         _refuse_another(teacher, weights)
-        resume_run(folder, Budget.of(settings), Places(), reporter, task)
+        resume_run(folder, Budget.of(settings), Places(device=device), reporter, task)
         return Run(folder, task)
     save_atomic({k: v.clone() for k, v in teacher.state_dict().items()}, weights)
     latency = latency or LatencyConfig()
     check_provider(latency.provider)
     if simd_step is None:
         settings = replace(settings, simd_step=probe_simd(latency, default_cache_dir()).step)
-    start_run(new_config(task.name, settings), folder, Places(), reporter, task)
+    start_run(new_config(task.name, settings), folder, Places(device=device), reporter, task)
     return Run(folder, task)
 
 

@@ -270,6 +270,10 @@ class Settings:
     tensorboard: Path | None = _setting(
         OUTPUT, "write curves for TensorBoard to this folder (extra: tensorboard)", metavar="DIR"
     )
+    device: str | None = _setting(
+        MACHINES, "what students are solved, scored and trained on: auto (an accelerator that is "
+        "there), cpu, cuda, cuda:N, mps or xpu", "places.device", "auto",
+    )  # fmt: skip
     torch_threads: int | None = _setting(
         MACHINES, "threads for everything but latency", "places.threads", least=1
     )

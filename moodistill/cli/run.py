@@ -253,13 +253,13 @@ def teacher_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `teacher`."""
     parser.add_argument("--model", required=True, help="a problem's name or file")
     parser.add_argument("--out", type=Path, help="weights file (default: the problem's own)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    for name in ("data_dir", "torch_threads"):
+    for name in ("data_dir", "device", "torch_threads"):
         add_setting(parser, SETTINGS[name])
 
 
 def teacher_command(arguments: argparse.Namespace) -> None:
     """Train a teacher; run it again to carry on after an interruption."""
+    from moodistill.accelerator import AUTO, find_device
     from moodistill.student.context import use_threads
     from moodistill.teacher.task import load_task
     from moodistill.training.teacher import train_teacher
@@ -269,7 +269,8 @@ def teacher_command(arguments: argparse.Namespace) -> None:
     out = arguments.out or task.weights
     if out.exists():
         raise UserError(f"{out} exists; name another file with --out, or move it away")
-    report = train_teacher(task, task.load_data(arguments.data_dir), out, arguments.device)
+    device = find_device(arguments.device or AUTO)
+    report = train_teacher(task, task.load_data(arguments.data_dir), out, device)
     print(
         f"wrote {out}: validation accuracy {report['validation_accuracy']:.4f}, "
         f"test accuracy {report['test_accuracy']:.4f}"

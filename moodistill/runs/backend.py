@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moodistill.accelerator import AUTO
 from moodistill.config import RunConfig
 from moodistill.data.images import ImageData
 from moodistill.data.memory import are_held
@@ -43,6 +44,8 @@ class Places:
         threads: of torch.
         expected_accuracy: a teacher that falls short of it by more than two points is refused.
         images_in_memory: whether a folder's images are held; None decides by their number.
+        device: that students are computed on; `auto` takes an accelerator that is there, of a run
+            that is carried on the kind that it was started on.
     """
 
     data_dir: Path | None = None
@@ -50,6 +53,7 @@ class Places:
     threads: int | None = None
     expected_accuracy: float | None = None
     images_in_memory: bool | None = None
+    device: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,7 @@ def _setup(
         weights=None if places.weights is None else str(places.weights.resolve()),
         threads=places.threads or threads,
         images_in_memory=_held_by_workers(context.data, places, workers),
+        device=places.device if ":" in places.device else context.device.type,
     )
 
 

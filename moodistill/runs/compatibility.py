@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from moodistill.accelerator import AUTO, find_device
 from moodistill.config import RunConfig
 from moodistill.data.datasets import former_digest
 from moodistill.data.images import ImageData, fraction_right, metric_name
@@ -39,7 +42,7 @@ def least_accuracy(context: TeacherContext, config: RunConfig) -> float:
         return 0.0
     chance = 1.0 / len(data.labels)
     images = data.validation.head(config.recipe.validation_images)
-    reached = accuracy(context.graph.module, data, images)
+    reached = accuracy(context.solver.module, data, images)
     expected = chance + 0.2 * (1.0 - chance)
     if reached < expected:
         raise UserError(
@@ -82,6 +85,22 @@ def check_resumed(
             f"positive numbers for {', '.join(devices)}: restore run.json from a copy"
         )
     return scales
+
+
+def device_of_resumed(folder: Path, stored: Mapping[str, Any], asked: str) -> torch.device:
+    """The device to carry a run on with: of the kind that `run.json` (`stored`) names.
+
+    Raises:
+        UserError: if another kind is asked for, or there is none of this kind here.
+    """
+    known = str(stored.get("computed_on", "cpu"))
+    kind = asked.partition(":")[0]
+    if kind not in (AUTO, known):
+        raise UserError(
+            f"{folder} was computed on {known}, not on {kind}, and the answers of two kinds of "
+            f"devices differ a little: resume it with `device` {known}, or start a new run"
+        )
+    return find_device(known if kind == AUTO else asked)
 
 
 def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContext) -> None:

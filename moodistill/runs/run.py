@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from moodistill.accelerator import described, find_device
 from moodistill.config import Budget, RunConfig, refuse_older
 from moodistill.data.cut import CUT_FILE
 from moodistill.data.images import ImageData, metric_name
@@ -25,6 +27,7 @@ from moodistill.runs.compatibility import (
     check_resumed,
     check_students,
     compare_devices,
+    device_of_resumed,
     least_accuracy,
 )
 from moodistill.runs.finish import finish, score_front, usable_students
@@ -42,6 +45,7 @@ from moodistill.storage.folder import (
 from moodistill.storage.lock import writer_lock
 from moodistill.storage.store import Store
 from moodistill.student.context import TeacherContext, load_context, use_threads
+from moodistill.student.evaluator import try_device
 from moodistill.teacher.check import check_teacher
 from moodistill.teacher.task import Task, load_task
 from moodistill.teacher.weights import network_digest
@@ -71,9 +75,12 @@ def start_run(
     use_threads(places.threads)
     reporter = reporter or Reporter()
     task = task or _task(config, places, reporter)
-    context = _context(task, config, places, reporter, first=True)
+    device = find_device(places.device)
+    context = _context(task, config, places, reporter, device, first=True)
     _say_data(context.data, reporter)
     _refuse_uncuttable(context)
+    if device.type != "cpu":
+        try_device(context, config.recipe)  # too little memory shows before anything is written
     config = _with_least_accuracy(config, context)
     folder = new_run_folder(out)
     with (
@@ -118,7 +125,8 @@ def resume_run(
             ended = stored.get("status") == "finished" or whole
             check_students(folder, store, kept, budget.students, ended)
         task = task or _task(config, places, reporter)
-        context = _context(task, config, places, reporter)
+        device = device_of_resumed(folder, stored, places.device)
+        context = _context(task, config, places, reporter, device)
         _say_data(context.data, reporter)
         scales = check_resumed(folder, stored, context, cluster)
         with open_backend(context, config, places, scales, cluster) as backend:
@@ -232,6 +240,7 @@ def _record(
         "network_digest": network_digest(context.graph.module),
         "data_digest": context.data.digest,
         "metric": metric_name(context.data),
+        "computed_on": context.device.type,
         "genome_bits": context.layout.length,
         "teacher_latency_ms": timing.teacher_latency_ms,
         "teacher_latencies_ms": timing.teacher_latencies_ms,
@@ -277,7 +286,12 @@ def _task(config: RunConfig, places: Places, reporter: Reporter) -> Task:
 
 
 def _context(
-    task: Task, config: RunConfig, places: Places, reporter: Reporter, first: bool = False
+    task: Task,
+    config: RunConfig,
+    places: Places,
+    reporter: Reporter,
+    device: torch.device,
+    first: bool = False,
 ) -> TeacherContext:
     """The teacher made ready; where it is the `first` time, how good it is is said before."""
 
@@ -287,10 +301,12 @@ def _context(
 
     remove_orphans(default_cache_dir(), CACHE_ORPHANS_S)
     wanted = first or places.expected_accuracy is not None
+    if device.type != "cpu":
+        reporter.say(f"students are computed on {described(device)}")
     try:
         return load_context(
             task, places.data_dir, places.weights, config.calibration, rules=config.rules,
-            say=reporter.say, check=check if wanted else None,
+            say=reporter.say, check=check if wanted else None, device=device,
         )  # fmt: skip
     except BaseException:
         reporter.close()  # it may have shown how far the reading of the images is

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from moodistill.accelerator import CPU
 from moodistill.data.images import ImageData
 from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout
@@ -19,7 +21,7 @@ from moodistill.io.tensorfile import file_digest
 from moodistill.student.builder import build_student
 from moodistill.teacher.blocks import LayerRules, build_layout
 from moodistill.teacher.graph import TeacherGraph, trace
-from moodistill.teacher.plain import logits_of
+from moodistill.teacher.plain import copied, logits_of
 from moodistill.teacher.samples import CalibrationConfig, TeacherSamples, collect_samples
 from moodistill.teacher.task import Task
 from moodistill.teacher.weights import load_weights
@@ -30,7 +32,14 @@ MOST_APART = 1e-3
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """Everything that scoring a student needs of its teacher."""
+    """Everything that scoring a student needs of its teacher.
+
+    Attributes:
+        graph: on the CPU, where students are cut out of it.
+        samples: on the device.
+        device: that students are solved, scored and distilled on.
+        on_device: the graph with its weights there; None where that is the CPU.
+    """
 
     task: Task
     graph: TeacherGraph
@@ -38,6 +47,13 @@ class TeacherContext:
     layout: GenomeLayout
     data: ImageData
     teacher_digest: str
+    device: torch.device = CPU
+    on_device: TeacherGraph | None = None
+
+    @property
+    def solver(self) -> TeacherGraph:
+        """The graph with its weights on the device."""
+        return self.graph if self.on_device is None else self.on_device
 
 
 def load_context(
@@ -49,11 +65,12 @@ def load_context(
     rules: LayerRules | None = None,
     say: Callable[[str], None] | None = None,
     check: Callable[[nn.Module, ImageData], None] | None = None,
+    device: torch.device = CPU,
 ) -> TeacherContext:
     """Load a task's data and teacher and prepare them for a search.
 
     `say` is told which of several sets of weights was taken; `check` sees the teacher before
-    anything is computed at length.
+    anything is computed at length. Teacher and samples are taken to `device`.
 
     Raises:
         UserError: if data or weights are missing, damaged or of another architecture.
@@ -65,13 +82,16 @@ def load_context(
     teacher = load_weights(task.build(), path, task.weights_key, say)
     data = task.load_data(data_dir)
     graph = trace(teacher, data.input_shape, rules.opaque if rules else ())
+    there = graph
+    if device != CPU:
+        there = replace(graph, module=copy.deepcopy(graph.module).to(device))
     if check is not None:
-        check(teacher, data)
+        check(teacher if there is graph else copied(teacher).to(device), data)
     digest = file_digest(path)
     if task.weights_key is not None:  # another set of weights in the file is another teacher
         digest = hashlib.sha256(f"{digest} {task.weights_key}".encode()).hexdigest()
     samples = collect_samples(
-        graph, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
+        there, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
     )
     layout = build_layout(graph, samples, rules)
     answers = check_graph(teacher, graph, layout, data.calibration(CHECKED))
@@ -80,7 +100,9 @@ def load_context(
             f"{type(teacher).__name__} gives {answers.shape[1]} logits, the data have "
             f"{len(data.labels)} classes ({', '.join(data.labels)[:80]}): expected one for each"
         )
-    return TeacherContext(task, graph, samples, layout, data, digest)
+    if there is graph:
+        return TeacherContext(task, graph, samples, layout, data, digest)
+    return TeacherContext(task, graph, samples.to(device), layout, data, digest, device, there)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from moodistill.accelerator import exact_convolutions, needs_memory
 from moodistill.genome.canonical import settled
 from moodistill.genome.canonical import summary as describe
 from moodistill.onnx.memory import peak_memory_bytes
@@ -21,6 +22,7 @@ from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.student.builder import Student, build_student
 from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
+from moodistill.student.torch_scorer import TorchScorer, is_checked
 from moodistill.teacher.graph import Layer
 
 Measure = Callable[[bytes, str], Latency]
@@ -45,8 +47,38 @@ class Recipe:
 def make_student(context: TeacherContext, genome: np.ndarray, recipe: Recipe) -> Student:
     """The student of a genome with inherited weights."""
     student = build_student(context.graph, context.layout, genome)
-    inherit(student, context.graph, context.samples, recipe.inherit)
+    inherit_there(student, context, recipe.inherit)
+    student.module.cpu()
     return student
+
+
+def inherit_there(
+    student: Student, context: TeacherContext, config: InheritConfig
+) -> tuple[str, ...]:
+    """Take a student to the teacher's device and set its weights; see `inherit`.
+
+    Raises:
+        UserError: if the device's memory is too small.
+    """
+    what = f"a student and {len(context.samples.images)} calibration images"
+    with (
+        exact_convolutions(),
+        needs_memory(context.device, what, "set fewer `calibration_images`"),
+    ):
+        student.module.to(context.device)
+        return inherit(student, context.solver, context.samples, config)
+
+
+def try_device(context: TeacherContext, recipe: Recipe) -> None:
+    """Solve and run the largest student there is on the device, that of the teacher's own genome.
+
+    Raises:
+        UserError: if the device's memory is too small for it.
+    """
+    student = build_student(context.graph, context.layout, context.layout.teacher())
+    inherit_there(student, context, recipe.inherit)
+    split = context.data.validation.head(recipe.validation_images)
+    TorchScorer(context.data, split, context.device).logits(student.module)
 
 
 def count_macs(student: Student) -> int:
@@ -87,6 +119,10 @@ class Evaluator:
         self.recipe = recipe
         self.measure = measure
         self.validation = context.data.validation.head(recipe.validation_images).held()
+        self.scorer = None
+        if context.device.type != "cpu":
+            self.scorer = TorchScorer(context.data, self.validation, context.device)
+        self.compared = False  # whether any student has been compared with ONNX Runtime
 
     def evaluate(self, genome: np.ndarray) -> Evaluation:
         """Score one genome; whatever goes wrong becomes the evaluation's `failure`."""
@@ -108,11 +144,14 @@ class Evaluator:
                     parameters = student.parameters
                     macs = count_macs(student)
                 with _timed(seconds, "inherit"):
-                    unsolved = inherit(
-                        student, self.context.graph, self.context.samples, self.recipe.inherit
-                    )
+                    unsolved = inherit_there(student, self.context, self.recipe.inherit)
                 if unsolved:  # their solve was not finite
                     summary += f"; weights sliced {', '.join(unsolved)}"
+                logits = None
+                if self.scorer is not None:
+                    with _timed(seconds, "accuracy"):
+                        logits = self.scorer.logits(student.module)
+                        student.module.cpu()
                 with _timed(seconds, "export"):
                     model = to_onnx(student.module, self.context.data.input_shape)
                     key = structure_hash(student.module)
@@ -123,8 +162,7 @@ class Evaluator:
                         latency = self.measure(model, key)
                 # Behind the latency: a file that brings ONNX Runtime down does so in its process.
                 with _timed(seconds, "accuracy"):
-                    threads = torch.get_num_threads()
-                    reached = onnx_accuracy(model, self.context.data, self.validation, threads)
+                    reached = self._accuracy(model, logits, digest)
         except Exception as error:
             # One bad student must not end a search of hours: it becomes a row with a reason.
             lines = str(error).strip().splitlines() or [""]
@@ -139,6 +177,16 @@ class Evaluator:
             digest, packed, reached, parameters, macs, size, latency, seconds, None, summary, memory
         )
         return Scored(made, model, key)
+
+    def _accuracy(self, model: bytes, logits: np.ndarray | None, digest: str) -> float:
+        """Of the ONNX file, or of logits that torch gave, some of which are compared with it."""
+        if self.scorer is None or logits is None:
+            threads = torch.get_num_threads()
+            return onnx_accuracy(model, self.context.data, self.validation, threads)
+        if not self.compared or is_checked(digest):
+            self.scorer.check(logits, model)
+            self.compared = True
+        return self.scorer.accuracy(logits)
 
 
 @contextmanager
@@ -170,7 +218,8 @@ class _timed:
         self.start = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
-        self.seconds[self.name] = time.perf_counter() - self.start
+        spent = time.perf_counter() - self.start
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + spent
 
 
 def teacher_onnx(context: TeacherContext) -> bytes:

@@ -36,8 +36,12 @@ def sample_patches(source: torch.Tensor, layer: nn.Conv2d, positions: torch.Tens
     rows, columns = output_size(layer, (height, width))
     image, place = positions // (rows * columns), positions % (rows * columns)
     pad_y, pad_x = padding_of(layer)
-    reach_y = torch.arange(layer.kernel_size[0]) * layer.dilation[0] - pad_y
-    reach_x = torch.arange(layer.kernel_size[1]) * layer.dilation[1] - pad_x
+    reach_y, reach_x = (
+        torch.arange(kernel, device=positions.device) * dilation - pad
+        for kernel, dilation, pad in zip(
+            layer.kernel_size, layer.dilation, (pad_y, pad_x), strict=True
+        )
+    )
     y = (place // columns * layer.stride[0])[:, None, None] + reach_y[:, None]  # (n, h, 1)
     x = (place % columns * layer.stride[1])[:, None, None] + reach_x  # (n, 1, w)
     outside = (y < 0) | (y >= height) | (x < 0) | (x >= width)

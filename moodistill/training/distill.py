@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from moodistill.accelerator import device_of, in_bfloat16, needs_memory, own_draws
 from moodistill.data.images import ImageData
 from moodistill.data.streamed import read_batches
 from moodistill.errors import UserError
@@ -23,7 +24,6 @@ from moodistill.io.cache_dir import cache_key, read_or_none
 from moodistill.teacher.weights import network_digest
 from moodistill.training.augment import augment
 from moodistill.training.checkpoint import Checkpoint
-from moodistill.training.precision import mixed_precision
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -80,8 +80,11 @@ class SoftTargets:
         self.teacher = teacher.eval()
         self.data = data
         self.config = config
+        self.device = device_of(teacher)
         made_of = (teacher_digest, network_digest(teacher), data.digest)
-        parts = (*made_of, config.batch_size, config.pad, config.flip)
+        parts: tuple[object, ...] = (*made_of, config.batch_size, config.pad, config.flip)
+        if self.device.type != "cpu":  # its answers differ a little
+            parts = (*parts, self.device.type)
         self.key = cache_key(parts, config.seed)
         self.path = cache_dir / f"logits-{self.key}.safetensors" if cache_dir else None
         self.logits: dict[str, torch.Tensor] = read_or_none(self.path, read_cached) or {}
@@ -111,9 +114,8 @@ class SoftTargets:
         """The teacher's logits `(B, classes)` of view batch `index`."""
         key = str(index)
         if key not in self.logits:
-            device = next(self.teacher.parameters()).device
-            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision()):
-                self.logits[key] = self.teacher(images.to(device)).float().cpu()
+            with in_bfloat16(self.device):
+                self.logits[key] = self.teacher(images.to(self.device)).float().cpu()
         return self.logits[key]
 
     def save(self) -> None:
@@ -131,7 +133,7 @@ def distill(
     report: Callable[[int, float], None] | None = None,
     checkpoint: Path | None = None,
 ) -> fx.GraphModule:
-    """A distilled copy of `student` in eval mode.
+    """A distilled copy of `student` in eval mode, computed where the teacher of `targets` is.
 
     SGD with Nesterov momentum, 10% warm-up, then a cosine; soft targets at `temperature` with the
     weight `1 - hard`, scaled by its square. Forward and backward passes run in bfloat16 where the
@@ -141,9 +143,11 @@ def distill(
 
     Raises:
         FloatingPointError: if the loss is not finite.
+        UserError: if the device's memory is too small.
     """
     # Convolutions train up to a third faster on images whose channels lie together.
-    model = copy.deepcopy(student).train().to(memory_format=torch.channels_last)
+    device = targets.device
+    model = copy.deepcopy(student).train().to(device).to(memory_format=torch.channels_last)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     parameters: list[dict[str, Any]] = [
@@ -154,14 +158,15 @@ def distill(
         lr=config.peak_lr, momentum=config.momentum, nesterov=True,
     )  # fmt: skip
     views = min(config.view_count, config.steps)
+    too_large = f"batches of {config.batch_size} images", "distil fewer students at a time"
     warmup = max(1, config.steps // 10)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     signature = f"{asdict(config)} {config.peak_lr} {views} {seed} {targets.key} {shapes}"
     start = 0 if checkpoint is None else _carry_on(checkpoint, signature, model, optimizer)
-    saved, mixed = time.monotonic(), mixed_precision()
+    saved = time.monotonic()
     order = _order(start, config.steps, views, seed)
     shown = targets.batches(order)
-    with torch.random.fork_rng(devices=[]):  # the caller's draws are not touched
+    with own_draws(device), needs_memory(device, *too_large):
         for step in range(start, config.steps):
             torch.manual_seed(seed + step)  # of dropout, also where it is carried on
             rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)))
@@ -169,9 +174,10 @@ def distill(
                 group["lr"] = config.peak_lr * rate
             index, (images, labels) = order[step - start], next(shown)
             soft = targets.soft(index, images)
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                logits = model(images.contiguous(memory_format=torch.channels_last)).float()
-            loss = _loss(logits, soft, labels, config)
+            images = images.to(device).contiguous(memory_format=torch.channels_last)
+            with in_bfloat16(device):
+                logits = model(images).float()
+            loss = _loss(logits, soft.to(device), labels.to(device), config)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"the distillation loss became {loss.item()} at step {step}"
@@ -186,7 +192,7 @@ def distill(
                 momentum = _momentum(model, optimizer)
                 Checkpoint(signature, step + 1, model.state_dict(), momentum).save(checkpoint)
                 saved = time.monotonic()
-    return model.eval().to(memory_format=torch.contiguous_format)
+    return model.eval().to(memory_format=torch.contiguous_format).cpu()
 
 
 def _order(start: int, end: int, views: int, seed: int) -> list[int]:

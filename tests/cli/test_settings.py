@@ -39,7 +39,7 @@ from moodistill.teacher.task import OwnTask
 DATA = {"teacher", "train", "validation", "test", "labels", "mean", "std", "metric",
         "preparation"}  # fmt: skip
 # And what belongs to this machine.
-HERE = {"images_in_memory"}
+HERE = {"device", "images_in_memory"}
 NOT_IN_CONFIG = {"own": OwnTask, "places": Places, "cluster": ClusterConfig}
 # One value of each type, as options and as TOML.
 VALUES = {
