@@ -26,6 +26,7 @@ from moodistill.runs.run import resume_run, start_run
 from moodistill.settings import Settings
 from moodistill.student import torch_scorer
 from moodistill.student.builder import build_student
+from moodistill.student.changes import ChangeErrors
 from moodistill.student.context import load_context
 from moodistill.student.evaluator import Evaluator, Recipe, make_student
 from moodistill.student.inherit import inherit
@@ -123,6 +124,13 @@ def test_low_rank_on_the_device(device):
         expected = torch.linalg.svd(given)
         best = expected.U[:, :3] @ torch.diag(expected.S[:3]) @ expected.Vh[:3]
         assert torch.allclose(last.cpu() @ first.cpu(), best, atol=1e-4)
+
+
+def test_errors_of_single_changes_are_the_same(contexts, device):
+    found = [ChangeErrors(c.graph, c.layout, c.samples, solver=c.solver) for c in contexts]
+    for genome in genomes(contexts[0].layout, 2):
+        one, other = (errors.error(genome) for errors in found)
+        assert other == pytest.approx(one, rel=1e-6 if device.type == NAME else 0.05) and one > 0
 
 
 def test_a_score_is_that_of_onnx_runtime(contexts, device):

@@ -77,9 +77,11 @@ def change_errors(
 ) -> Errors:
     """Error of every single change, on a few calibration images."""
     samples = collect_samples(
-        context.graph, context.data, CALIBRATION, None, context.teacher_digest
+        context.solver, context.data, CALIBRATION, None, context.teacher_digest
     )
-    measure = ChangeErrors(context.graph, context.layout, samples)
+    if context.device.type != "cpu":
+        samples = samples.to(context.device)
+    measure = ChangeErrors(context.graph, context.layout, samples, solver=context.solver)
     found: Errors = {}
     for count, change in enumerate(single_changes(context.layout, step, kept), 1):
         found.setdefault(change.gene, {})[change.level] = measure.error(change.genome)

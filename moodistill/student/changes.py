@@ -26,13 +26,15 @@ class ChangeErrors:
     @torch.no_grad()
     def __init__(
         self, graph: TeacherGraph, layout: GenomeLayout, samples: TeacherSamples,
-        config: InheritConfig | None = None,
+        config: InheritConfig | None = None, solver: TeacherGraph | None = None,
     ) -> None:  # fmt: skip
+        """`graph` is on the CPU; `solver` is the same where the samples are, if not there."""
         self.graph, self.layout, self.samples = graph, layout, samples
+        self.solver = solver or graph
         self.config = config or InheritConfig()
-        whole = build_student(graph, layout, layout.teacher())
+        whole = self._student(layout.teacher())
         self.units = {unit.target: unit for unit in whole.units}
-        walk = Walk(whole, graph, samples, self.config)
+        walk = Walk(whole, self.solver, samples, self.config)
         self.outputs = walk.run(solved=(), keep=True)
         self.values = walk.values
         self.nodes = {node.name: node for node in whole.module.graph.nodes}
@@ -44,12 +46,17 @@ class ChangeErrors:
 
         Infinite where an output is.
         """
-        student = build_student(self.graph, self.layout, genome)
+        student = self._student(genome)
         known, solved = self._untouched(student)
-        walk = Walk(student, self.graph, self.samples, self.config)
+        walk = Walk(student, self.solver, self.samples, self.config)
         outputs = walk.run(known=known, solved=solved)
         found = float((outputs - self.outputs).square().mean()) / self.variance
         return found if np.isfinite(found) else float("inf")
+
+    def _student(self, genome: np.ndarray) -> Student:
+        student = build_student(self.graph, self.layout, genome)
+        student.module.to(self.samples.images.device)
+        return student
 
     def _untouched(self, student: Student) -> tuple[dict[str, torch.Tensor], set[str]]:
         """Values that are the teacher's, by node name; and the units to be solved."""
