@@ -98,10 +98,11 @@ def load_image_folder(
     held = are_held(count, height * width * channels, in_memory)
     reader = _Reader(folder, channels, preparation)
     images, seen = reader.hold(parts) if held else reader.stream(parts, reporter)
+    number = {name: place for place, name in enumerate(classes)}
     splits = {
         split: Split(
             images[split],
-            np.array([classes.index(class_of(file, places)) for file in files], np.int64),
+            np.array([number[class_of(file, places)] for file in files], np.int64),
             tuple(os.path.abspath(folder / file) for file in files),
         )
         for split, files in parts.items()

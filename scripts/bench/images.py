@@ -63,7 +63,9 @@ def main() -> None:
         used = cpu_seconds()
         first = seconds_of(folder, arguments.size)
         used = cpu_seconds() - used
+        again = cpu_seconds()
         later = seconds_of(folder, arguments.size)
+        again = cpu_seconds() - again
         data = load_image_folder(folder, (arguments.size,) * 2, in_memory=False)
         began = time.perf_counter()
         seen = sum(len(pixels) for pixels in batches(data.train.images, 64))
@@ -76,6 +78,7 @@ def main() -> None:
                 "indexed_per_s": round(arguments.images / first),
                 "index_cpu_ms_each": round(1000 * used / arguments.images, 2),
                 "later_start_s": round(later, 2),
+                "later_start_cpu_s": round(again, 2),
                 "streamed_per_s": round(streamed),
                 "peak_mib": round(peak_mib()),
             }
