@@ -156,8 +156,6 @@ def new_config(
     }
     if settings.objectives is not None:
         values["search.objectives"] = check_objectives(settings.objectives)
-    if settings.simd_step is not None:
-        values["recipe.simd_step"] = settings.simd_step
     return _replaced(replace(base, model=model, own=own).with_budget(Budget.of(settings)), values)
 
 
@@ -243,7 +241,10 @@ def _value_at(config: RunConfig, path: str) -> Any:
 
 
 def _with_earlier(stored: Any) -> Any:
-    """What `run.json` says, and what runs of earlier versions had where they do not say it."""
+    """What `run.json` says, and what runs of earlier versions had where they do not say it.
+
+    They said the SIMD step twice, for the search and for the recipe.
+    """
     if not isinstance(stored, Mapping):
         return stored
     full = {k: dict(v) if isinstance(v, Mapping) else v for k, v in stored.items()}
@@ -251,6 +252,10 @@ def _with_earlier(stored: Any) -> Any:
         part, _, name = path.partition(".")
         if isinstance(full.get(part), dict):
             full[part].setdefault(name, value)
+    search, recipe = full.get("search", {}), full.get("recipe", {})
+    twice = isinstance(search, dict) and isinstance(recipe, dict) and "simd_step" in recipe
+    if twice and recipe["simd_step"] == search.get("simd_step"):
+        full["recipe"] = {k: v for k, v in recipe.items() if k != "simd_step"}
     return full
 
 

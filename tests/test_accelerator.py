@@ -135,7 +135,7 @@ def test_errors_of_single_changes_are_the_same(contexts, device):
 
 def test_a_score_is_that_of_onnx_runtime(contexts, device):
     scored = [
-        [Evaluator(context, Recipe(), None).score(genome) for genome in genomes(context.layout)]
+        [Evaluator(context, Recipe(), None, 8).score(genome) for genome in genomes(context.layout)]
         for context in contexts
     ]
     for one, other in zip(*scored, strict=True):
@@ -153,7 +153,7 @@ def test_the_first_student_and_a_share_of_the_others_are_compared(contexts, monk
         torch_scorer.TorchScorer, "check", lambda s, a, b: compared.append(1) or real(s, a, b)
     )
     monkeypatch.setattr("moodistill.student.evaluator.is_checked", lambda digest: False)
-    evaluator = Evaluator(contexts[1], Recipe(), None)
+    evaluator = Evaluator(contexts[1], Recipe(), None, 8)
     some = genomes(contexts[1].layout, 3)
     for genome in some:
         assert evaluator.evaluate(genome).failure is None
@@ -170,7 +170,7 @@ def test_a_student_whose_file_answers_otherwise_fails(contexts, monkeypatch):
     monkeypatch.setattr(
         torch_scorer, "outputs", lambda *a: (rows + 0.5 * abs(rows).max() for rows in real(*a))
     )
-    found = Evaluator(contexts[1], Recipe(), None).evaluate(genomes(contexts[1].layout, 1)[0])
+    found = Evaluator(contexts[1], Recipe(), None, 8).evaluate(genomes(contexts[1].layout, 1)[0])
     assert "differ by" in found.failure and "at most 0.01 allowed" in found.failure
 
 
@@ -236,12 +236,12 @@ def test_a_run_on_the_device_is_carried_on_there_alone(device, tmp_path, monkeyp
 
 
 def test_auto_takes_what_is_there_and_a_resume_what_the_run_had(monkeypatch, tmp_path):
-    assert device_of_resumed(tmp_path, {}, "auto").type == "cpu"
+    assert device_of_resumed(tmp_path, {}, "auto") == "cpu"
     monkeypatch.setattr(accelerator, "device_count", lambda kind: 0)
     assert find_device("auto") == find_device("cpu:0") == torch.device("cpu")
     monkeypatch.setattr(accelerator, "device_count", lambda kind: int(kind == "xpu"))
     assert find_device("auto").type == "xpu"
-    assert device_of_resumed(tmp_path, {"computed_on": "cpu"}, "auto").type == "cpu"
+    assert device_of_resumed(tmp_path, {"computed_on": "cpu"}, "auto") == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_too_little_memory_is_one_line(contexts, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("moodistill.student.evaluator.inherit", full)
-    found = Evaluator(contexts[1], Recipe(), None).evaluate(contexts[1].layout.teacher())
+    found = Evaluator(contexts[1], Recipe(), None, 8).evaluate(contexts[1].layout.teacher())
     assert "too little memory for a student and 64 calibration images" in found.failure
 
 

@@ -177,7 +177,7 @@ def score(setup: ScoreSetup, genome: bytes) -> Scored:
 @lru_cache(maxsize=1)
 def _evaluator(setup: ScoreSetup) -> Evaluator:
     context, config = _prepared(setup)
-    return Evaluator(context, config.recipe, None)
+    return Evaluator(context, config.recipe, None, config.search.simd_step)
 
 
 def distil(setup: ScoreSetup, evaluation: Evaluation, name: str) -> dict[str, bytes]:

@@ -273,7 +273,7 @@ class Search:
         if answer.accuracy < floor:
             raise UserError(
                 f"the teacher itself reaches {answer.accuracy:.4f} on the validation images, less "
-                f"than the {floor} asked for by --min-accuracy; give a smaller one"
+                f"than the {floor} asked for by `min_accuracy`; give a smaller one"
             )
 
     def _screened(
@@ -364,7 +364,7 @@ class _AlikeFailures:
         if reason is not None and not from_store and self.count >= MAX_ALIKE_FAILURES:
             raise RepeatedFailure(
                 f"{self.count} students in a row failed alike ({reason}); everything so far is "
-                f"kept: mend the cause and continue with --resume {self.folder}"
+                f"kept: mend the cause and resume {self.folder}"
             )
 
 

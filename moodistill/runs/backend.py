@@ -173,8 +173,13 @@ def _backend(
 ) -> Backend:
     """This process, or the cluster's workers side by side."""
     if cluster is None:
-        executor = SerialExecutor(Evaluator(context, config.recipe, timing.here).evaluate)
-        return Backend(timing, executor, distil_here(context, config.recipe, config.distill))
+        step = config.search.simd_step
+        evaluator = Evaluator(context, config.recipe, timing.here, step)
+        return Backend(
+            timing,
+            SerialExecutor(evaluator.evaluate),
+            distil_here(context, config.recipe, config.distill),
+        )
     from moodistill.cluster.executor import DaskExecutor, distil_there
 
     setup = _setup(context, config, places, cluster)

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from moodistill.accelerator import AUTO, find_device
+from moodistill.accelerator import AUTO
 from moodistill.config import RunConfig
 from moodistill.data.datasets import former_digest
 from moodistill.data.images import ImageData, fraction_right, metric_name
@@ -87,11 +85,11 @@ def check_resumed(
     return scales
 
 
-def device_of_resumed(folder: Path, stored: Mapping[str, Any], asked: str) -> torch.device:
-    """The device to carry a run on with: of the kind that `run.json` (`stored`) names.
+def device_of_resumed(folder: Path, stored: Mapping[str, Any], asked: str) -> str:
+    """The name of the device to carry a run on with: of the kind that `run.json` (`stored`) names.
 
     Raises:
-        UserError: if another kind is asked for, or there is none of this kind here.
+        UserError: if another kind is asked for.
     """
     known = str(stored.get("computed_on", "cpu"))
     kind = asked.partition(":")[0]
@@ -100,7 +98,7 @@ def device_of_resumed(folder: Path, stored: Mapping[str, Any], asked: str) -> to
             f"{folder} was computed on {known}, not on {kind}, and the answers of two kinds of "
             f"devices differ a little: resume it with `device` {known}, or start a new run"
         )
-    return find_device(known if kind == AUTO else asked)
+    return known if kind == AUTO else asked
 
 
 def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContext) -> None:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from moodistill.accelerator import described, find_device
@@ -75,11 +74,10 @@ def start_run(
     use_threads(places.threads)
     reporter = reporter or Reporter()
     task = task or _task(config, places, reporter)
-    device = find_device(places.device)
-    context = _context(task, config, places, reporter, device, first=True)
+    context = _context(task, config, places, reporter, first=True)
     _say_data(context.data, reporter)
     _refuse_uncuttable(context)
-    if device.type != "cpu":
+    if context.device.type != "cpu":
         try_device(context, config.recipe)  # too little memory shows before anything is written
     config = _with_least_accuracy(config, context)
     folder = new_run_folder(out)
@@ -125,8 +123,8 @@ def resume_run(
             ended = stored.get("status") == "finished" or whole
             check_students(folder, store, kept, budget.students, ended)
         task = task or _task(config, places, reporter)
-        device = device_of_resumed(folder, stored, places.device)
-        context = _context(task, config, places, reporter, device)
+        places = replace(places, device=device_of_resumed(folder, stored, places.device))
+        context = _context(task, config, places, reporter)
         _say_data(context.data, reporter)
         scales = check_resumed(folder, stored, context, cluster)
         with open_backend(context, config, places, scales, cluster) as backend:
@@ -183,7 +181,8 @@ def _work(session: Session) -> Ending:
         searched = usable_students(session)
         confirmed = finish(session, searched)
         # A step of its own: interrupted in it, the rows still have the latencies measured again.
-        score_front(session, searched, confirmed)
+        with session.timed("front"):
+            score_front(session, searched, confirmed)
         return Ending("finished", confirmed)
     except LatencyError as error:
         # Everything else of the finalists is on disk: their rows are written before it is said.
@@ -286,12 +285,7 @@ def _task(config: RunConfig, places: Places, reporter: Reporter) -> Task:
 
 
 def _context(
-    task: Task,
-    config: RunConfig,
-    places: Places,
-    reporter: Reporter,
-    device: torch.device,
-    first: bool = False,
+    task: Task, config: RunConfig, places: Places, reporter: Reporter, first: bool = False
 ) -> TeacherContext:
     """The teacher made ready; where it is the `first` time, how good it is is said before."""
 
@@ -301,6 +295,7 @@ def _context(
 
     remove_orphans(default_cache_dir(), CACHE_ORPHANS_S)
     wanted = first or places.expected_accuracy is not None
+    device = find_device(places.device)
     if device.type != "cpu":
         reporter.say(f"students are computed on {described(device)}")
     try:

@@ -8,7 +8,7 @@ about in the teacher only relabels tensors, so that a channel shuffle leaves no 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from torch import fx
@@ -19,28 +19,15 @@ from moodistill.genome.structure import Structure
 from moodistill.student.channelwise import write_channelwise, write_mixing, write_norm
 from moodistill.student.draft import Draft
 from moodistill.student.layers import write_layer
+from moodistill.student.network import Student
 from moodistill.student.relabel import write_rearranged
 from moodistill.student.repeated import OpaqueWriter, write_repeated
-from moodistill.student.slicing import GroupedSlice, NormSlice, Unit
 from moodistill.student.values import Tensor, Value
 from moodistill.teacher.graph import TeacherGraph
 from moodistill.teacher.operations import JOINS
 from moodistill.teacher.steps import Step
 
-
-@dataclass(frozen=True)
-class Student:
-    """A physical student; `module` maps `(N, C, H, W)` to logits."""
-
-    module: fx.GraphModule
-    units: tuple[Unit, ...]
-    norms: tuple[NormSlice, ...]
-    grouped: tuple[GroupedSlice, ...] = ()
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters (batch normalisation included, as the literature counts)."""
-        return sum(p.numel() for p in self.module.parameters())
+__all__ = ["Student", "build_student"]
 
 
 def build_student(

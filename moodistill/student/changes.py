@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from moodistill.genome.layout import GenomeLayout
-from moodistill.student.builder import Student, build_student
+from moodistill.student.builder import build_student
 from moodistill.student.inherit import InheritConfig, Walk
+from moodistill.student.network import Student
 from moodistill.student.slicing import Unit
 from moodistill.teacher.graph import TeacherGraph
 from moodistill.teacher.samples import TeacherSamples

@@ -77,7 +77,7 @@ def load_context(
     """
     path = weights or task.weights
     if not path.is_file():
-        advice = f"; train them with: moodistill teacher --model {task.name}"
+        advice = "; train them first with: moodistill teacher"
         raise UserError(f"teacher weights {path} do not exist" + (advice if task.train else ""))
     teacher = load_weights(task.build(), path, task.weights_key, say)
     data = task.load_data(data_dir)

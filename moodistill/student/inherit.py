@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moodistill.student.builder import Student
+from moodistill.student.network import Student
 from moodistill.student.slicing import Unit
 from moodistill.student.solve import InheritConfig, Mode, solve_unit, write_solution
 from moodistill.teacher.graph import TeacherGraph

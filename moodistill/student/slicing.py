@@ -11,8 +11,7 @@ from torch import nn
 
 from moodistill.accelerator import in_double
 from moodistill.errors import UserError
-from moodistill.teacher.graph import Layer
-from moodistill.teacher.kernels import Conv, padding_of
+from moodistill.teacher.kernels import Conv, Layer, padding_of
 from moodistill.teacher.operations import NORMS
 from moodistill.teacher.plain import copied
 

@@ -157,7 +157,7 @@ def load_task(
     if ":" in name:
         if own is None:
             raise UserError(
-                f"{name!r} names a teacher without weights and data; give --weights and --data"
+                f"{name!r} names a teacher without weights and data; give `weights` and `data`"
             )
         return _own_task(name, own, in_memory, reporter)
     if name.endswith(".py"):
@@ -214,7 +214,7 @@ def _own_task(name: str, own: OwnTask, in_memory: bool | None, reporter: Reporte
             module = importlib.import_module(place)
         except ImportError as error:
             raise UserError(
-                f"{place} cannot be imported ({error}); expected --teacher MODULE:CALLABLE"
+                f"{place} cannot be imported ({error}); expected MODULE:CALLABLE"
             ) from error
         finally:
             sys.path.remove("")

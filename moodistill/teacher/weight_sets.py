@@ -180,7 +180,7 @@ def choose_set(
             labels = dict.fromkeys(one.label for one in candidates or found if one.label)
             raise UserError(
                 f"{path} has no weights called {key!r}; expected one of "
-                f"{', '.join(labels) or 'none: leave out --weights-key'}"
+                f"{', '.join(labels) or 'none: leave out `weights_key`'}"
             )
     fitting = _distinct([one for one in known if not one.misfit(wanted)])
     if not fitting:

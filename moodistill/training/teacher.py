@@ -122,7 +122,7 @@ class _Training:
         if found.signature != self.signature:
             raise UserError(
                 f"{self.checkpoint} was written by another configuration; delete it or name "
-                "another --out"
+                "another file for the weights"
             )
         found.restore(self.model, self.optimizer.momentum)
         self.start, self.seconds, self.curve = found.step, found.seconds, list(found.curve)

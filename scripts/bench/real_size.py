@@ -81,7 +81,7 @@ def main() -> None:
                     1 - arguments.width
                 ) * len(mask)
         genome = canonical(context.layout, genome, 8)
-        evaluator = Evaluator(context, Recipe(validation_images=arguments.score_images), None)
+        evaluator = Evaluator(context, Recipe(validation_images=arguments.score_images), None, 8)
         began = time.perf_counter()
         found = evaluator.evaluate(genome)
         seconds["evaluation"] = time.perf_counter() - began

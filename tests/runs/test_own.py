@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import train_on
+from helpers.small import make_small
 from PIL import Image
 from torch import nn
 
@@ -444,9 +445,10 @@ def test_a_run_goes_on_and_opens_again(tmp_path, monkeypatch):
     task = load_task("digits")
     network = load_weights(task.build(), task.weights)
     splits = [(s.images, s.labels) for s in (digits.train, digits.validation, digits.test)]
+    make_small(monkeypatch)
     settings = dict(
-        out=tmp_path / "run", population=8, finalists=1, distill_steps=2, progress="quiet",
-        mean=digits.mean, std=digits.std, int8=moodistill.Int8Config(wanted=False),
+        out=tmp_path / "run", population=4, finalists=1, distill_steps=2, progress="quiet",
+        simd_step=8, mean=digits.mean, std=digits.std, int8=moodistill.Int8Config(wanted=False),
     )  # fmt: skip
     first = moodistill.search(network, *splits, generations=1, **settings)
     more = moodistill.search(network, *splits, generations=2, **settings)
