@@ -11,7 +11,7 @@ from moodistill.data.ahead import read_ahead
 from moodistill.data.index import CHUNK, ImageIndex, image_row, joined, stacked
 from moodistill.data.streamed import StreamedImages
 from moodistill.errors import UserError
-from moodistill.progress import QuietReporter, Reporter
+from moodistill.progress import Percents, QuietReporter, Reporter
 
 READ_TWICE = 3  # images of which it is seen whether they are always the same
 
@@ -74,8 +74,9 @@ def stream_dataset(source: DatasetImages, reporter: Reporter | None) -> tuple[St
     found: list[ImageIndex] = []
     labels: list = []
     with (reporter or QuietReporter()).stage(f"indexing {source.part}", count, "images") as stage:
+        bar = Percents(stage, count)
         for index, some in read_ahead(rows, parts):
             found.append(index)
             labels += some
-            stage.update(len(labels))
+            bar.update(len(labels))
     return StreamedImages(source, joined(found)), labels

@@ -23,7 +23,7 @@ from moodistill.data.pixels import read_picture
 from moodistill.errors import UserError
 from moodistill.io.atomic import write_atomic
 from moodistill.io.cache_dir import cache_key, default_cache_dir, read_or_none, writing
-from moodistill.progress import Reporter
+from moodistill.progress import Percents, Reporter
 
 FORMAT = 1  # of the kept index; raised where an image's row means something else
 
@@ -84,11 +84,11 @@ class FolderIndex:
             return index, stamp
         try:
             with reporter.stage("indexing the images", len(files), "images") as stage:
-                done = len(files) - len(wanted)
+                done, bar = len(files) - len(wanted), Percents(stage, len(files))
                 for places, rows in self._read(files, wanted):
                     _put(index, places, rows, known)
                     done += len(places)
-                    stage.update(done)
+                    bar.update(done)
         finally:
             self._save(files, stamp, index, known)
         return index, stamp
