@@ -24,8 +24,9 @@ from moodistill.accelerator import AUTO
 from moodistill.bundle.int8 import Int8Config
 from moodistill.bundle.model import ShipOptions
 from moodistill.config import Budget, RunConfig, new_config, refuse_changes
+from moodistill.data.arrays import arrays_of, from_arrays, is_array, split_of_arrays
 from moodistill.data.datasets import from_datasets, from_splits
-from moodistill.data.images import ImageData, Metric, Split, fraction_right
+from moodistill.data.images import ImageData, Metric, fraction_right
 from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 from moodistill.io.cache import default_cache_dir
@@ -182,6 +183,8 @@ def search(
     std: Sequence[float] | None = None,
     metric: Metric = fraction_right,
     preparation: Preparation | None = None,
+    heads: Any = None,
+    inputs: str | None = None,
     preset: str | None = None,
     generations: int | None = None,
     finalists: int | None = None,
@@ -209,7 +212,9 @@ def search(
     Args:
         teacher: a trained network, traceable by `torch.fx`; it is not changed.
         train, validation, test: map-style datasets of `(image, label)` (see
-            `from_datasets`), or pairs of a uint8 array `(N, H, W, C)` and labels `(N,)`.
+            `from_datasets`) or of images alone, or pairs of a uint8 array `(N, H, W, C)` and labels
+            `(N,)`, or arrays without labels. Signals, volumes and other inputs that are no pictures
+            come as floats `(N, C, *size)`, from datasets with `inputs="arrays"`.
             `train` calibrates and distils, `validation` scores and chooses, `test` chooses
             nothing (None takes half of `validation` for it). Or `train` alone: an `ImageData`, as
             `load_image_folder` gives it, with its labels, normalisation and metric.
@@ -224,6 +229,13 @@ def search(
         preparation: how the datasets prepare the images of files; None reads it from
             torchvision's transforms (see `from_datasets`). Where it is not known, a shipped
             `run.py` takes images of exactly the input's size alone.
+        heads: what the network's outputs mean: a `Head` or its kind (`classification`,
+            `segmentation`, `multilabel`, `regression`, `fidelity`), or a dict of them by the names
+            of several outputs (a tuple's are `output_0`, ...). None is a classifier; without
+            labels, and for outputs that are not named, students are compared with the teacher's
+            own outputs.
+        inputs: `pictures` or `arrays`; None takes uint8 and what looks like images as pictures,
+            other arrays as they are.
         preset: `quick` (the default of a new run), `standard` or `thorough`; the next three replace
             its numbers.
         generations, finalists, distill_steps: of the search and of its finalists.
@@ -257,8 +269,8 @@ def search(
     reporter = make_reporter(progress)
     try:
         data = _image_data(
-            train, validation, test, labels, mean, std, metric, preparation, images_in_memory,
-            reporter,
+            train, validation, test, labels, mean, std, metric, preparation, heads, inputs,
+            images_in_memory, reporter,
         )  # fmt: skip
     except BaseException:
         reporter.close()  # it may have shown how far the reading of the images is
@@ -340,42 +352,50 @@ def _image_data(
     std: Any,
     metric: Metric,
     preparation: Preparation | None,
+    heads: Any = None,
+    inputs: str | None = None,
     in_memory: bool | None = None,
     reporter: Reporter | None = None,
 ) -> ImageData:
+    if inputs not in (None, "pictures", "arrays"):
+        raise UserError(f"inputs is {inputs!r}; expected pictures or arrays")
     if isinstance(train, ImageData):
-        others = (validation, test, labels, mean, std, preparation)
+        others = (validation, test, labels, mean, std, preparation, heads, inputs)
         if any(one is not None for one in others) or metric is not fraction_right:
             raise UserError(
-                "an ImageData has all splits, labels, normalisation, metric and preparation "
+                "an ImageData has all splits, labels, normalisation, metric, heads and preparation "
                 "itself; give it alone"
             )
         return train
     if validation is None:
         raise UserError("validation is not given; expected a dataset, or an ImageData as train")
     given = {"train": train, "validation": validation, "test": test}
-    arrays = {k: isinstance(v, tuple) and len(v) == 2 for k, v in given.items() if v is not None}
-    if not all(arrays.values()):
-        if any(arrays.values()):
-            raise UserError("give all splits as arrays, or all as datasets")
-        return from_datasets(
-            train, validation, test, labels=labels, mean=mean, std=std, metric=metric,
-            preparation=preparation, in_memory=in_memory, reporter=reporter,
-        )  # fmt: skip
-    splits = {}
-    for name in arrays:
-        images, answers = (np.asarray(part) for part in given[name])
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:1] != answers.shape[:1]:
-            raise UserError(
-                f"{name} is {images.dtype} {images.shape} with labels {answers.dtype} "
-                f"{answers.shape}; expected uint8 (N, H, W, C) and N labels"
-            )
-        splits[name] = Split(images, answers)
-    return from_splits("own", splits, labels, mean, std, metric, preparation)
+    given = {name: one for name, one in given.items() if one is not None}
+    held = [is_array(one) or (isinstance(one, tuple) and len(one) == 2) for one in given.values()]
+    if any(held) and not all(held):
+        raise UserError("give all splits as arrays, or all as datasets")
+    if not any(held):
+        if inputs != "arrays":
+            return from_datasets(
+                train, validation, test, labels=labels, mean=mean, std=std, metric=metric,
+                preparation=preparation, heads=heads, in_memory=in_memory, reporter=reporter,
+            )  # fmt: skip
+        splits = {name: arrays_of(one, name) for name, one in given.items()}
+    else:
+        splits = {name: split_of_arrays(one, name, inputs) for name, one in given.items()}
+        pixels = all(s.images.dtype == np.uint8 and s.images.ndim == 4 for s in splits.values())
+        if pixels and inputs != "arrays":
+            return from_splits(
+                "own", splits, labels, mean, std, metric, preparation, heads=heads
+            )  # fmt: skip
+    if preparation is not None:
+        raise UserError("a preparation is of pictures; leave it out for arrays")
+    return from_arrays("own", splits, labels, mean, std, metric, heads)
 
 
 def _html_table(rows: Sequence[FrontRow]) -> str:
-    head = ("student", "stage", "accuracy", "test", "parameters", "latency, ms", "x faster")
+    metric = rows[0].metric if rows else "accuracy"
+    head = ("student", "stage", metric, "test", "parameters", "latency, ms", "x faster")
     lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"]
     for row in rows:
         test = "" if row.test_accuracy is None else f"{row.test_accuracy:.4f}"

@@ -168,7 +168,9 @@ def test_the_first_student_and_a_share_of_the_others_are_compared(contexts, monk
 def test_a_student_whose_file_answers_otherwise_fails(contexts, monkeypatch):
     real = torch_scorer.outputs
     monkeypatch.setattr(
-        torch_scorer, "outputs", lambda *a: (rows + 0.5 * abs(rows).max() for rows in real(*a))
+        torch_scorer,
+        "outputs",
+        lambda *a: ({n: r + 0.5 * abs(r).max() for n, r in rows.items()} for rows in real(*a)),
     )
     found = Evaluator(contexts[1], Recipe(), None, 8).evaluate(genomes(contexts[1].layout, 1)[0])
     assert "differ by" in found.failure and "at most 0.01 allowed" in found.failure

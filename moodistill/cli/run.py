@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Of these a run that is carried on has its own.
 NETWORK = (
     "teacher", "data", "size", "channels", "resize", "shorter_side", "fill", "interpolation",
-    "channel_order", "exif", "mean", "std", "weights_key",
+    "channel_order", "exif", "mean", "std", "weights_key", "heads",
 )  # fmt: skip
 
 

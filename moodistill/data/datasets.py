@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,11 +11,21 @@ from typing import Any
 import numpy as np
 
 from moodistill.data.dataset_images import DatasetImages, stream_dataset
-from moodistill.data.images import ImageData, Metric, Split, fraction_right, sha256_array
+from moodistill.data.digests import pictures_digest
+from moodistill.data.images import ImageData, Metric, Split, fraction_right
 from moodistill.data.memory import are_held
 from moodistill.data.preparation import Preparation
 from moodistill.data.streamed import Images, StreamedImages, batches, digest_each
 from moodistill.data.table import DataTable, count_classes, equal_pictures
+from moodistill.data.targets import (
+    arranged,
+    class_names,
+    meaning_of,
+    one_label,
+    one_of,
+    sample_of,
+    stacked,
+)  # fmt: skip
 from moodistill.data.transforms import checked_preparation, files_of
 from moodistill.errors import UserError
 from moodistill.progress import Reporter
@@ -35,8 +44,9 @@ def from_datasets(
     preparation: Preparation | None = None,
     in_memory: bool | None = None,
     reporter: Reporter | None = None,
+    heads: Any = None,
 ) -> ImageData:
-    """Map-style datasets of `(image, label)`.
+    """Map-style datasets of `(image, label)`, or of images alone.
 
     Images are held in memory, or, where they take more than a quarter of it, read from the datasets
     whenever they are needed, by several processes. Then every start reads all of them once, and an
@@ -58,13 +68,17 @@ def from_datasets(
         preparation: how `validation` and `test` prepare the images of files.
         in_memory: whether the images are held; None decides by how much memory they take.
         reporter: is told how far the reading of all images is; None is quiet.
+        heads: what the network's outputs mean, as `Heads.of` takes it; None is a classifier, or,
+            without labels, fidelity to the teacher. The labels may then be arrays, or dicts or
+            tuples of arrays for several outputs.
 
     Raises:
         UserError: if an image has another size or form, or `preparation` gives other pixels than
             the datasets.
     """
     given = {"train": train, "validation": validation, "test": test}
-    sources = {k: _source(one, k) for k, one in given.items() if one is not None}
+    described = heads is not None
+    sources = {k: _source(one, k, described) for k, one in given.items() if one is not None}
     bytes_each = int(np.prod(sources["train"].shape))
     held = are_held(sum(map(len, sources.values())), bytes_each, in_memory)
     splits = {k: _collect(s) if held else _streamed(s, reporter) for k, s in sources.items()}
@@ -72,7 +86,7 @@ def from_datasets(
     preparation = checked_preparation(validation, held_out, preparation)
     if preparation is None:  # then nothing can be compared with the files
         splits = {part: replace(split, files=()) for part, split in splits.items()}
-    return from_splits(name, splits, labels, mean, std, metric, preparation)
+    return from_splits(name, splits, labels, mean, std, metric, preparation, heads=heads)
 
 
 def from_splits(
@@ -85,6 +99,7 @@ def from_splits(
     preparation: Preparation | None = None,
     table: DataTable | None = None,
     folder: Path | None = None,
+    heads: Any = None,
 ) -> ImageData:
     """`ImageData` of `train`, `validation` and `test`, its statistics measured where not given.
 
@@ -99,33 +114,15 @@ def from_splits(
         preparation: how files became these images, None if that is not known.
         table: what is known of the files; the images are counted here.
         folder: that the files of the splits lie in.
+        heads: as in `from_datasets`.
 
     Raises:
         UserError: if the splits do not fit together, or there are too few names or statistics.
     """
-    splits = {
-        part: _shuffled(replace(split, labels=whole_labels(split.labels, part)))
-        for part, split in splits.items()
-    }
-    if "test" not in splits:
-        whole = splits["validation"]
-        splits["validation"] = whole.part(slice(None, None, 2))
-        splits["test"] = whole.part(slice(1, None, 2))
+    meaning = meaning_of(splits, heads, metric)
+    splits = arranged(splits, meaning)
     images = splits["train"].images
-    for part, split in splits.items():
-        if len(split) == 0 or split.images.shape[1:] != images.shape[1:]:
-            raise UserError(
-                f"the {part} split has images of shape {split.images.shape}, expected "
-                f"(n, {', '.join(map(str, images.shape[1:]))}) with n > 0"
-            )
-    low, high = (f(int(f(split.labels)) for split in splits.values()) for f in (min, max))
-    names = list(labels) if labels is not None else [str(i) for i in range(high + 1)]
-    if low < 0:
-        raise UserError(f"a label is {low}; expected whole numbers from 0")
-    if len(names) <= high:
-        raise UserError(
-            f"labels name {len(names)} classes, the data have {high + 1}; name them all"
-        )
+    names = class_names(splits, meaning, labels)
     if mean is None or std is None:
         measured = _statistics(images)
         mean = measured[0] if mean is None else mean
@@ -144,85 +141,28 @@ def from_splits(
                 f"the preparation gives images of size {preparation.size}, the data are "
                 f"{images.shape[1:3]}: give the size of the data"
             )
-    digests = {part: digest_each(split.images) for part, split in splits.items()}
-    parts = [digest_of(digests[part], split.labels) for part, split in splits.items()]
-    digest = _data_digest(parts, mean, std, preparation, (images.shape[1], images.shape[2]))
-    table = _counted(table or DataTable(name, tuple(names), {}), splits, digests, folder)
-    table = replace(
-        table, classes=tuple(names),
-        prepared=preparation.describe(images.shape[-1]) if preparation else "",
-    )  # fmt: skip
+    digest = pictures_digest(splits, mean, std, preparation)
+    if meaning is None or meaning.plain_classes:
+        table = _counted(table or DataTable(name, tuple(names), {}), splits, folder)
+    else:
+        table = None
+    if table is not None:
+        table = replace(
+            table, classes=tuple(names),
+            prepared=preparation.describe(images.shape[-1]) if preparation else "",
+        )  # fmt: skip
     return ImageData(
         name, splits["train"], splits["validation"], splits["test"],
-        mean, std, tuple(names), digest, metric, preparation, table, folder,
+        mean, std, tuple(names), digest, metric, preparation, table, folder, meaning,
     )  # fmt: skip
 
 
-def digest_of(digests: Sequence[bytes], labels: np.ndarray) -> str:
-    """Of a split, from the digests of its images: the same whether they are held or streamed."""
-    return hashlib.sha256(b"".join(digests)).hexdigest() + sha256_array(labels)
-
-
-def former_digest(data: ImageData) -> str:
-    """What an earlier version had for the digest: of all pixels at once, which must be read."""
-    parts = []
-    for split in (data.train, data.validation, data.test):
-        content = hashlib.sha256()
-        for pixels in batches(split.images, 256):
-            content.update(np.ascontiguousarray(pixels).tobytes())
-        parts.append(content.hexdigest() + sha256_array(split.labels))
-    _, height, width = data.input_shape
-    return _data_digest(parts, data.mean, data.std, data.preparation, (height, width))
-
-
-def _data_digest(
-    parts: Sequence[str],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    preparation: Preparation | None,
-    size: tuple[int, int],
-) -> str:
-    # With the normalisation, on which everything that is cached of a teacher depends.
-    made_of = f"{''.join(parts)} {mean} {std}"
-    if preparation not in (None, Preparation(size=size)):
-        made_of += f" {preparation}"
-    return hashlib.sha256(made_of.encode()).hexdigest()
-
-
-def whole_labels(labels: Any, part: str) -> np.ndarray:
-    """Labels `(N,)` or `(N, 1)`, whole numbers of any type, as int64 `(N,)`.
-
-    Raises:
-        UserError: names what they are instead; `part` says of which split.
-    """
-    labels = np.asarray(labels)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    expected = "expected one whole number an image, the index of its class"
-    if labels.ndim != 1:
-        raise UserError(f"the {part} labels are {labels.dtype} {labels.shape}; {expected}")
-    if labels.dtype.kind not in "biuf":
-        raise UserError(f"the {part} labels are of type {labels.dtype}; {expected}")
-    broken = np.flatnonzero(~np.isfinite(labels) | (labels != np.trunc(labels)))
-    if len(broken):
-        raise UserError(
-            f"the {part} labels are {labels.dtype} {labels.shape}, number {broken[0]} is "
-            f"{labels[broken[0]]:g}; {expected} (targets of a regression are not supported)"
-        )
-    return labels.astype(np.int64)
-
-
-def _counted(
-    table: DataTable,
-    splits: Mapping[str, Split],
-    digests: Mapping[str, Sequence[bytes]],
-    folder: Path | None,
-) -> DataTable:
+def _counted(table: DataTable, splits: Mapping[str, Split], folder: Path | None) -> DataTable:
     """The table with the images of each class and split, and those that are equal."""
     named = {
         part: (
-            digests[part],
-            split.labels,
+            digest_each(split.images),
+            one_of(split.targets),
             [os.path.relpath(file, folder) if folder else file for file in split.files],
         )
         for part, split in splits.items()
@@ -231,15 +171,12 @@ def _counted(
     return replace(
         table,
         pictures={
-            part: count_classes(split.labels, len(table.classes)) for part, split in splits.items()
+            part: count_classes(one_of(split.targets), len(table.classes))
+            for part, split in splits.items()
         },
         between_splits=between_splits,
         between_classes=between_classes,
     )
-
-
-def _shuffled(split: Split) -> Split:
-    return split.ordered(np.random.default_rng(0).permutation(len(split)))
 
 
 def _statistics(images: Images) -> tuple[list[float], list[float]]:
@@ -263,38 +200,30 @@ def _statistics(images: Images) -> tuple[list[float], list[float]]:
     return [round(m, 4) for m in means], [max(1e-3, round(d, 4)) for d in deviations]
 
 
-def _source(dataset: Any, part: str) -> DatasetImages:
+def _source(dataset: Any, part: str, described: bool) -> DatasetImages:
+    """The images of a dataset; targets as arrays where heads are given, else one label an image."""
     if not len(dataset):
         raise UserError(f"the {part} dataset is empty; expected images")
-    return DatasetImages(dataset, part, _item)
 
+    def convert(item: Any, where: str) -> tuple[np.ndarray, Any]:
+        picture, label = sample_of(item)
+        if not described and label is not None:
+            label = one_label(label, where)
+        return _pixels(picture, where), label
 
-def _item(item: Any, where: str) -> tuple[np.ndarray, Any]:
-    """Pixels and label of what a dataset gives."""
-    picture, label = item[:2]
-    return _pixels(picture, where), _one_label(label, where)
+    return DatasetImages(dataset, part, convert)
 
 
 def _collect(source: DatasetImages) -> Split:
     items = [source.item(index) for index in range(len(source))]
     images = np.stack([pixels for pixels, _ in items])
-    return Split(images, np.array([label for _, label in items]), files_of(source.dataset))
+    labels = stacked([label for _, label in items], source.part)
+    return Split(images, labels, files_of(source.dataset))
 
 
 def _streamed(source: DatasetImages, reporter: Reporter | None) -> Split:
     images, labels = stream_dataset(source, reporter)
-    return Split(images, np.array(labels), files_of(source.dataset))
-
-
-def _one_label(label: Any, where: str) -> Any:
-    """A label as a plain number (of whatever type it is), out of an array of one."""
-    array = label.detach().cpu().numpy() if hasattr(label, "detach") else np.asarray(label)
-    if array.shape not in ((), (1,)):
-        raise UserError(
-            f"{where} has a label of type {array.dtype} and shape {array.shape}; expected one "
-            "whole number, the index of its class"
-        )
-    return array.reshape(()).item()
+    return Split(images, stacked(labels, source.part), files_of(source.dataset))
 
 
 def _pixels(picture: Any, where: str) -> np.ndarray:
@@ -312,6 +241,7 @@ def _pixels(picture: Any, where: str) -> np.ndarray:
     if array.min() < -1e-3 or array.max() > 1 + 1e-3:
         raise UserError(
             f"{where} has values from {array.min():.3g} to {array.max():.3g}; expected uint8, or "
-            "floats in [0, 1]: leave the normalisation to mean and std"
+            "floats in [0, 1]: leave the normalisation to mean and std (of inputs that are no "
+            "pictures say inputs='arrays')"
         )
     return np.ascontiguousarray((array * 255.0).round().clip(0, 255).astype(np.uint8))

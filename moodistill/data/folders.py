@@ -41,6 +41,7 @@ def load_image_folder(
     exif: bool = True,
     shorter_side: int | None = None,
     fill: int = 0,
+    heads: Any = None,
     cut: Cut | None = None,
     in_memory: bool | None = None,
     reporter: Reporter | None = None,
@@ -110,7 +111,7 @@ def load_image_folder(
     table = _table(folder, classes, passed, seen, preparation)
     return from_splits(
         folder.resolve().name, splits, classes, mean, std, metric, preparation, table,
-        Path(os.path.abspath(folder)),
+        Path(os.path.abspath(folder)), heads,
     )  # fmt: skip
 
 

@@ -33,7 +33,9 @@ from moodistill.student.evaluator import make_student
 from moodistill.student.file import load_student
 from moodistill.student.network import Student
 from moodistill.teacher.graph import trace
+from moodistill.teacher.meaning import fitted_data
 from moodistill.teacher.task import Task, load_task
+from moodistill.teacher.weights import load_weights
 
 # What the card says of it.
 DEVICE_KEYS = {"cpu", "onnxruntime", "provider", "threads", "batch"}
@@ -81,7 +83,7 @@ def rebuild_student(
     evaluation = _evaluation(run, name)
     path = student_folder(run, name) / STUDENT_FILE
     if path.exists():
-        return _read_distilled(run, path, evaluation, task, data_dir)
+        return _read_distilled(run, path, evaluation, task, data_dir, weights)
     if any(row.student == name and row.stage == "distilled" for row in read_front(run)):
         # Inherited weights would go under the accuracy of the distilled ones.
         there = (path.parent / MODEL).is_file()
@@ -105,7 +107,12 @@ def rebuild_student(
 
 
 def _read_distilled(
-    run: Path, path: Path, evaluation: Evaluation, task: Task, data_dir: Path | None
+    run: Path,
+    path: Path,
+    evaluation: Evaluation,
+    task: Task,
+    data_dir: Path | None,
+    weights: Path | None,
 ) -> Rebuilt:
     """A student with the distilled weights in the file `path`."""
     finalist, name = read_finalist(path.parent), path.parent.name
@@ -116,9 +123,13 @@ def _read_distilled(
             run,
         )
     data, stored = task.load_data(data_dir), read_run(run)
-    check_data(run, stored, data)
     opaque = RunConfig.read(run).rules.opaque
-    check_network(run, stored, trace(task.build().eval(), data.input_shape, opaque))
+    graph = trace(task.build().eval(), data.input_shape, opaque)
+    data = fitted_data(
+        data, graph, lambda: load_weights(task.build(), weights or task.weights, task.weights_key)
+    )
+    check_data(run, stored, data)
+    check_network(run, stored, graph)
     student = load_student(path, task.build(), data.input_shape)[0]
     return Rebuilt(student, evaluation, data, finalist)
 
@@ -199,6 +210,7 @@ def _check_target(out: Path) -> None:
 def _current_row(name: str, rebuilt: Rebuilt, row: FrontRow | None, teacher: FrontRow) -> FrontRow:
     """The student's row in the table, with what has been reached since it was written."""
     row = row or searched_row(name, rebuilt.evaluation, teacher.teacher_latency_ms)
+    row = replace(row, metric=teacher.metric)
     finalist = rebuilt.finalist
     if finalist is not None:
         row = replace(

@@ -240,6 +240,7 @@ def _record(
         "data_digest": context.data.digest,
         "metric": metric_name(context.data),
         "computed_on": context.device.type,
+        "metric_label": context.data.metric_label,
         "genome_bits": context.layout.length,
         "teacher_latency_ms": timing.teacher_latency_ms,
         "teacher_latencies_ms": timing.teacher_latencies_ms,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ import torch
 from moodistill.accelerator import exact_convolutions, needs_memory
 from moodistill.genome.canonical import settled
 from moodistill.genome.canonical import summary as describe
+from moodistill.heads.heads import Arrays
 from moodistill.onnx.memory import peak_memory_bytes
 from moodistill.onnx.runtime import onnx_accuracy
 from moodistill.onnx.writer import structure_hash, to_onnx
@@ -24,7 +25,7 @@ from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
 from moodistill.student.network import Student
 from moodistill.student.torch_scorer import TorchScorer, is_checked
-from moodistill.teacher.kernels import Layer
+from moodistill.teacher.kernels import Layer, Transposed
 
 Measure = Callable[[bytes, str], Latency]
 
@@ -77,7 +78,7 @@ def try_device(context: TeacherContext, recipe: Recipe) -> None:
     student = build_student(context.graph, context.layout, context.layout.teacher())
     inherit_there(student, context, recipe.inherit)
     split = context.data.validation.head(recipe.validation_images)
-    TorchScorer(context.data, split, context.device).logits(student.module)
+    TorchScorer(context.data, split, context.device).answers(student.module)
 
 
 def count_macs(student: Student) -> int:
@@ -87,7 +88,11 @@ def count_macs(student: Student) -> int:
         if node.op == "call_module":
             module = student.module.get_submodule(str(node.target))
             if isinstance(module, Layer):
-                total += sum(p.numel() for p in module.parameters()) * int(node.meta["area"])
+                bias = 0 if module.bias is None else module.bias.numel()
+                # Of a transposed convolution every input pixel meets all taps.
+                place = "reads" if isinstance(module, Transposed) else "area"
+                total += module.weight.numel() * int(node.meta[place])
+                total += bias * int(node.meta["area"])
     return total
 
 
@@ -149,10 +154,10 @@ class Evaluator:
                     unsolved = inherit_there(student, self.context, self.recipe.inherit)
                 if unsolved:  # their solve was not finite
                     summary += f"; weights sliced {', '.join(unsolved)}"
-                logits = None
+                answers: Sequence[Arrays] | None = None
                 if self.scorer is not None:
                     with _timed(seconds, "accuracy"):
-                        logits = self.scorer.logits(student.module)
+                        answers = self.scorer.answers(student.module)
                         student.module.cpu()
                 with _timed(seconds, "export"):
                     model = to_onnx(student.module, self.context.data.input_shape)
@@ -164,7 +169,7 @@ class Evaluator:
                         latency = self.measure(model, key)
                 # Behind the latency: a file that brings ONNX Runtime down does so in its process.
                 with _timed(seconds, "accuracy"):
-                    reached = self._accuracy(model, logits, digest)
+                    reached = self._accuracy(model, answers, digest)
         except Exception as error:
             # One bad student must not end a search of hours: it becomes a row with a reason.
             lines = str(error).strip().splitlines() or [""]
@@ -180,15 +185,15 @@ class Evaluator:
         )
         return Scored(made, model, key)
 
-    def _accuracy(self, model: bytes, logits: np.ndarray | None, digest: str) -> float:
-        """Of the ONNX file, or of logits that torch gave, some of which are compared with it."""
-        if self.scorer is None or logits is None:
+    def _accuracy(self, model: bytes, answers: Sequence[Arrays] | None, digest: str) -> float:
+        """Of the ONNX file, or of answers that torch gave, some of which are compared with it."""
+        if self.scorer is None or answers is None:
             threads = torch.get_num_threads()
             return onnx_accuracy(model, self.context.data, self.validation, threads)
         if not self.compared or is_checked(digest):
-            self.scorer.check(logits, model)
+            self.scorer.check(answers, model)
             self.compared = True
-        return self.scorer.accuracy(logits)
+        return self.scorer.accuracy(answers)
 
 
 @contextmanager

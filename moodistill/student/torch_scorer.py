@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import fx
 
 from moodistill.accelerator import exact_convolutions, in_batches, needs_memory
 from moodistill.data.images import ImageData, Split
+from moodistill.heads.heads import Arrays
+from moodistill.heads.outputs import outputs_of
 from moodistill.onnx.runtime import outputs
 
 AT_ONCE = 256  # images; fewer where the device's memory is short
 CHECKED_SHARE = 16  # one student in so many is compared
 COMPARED = 64  # images that it is compared on
-MOST_APART = 1e-2  # of the largest logit
+MOST_APART = 1e-2  # of the largest value of an output
 
 
 class TorchScorer:
@@ -30,39 +34,41 @@ class TorchScorer:
             self.images = data.normalise(self.split.images[:]).to(device)
 
     @torch.no_grad()
-    def logits(self, module: fx.GraphModule) -> np.ndarray:
-        """`(N, classes)` of a student on the device."""
+    def answers(self, module: fx.GraphModule) -> list[Arrays]:
+        """A student's outputs `(n, ...)` by name, batch by batch."""
 
-        def run(start: int, end: int) -> torch.Tensor:
+        def run(start: int, end: int) -> Arrays:
             images = self.images[start:end]
             if images.ndim == 4:
                 images = images.contiguous(memory_format=torch.channels_last)
-            found: torch.Tensor = module(images)
-            return found.cpu()
+            found = outputs_of(module(images))
+            return {name: tensor.float().cpu().numpy() for name, tensor in found.items()}
 
         advice = "give the device to this run alone"
         with exact_convolutions(), needs_memory(self.device, "a student and one image", advice):
-            return torch.cat(in_batches(run, len(self.images), AT_ONCE)).numpy()
+            return in_batches(run, len(self.images), AT_ONCE)
 
-    def accuracy(self, logits: np.ndarray) -> float:
-        """The data's metric of logits: accuracy unless another is given."""
-        return self.data.score(logits, self.split.labels)
+    def accuracy(self, answers: Sequence[Arrays]) -> float:
+        """The data's metric of answers: accuracy unless another is given."""
+        return self.data.score(answers, self.split)
 
-    def check(self, logits: np.ndarray, model: bytes) -> None:
-        """Compare logits with those of a student's ONNX file.
+    def check(self, answers: Sequence[Arrays], model: bytes) -> None:
+        """Compare answers with those of a student's ONNX file.
 
         Raises:
             ArithmeticError: if they differ by more than `MOST_APART`.
         """
         some = self.split.head(COMPARED)
-        found = np.concatenate(list(outputs(model, self.data, some, torch.get_num_threads())))
-        expected = logits[: len(found)]
-        apart = float(np.abs(found - expected).max() / max(1.0, float(np.abs(found).max())))
-        if not apart <= MOST_APART:
-            raise ArithmeticError(
-                f"ONNX Runtime and torch on {self.device} differ by {apart:.2g} of the largest "
-                f"logit (at most {MOST_APART:g} allowed)"
-            )
+        files = list(outputs(model, self.data, some, torch.get_num_threads()))
+        for name in answers[0]:
+            found = np.concatenate([batch[name] for batch in files])
+            expected = np.concatenate([batch[name] for batch in answers])[: len(found)]
+            apart = float(np.abs(found - expected).max() / max(1.0, float(np.abs(found).max())))
+            if not apart <= MOST_APART:
+                raise ArithmeticError(
+                    f"ONNX Runtime and torch on {self.device} differ by {apart:.2g} of the largest "
+                    f"value of {name} (at most {MOST_APART:g} allowed)"
+                )
 
 
 def is_checked(digest: str) -> bool:

@@ -12,11 +12,13 @@ from types import ModuleType
 
 from torch import nn
 
+from moodistill.data.array_files import holds_arrays, load_arrays
 from moodistill.data.cut import Cut
 from moodistill.data.folders import load_image_folder
 from moodistill.data.images import ImageData
 from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
+from moodistill.heads.heads import Heads
 from moodistill.progress import Reporter
 
 
@@ -88,13 +90,16 @@ class OwnTask:
 
     Attributes:
         weights: path of the teacher's weights.
-        data: folder of images, one folder a class (see `data.folders.load_image_folder`).
+        data: folder of images, one folder a class (see `data.folders.load_image_folder`), or
+            arrays (see `data.array_files.load_arrays`).
         size: `(height, width)` that images are brought to.
         channels: 1, 3 or 4.
         mean, std: that the teacher was trained with; None measures them.
         weights_key: which set of weights to take of a file that holds several.
         resize, interpolation, channel_order, exif, shorter_side, fill: how images are prepared;
             see `Preparation`.
+        heads: what the network's outputs mean, as `Heads.parse` takes it; empty for a classifier,
+            or, of data without labels, fidelity.
         cut: path of the file that says which image is in which split; None cuts anew.
     """
 
@@ -111,6 +116,7 @@ class OwnTask:
     exif: bool = True
     shorter_side: int | None = None
     fill: int = 0
+    heads: tuple[str, ...] = ()
     cut: str | None = None
 
     def __post_init__(self) -> None:
@@ -126,12 +132,18 @@ class OwnTask:
         )  # fmt: skip
 
     def load(self, in_memory: bool | None = None, reporter: Reporter | None = None) -> ImageData:
-        """The images, prepared; the arguments and what is raised are `load_image_folder`'s."""
+        """The images, prepared, or arrays as they are.
+
+        Raises:
+            UserError: as `load_image_folder` and `load_arrays` do; the arguments are the former's.
+        """
+        heads = Heads.parse(self.heads) if self.heads else None
+        if holds_arrays(Path(self.data)):
+            return load_arrays(Path(self.data), mean=self.mean, std=self.std, heads=heads)
         return load_image_folder(
             Path(self.data), channels=self.channels, mean=self.mean, std=self.std,
             cut=None if self.cut is None else Cut.read(Path(self.cut)),
-            in_memory=in_memory, reporter=reporter,
-            **asdict(self.preparation),
+            in_memory=in_memory, reporter=reporter, heads=heads, **asdict(self.preparation),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from moodistill.data.images import ImageData
 from moodistill.data.streamed import read_batches
+from moodistill.data.targets import one_of
 from moodistill.teacher.task import TrainConfig
 from moodistill.training.augment import alternating_flips, augment, cutout
 
@@ -67,4 +68,4 @@ class TrainBatches:
             width = max(1, round(self.sizes[step] * self.data.input_shape[2] / self.full))
             shape = (self.sizes[step], width)
             images = F.interpolate(images, shape, mode="bilinear", antialias=True)
-        return images, torch.from_numpy(train.labels[index])
+        return images, torch.from_numpy(one_of(train.targets)[index])

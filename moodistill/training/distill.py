@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from moodistill.accelerator import device_of, in_bfloat16, needs_memory, own_draws
 from moodistill.data.images import ImageData
 from moodistill.data.streamed import read_batches
 from moodistill.errors import UserError
+from moodistill.heads.losses import Tensors, distillation_loss
+from moodistill.heads.outputs import OUTPUT, outputs_of
 from moodistill.io.cache import read_cached, save_cached
 from moodistill.io.cache_dir import cache_key, read_or_none
 from moodistill.teacher.weights import network_digest
-from moodistill.training.augment import augment
 from moodistill.training.checkpoint import Checkpoint
+from moodistill.training.views import view
 
 CHECKPOINT_SECONDS = 60.0
+MOST_BYTES = 2**30  # of the teacher's outputs that are kept; others are computed anew
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class DistillConfig:
 
 
 class SoftTargets:
-    """Augmented training batches and the teacher's logits of them, cached on disk by batch."""
+    """Augmented training batches and the teacher's outputs of them, cached on disk by batch."""
 
     def __init__(
         self,
@@ -89,19 +91,21 @@ class SoftTargets:
         self.path = cache_dir / f"logits-{self.key}.safetensors" if cache_dir else None
         self.logits: dict[str, torch.Tensor] = read_or_none(self.path, read_cached) or {}
         self.saved = len(self.logits)
+        self.names = tuple(data.meaning.by_output)
+        self.kept_bytes = sum(tensor.nbytes for tensor in self.logits.values())
 
-    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images `(B, C, H, W)` and labels `(B,)` of view batch `index`; always the same."""
+    def batch(self, index: int) -> tuple[torch.Tensor, Tensors]:
+        """Images `(B, C, H, W)` and targets by name of view batch `index`; always the same."""
         return next(self.batches([index]))
 
-    def batches(self, order: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, order: Sequence[int]) -> Iterator[tuple[torch.Tensor, Tensors]]:
         """The batches of these numbers one after another; streamed images are read ahead."""
         train, config = self.data.train, self.config
         chosen = (self._draw(index)[0] for index in order)
         for index, pixels in zip(order, read_batches(train.images, chosen), strict=True):
             numbers, rng = self._draw(index)
-            images = augment(pixels, config.pad, config.flip, rng)
-            yield self.data.normalise(images), torch.from_numpy(train.labels[numbers])
+            targets = {name: array[numbers] for name, array in train.targets.items()}
+            yield view(self.data, pixels, targets, config.pad, config.flip, rng)
 
     def _draw(self, index: int) -> tuple[np.ndarray, np.random.Generator]:
         """Numbers `(B,)` of the images in a batch, and what its views are drawn with."""
@@ -110,13 +114,25 @@ class SoftTargets:
         return rng.choice(count, size, replace=count < size), rng
 
     @torch.no_grad()
-    def soft(self, index: int, images: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits `(B, classes)` of view batch `index`."""
-        key = str(index)
-        if key not in self.logits:
-            with in_bfloat16(self.device):
-                self.logits[key] = self.teacher(images.to(self.device)).float().cpu()
-        return self.logits[key]
+    def soft(self, index: int, images: torch.Tensor) -> Tensors:
+        """The teacher's outputs `(B, ...)` by name of view batch `index`."""
+        start = f"{index}."
+        known = {
+            name: self.logits[key]
+            for name in self.names
+            if (key := str(index) if name == OUTPUT else start + name) in self.logits
+        }
+        if known and len(known) == len(self.names):
+            return known
+        with in_bfloat16(self.device):
+            given = outputs_of(self.teacher(images.to(self.device)))
+        found = {name: tensor.float().cpu() for name, tensor in given.items()}
+        size = sum(tensor.nbytes for tensor in found.values())
+        if self.kept_bytes + size <= MOST_BYTES:  # maps of all views would not fit into memory
+            self.kept_bytes += size
+            for name, tensor in found.items():
+                self.logits[str(index) if name == OUTPUT else start + name] = tensor
+        return found
 
     def save(self) -> None:
         """Write what has been computed, so that the next finalist or run has it."""
@@ -147,7 +163,10 @@ def distill(
     """
     # Convolutions train up to a third faster on images whose channels lie together.
     device = targets.device
-    model = copy.deepcopy(student).train().to(device).to(memory_format=torch.channels_last)
+    model = copy.deepcopy(student).train().to(device)
+    if len(targets.data.input_shape) == 3:
+        model = model.to(memory_format=torch.channels_last)
+    heads = targets.data.meaning
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     parameters: list[dict[str, Any]] = [
@@ -174,10 +193,14 @@ def distill(
                 group["lr"] = config.peak_lr * rate
             index, (images, labels) = order[step - start], next(shown)
             soft = targets.soft(index, images)
-            images = images.to(device).contiguous(memory_format=torch.channels_last)
+            images = _laid_out(images.to(device))
             with in_bfloat16(device):
-                logits = model(images).float()
-            loss = _loss(logits, soft.to(device), labels.to(device), config)
+                given = outputs_of(model(images))
+            found = {name: tensor.float() for name, tensor in given.items()}
+            loss = distillation_loss(
+                heads, found, _on(soft, device), _on(labels, device), config.temperature,
+                config.hard,
+            )  # fmt: skip
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"the distillation loss became {loss.item()} at step {step}"
@@ -192,7 +215,14 @@ def distill(
                 momentum = _momentum(model, optimizer)
                 Checkpoint(signature, step + 1, model.state_dict(), momentum).save(checkpoint)
                 saved = time.monotonic()
-    return model.eval().to(memory_format=torch.contiguous_format).cpu()
+    model = model.eval()
+    if len(targets.data.input_shape) == 3:
+        model = model.to(memory_format=torch.contiguous_format)
+    return model.cpu()
+
+
+def _on(tensors: Tensors, device: torch.device) -> Tensors:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _order(start: int, end: int, views: int, seed: int) -> list[int]:
@@ -202,17 +232,9 @@ def _order(start: int, end: int, views: int, seed: int) -> list[int]:
     return [int(shuffled[step // views][step % views]) for step in range(start, end)]
 
 
-def _loss(
-    logits: torch.Tensor, soft: torch.Tensor, labels: torch.Tensor, config: DistillConfig
-) -> torch.Tensor:
-    """Divergence from the soft targets `(B, classes)`, and cross-entropy with labels `(B,)`."""
-    scale = config.temperature
-    divergence = F.kl_div(
-        F.log_softmax(logits / scale, 1), F.log_softmax(soft / scale, 1),
-        log_target=True, reduction="batchmean",
-    )  # fmt: skip
-    hard = F.cross_entropy(logits, labels)
-    return (1 - config.hard) * scale**2 * divergence + config.hard * hard
+def _laid_out(images: torch.Tensor) -> torch.Tensor:
+    """Images with their channels together; signals and volumes as they are."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
 def _momentum(model: nn.Module, optimizer: torch.optim.SGD) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from moodistill.io.atomic import write_json_atomic
 from moodistill.io.measuring import training_step
 from moodistill.io.tensorfile import save_atomic
 from moodistill.progress import Reporter, make_reporter
-from moodistill.teacher.answers import logits_of
+from moodistill.teacher.answers import answers_of
 from moodistill.teacher.task import Task, TrainConfig
 from moodistill.teacher.weights import half_precision
 from moodistill.training.batches import TrainBatches
@@ -32,7 +32,7 @@ CHECKPOINT_SECONDS = 300.0
 
 def accuracy(model: nn.Module, data: ImageData, split: Split) -> float:
     """The data's metric of `model` (in eval mode) on `split`: accuracy unless another is given."""
-    return data.score(logits_of(model, data, split.images), split.labels)
+    return data.score(answers_of(model, data, split.images), split)
 
 
 def train_teacher(

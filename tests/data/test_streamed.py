@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from moodistill.data import memory
-from moodistill.data.datasets import former_digest, from_datasets, from_splits
+from moodistill.data.datasets import from_datasets, from_splits
+from moodistill.data.digests import former_digest
 from moodistill.data.folders import load_image_folder
 from moodistill.data.images import Split, sha256_array
 from moodistill.data.kept_index import FolderIndex
