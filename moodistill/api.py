@@ -67,7 +67,9 @@ class RunStudent:
     reason: str = ""
 
     def to_torch(self) -> fx.GraphModule:
-        """The network `(N, C, H, W)` normalised images to logits, in eval mode.
+        """The network, normalised inputs `(N, C, ...)` to logits, in eval mode.
+
+        Several outputs come in a dict by their names.
 
         Distilled weights if it was distilled, else the inherited ones. Of an INT8 student this is
         the float one that it was made from.
@@ -196,6 +198,7 @@ def search(
     objectives: Sequence[str] | None = None,
     algorithm: str | None = None,
     screen: int | None = None,
+    seeded: float | None = None,
     connections: Sequence[str] | None = None,
     simd_step: int | None = None,
     limits: Limits | None = None,
@@ -247,6 +250,7 @@ def search(
             first three).
         algorithm: `nsga2` (default), `nsga3` or `sms`.
         screen: a surrogate pre-selects 1 in this many offspring (24); 1 disables it.
+        seeded: share of the first generation from tables of single changes (0.75).
         connections: kinds that are searched, of `kernels`, `ranks`, `merges`, `bypasses` and
             `blocks` (`merges` and `bypasses`).
         simd_step: channels per SIMD block; None probes this device.
@@ -279,7 +283,8 @@ def search(
         preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
         calibration_images=calibration_images, score_images=score_images,
         population=population, seed=seed, objectives=_tuple(objectives), algorithm=algorithm,
-        screen=screen, connections=_tuple(connections), simd_step=simd_step, flip=flip,
+        screen=screen, seeded=seeded, connections=_tuple(connections), simd_step=simd_step,
+        flip=flip,
         **flat(limits=limits, latency=latency, int8=int8, rules=rules),
     )  # fmt: skip
     folder, weights = Path(out), _weights_beside(Path(out))

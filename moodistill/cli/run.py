@@ -31,6 +31,11 @@ NETWORK = (
 )  # fmt: skip
 
 
+IMAGES = (
+    "size", "channels", "resize", "shorter_side", "fill", "interpolation", "channel_order", "exif",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Work:
     """What a run is to be made with.
@@ -211,6 +216,7 @@ def _absolute(model: str | None) -> str | None:
 
 def _own_task(settings: Settings, base: RunConfig | None) -> OwnTask | None:
     """The task of `teacher`, `weights` and `data`, None if it is a problem's."""
+    from moodistill.data.array_files import holds_arrays
     from moodistill.teacher.task import OwnTask
 
     given = settings.part("own")
@@ -230,6 +236,9 @@ def _own_task(settings: Settings, base: RunConfig | None) -> OwnTask | None:
         for name in ("weights", "data"):
             if name not in given:
                 raise UserError(f"`teacher` needs `{name}`; see docs/own_network.md")
+        unused = [name for name in IMAGES if getattr(settings, name) is not None]
+        if unused and holds_arrays(Path(given["data"])):
+            raise UserError(f"`{unused[0]}` is for images, {given['data']} holds arrays; omit it")
         return OwnTask(**given)
     unused = [name for name in NETWORK if getattr(settings, name) is not None]
     if unused:

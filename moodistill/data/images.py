@@ -194,6 +194,7 @@ def metric_name(data: ImageData) -> str:
     return "; ".join(
         f"{name}: {head.kind} {_name_of(head.metric) if head.own_metric else head.metric_key}"
         + (f" x{head.weight:g}" if head.weight != 1 else "")
+        + (f" loss {_name_of(head.loss)}" if head.loss is not None else "")
         for name, head in data.heads.by_output.items()
     )
 

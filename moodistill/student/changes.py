@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from moodistill.genome.layout import GenomeLayout
+from moodistill.heads.outputs import outputs_of
 from moodistill.student.builder import build_student
 from moodistill.student.inherit import InheritConfig, Walk
 from moodistill.student.network import Student
@@ -36,22 +37,29 @@ class ChangeErrors:
         whole = self._student(layout.teacher())
         self.units = {unit.target: unit for unit in whole.units}
         walk = Walk(whole, self.solver, samples, self.config)
-        self.outputs = walk.run(solved=(), keep=True)
+        self.outputs = outputs_of(walk.run(solved=(), keep=True))
         self.values = walk.values
         self.nodes = {node.name: node for node in whole.module.graph.nodes}
-        self.variance = float(self.outputs.var(0).mean().clamp_min(1e-12))
+        self.variances = {
+            name: float(values.var(0).mean().clamp_min(1e-12))
+            for name, values in self.outputs.items()
+        }
 
     @torch.no_grad()
     def error(self, genome: np.ndarray) -> float:
         """Mean squared difference to the teacher's outputs, relative to their variance.
 
-        Infinite where an output is.
+        Of several outputs the mean. Infinite where an output is.
         """
         student = self._student(genome)
         known, solved = self._untouched(student)
         walk = Walk(student, self.solver, self.samples, self.config)
-        outputs = walk.run(known=known, solved=solved)
-        found = float((outputs - self.outputs).square().mean()) / self.variance
+        outputs = outputs_of(walk.run(known=known, solved=solved))
+        errors = [
+            float((outputs[name] - values).square().mean()) / self.variances[name]
+            for name, values in self.outputs.items()
+        ]
+        found = sum(errors) / len(errors)
         return found if np.isfinite(found) else float("inf")
 
     def _student(self, genome: np.ndarray) -> Student:

