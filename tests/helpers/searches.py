@@ -21,7 +21,13 @@ def chain_layout(layers: int = 6, channels: int = 64) -> GenomeLayout:
         energy = rng.random((4, groups[nodes[-1].groups[0]].blocks))
         nodes.append(
             Node(
-                name, "layer", (nodes[-1].name,), (name,), nodes[-1].groups, index > 0, energy,
+                name,
+                "layer",
+                (nodes[-1].name,),
+                (name,),
+                nodes[-1].groups,
+                index > 0,
+                energy,
                 lanes=(1,),
             )  # fmt: skip
         )
