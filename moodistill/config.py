@@ -45,6 +45,7 @@ BUDGET = ("preset", "generations", "finalists", "distill_steps")
 EARLIER: dict[str, Any] = {
     "search.connections": tuple(FORMER_CONNECTIONS),
     "rules.opaque": (),
+    "search.seeded": 0.0,
 }
 
 

@@ -218,3 +218,10 @@ def confirm_models(
     before = meter.rejected_windows
     files = {name: (lambda file=file: file) for name, file in models.items()}
     return meter.confirm(files, rounds), meter.rejected_windows - before
+
+
+def profile_model(
+    setup: TimeSetup, reference: bytes, model: bytes
+) -> tuple[list[list[float]], float]:
+    """Times of a model's layers, and of the rest."""
+    return _meter(setup, reference).profile(model)
