@@ -38,12 +38,16 @@ def announce(session: Session) -> None:
 def search(session: Session) -> None:
     """Evaluate all generations; those that are in the store are answered from it."""
     config = session.config.search
-    tables = run_tables(session)
+    with session.timed("tables"):
+        tables = run_tables(session)
     searching = Search(
         session.context.layout, config, session.store, session.backend.executor, tables=tables
     )
     total = config.population * config.generations
-    with session.reporter.stage("searching", total, "student") as stage:
+    with (
+        session.timed("search"),
+        session.reporter.stage("searching", total, "student") as stage,
+    ):
         listener = _Listener(session, stage)
         for progress in searching.run():
             listener.hear(progress)
