@@ -83,25 +83,45 @@ class ChangeErrors:
         return divergence(_values(student, self.images, known)["output"], self.answers)
 
     def _touched(self, student: Student) -> _Touched:
+        """Follow a change to the units that are solved: those that it alters, or its first readers.
+
+        What reads a solved unit reads nearly what it read before and is left as it is.
+        """
         units = {unit.target: unit for unit in student.units}
+        expands = {unit.expand: target for target, unit in units.items() if unit.expand}
         solved = {t for t, unit in units.items() if not _reads_alike(unit, self.units.get(t))}
-        changed = solved | {
-            t for t, unit in units.items() if t not in self.units or not _alike(unit, self.units[t])
-        }
-        ends = solved | {unit.expand for t, unit in units.items() if t in solved and unit.expand}
-        norms = {norm.target for norm in student.norms}
         same: set[str] = set()
+        mended: set[str] = set()  # nodes behind a solved unit
+        for node in student.module.graph.nodes:
+            target, sources = str(node.target), {n.name for n in node.all_input_nodes}
+            unit = units.get(target)
+            if sources <= same and self._same_call(node) and self._as_before(unit, target, expands):
+                same.add(node.name)
+                continue
+            if unit is not None and not sources <= same and not sources & mended:
+                solved.add(target)
+            if target in solved or expands.get(target) in solved or sources & mended:
+                mended.add(node.name)
+        return _Touched(same - {"output"}, solved, self._last(student, units, solved))
+
+    def _as_before(self, unit: Unit | None, target: str, expands: dict[str, str]) -> bool:
+        """Whether a node's module, if it is of a unit, is the teacher's."""
+        if unit is None:
+            return target not in expands
+        return target in self.units and _alike(unit, self.units[target])
+
+    @staticmethod
+    def _last(student: Student, units: dict[str, Unit], solved: set[str]) -> str | None:
+        """The last node that a solved unit has, or a norm right behind one."""
+        ends = {units[target].expand or target for target in solved}
+        norms = {norm.target for norm in student.norms}
         last = None
         for node in student.module.graph.nodes:
             target = str(node.target)
             behind = target in norms and any(str(n.target) in ends for n in node.all_input_nodes)
             if node.op == "call_module" and (target in ends or behind):
                 last = node.name
-            if node.op == "output" or not self._same_call(node) or target in changed:
-                continue
-            if all(source.name in same for source in node.all_input_nodes):
-                same.add(node.name)
-        return _Touched(same, solved, last)
+        return last
 
     def _same_call(self, node: fx.Node) -> bool:
         """Whether the teacher has the same call."""
