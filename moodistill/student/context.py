@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -82,9 +81,7 @@ def load_context(
     teacher = load_weights(task.build(), path, task.weights_key, say)
     data = task.load_data(data_dir)
     graph = trace(teacher, data.input_shape, rules.opaque if rules else ())
-    there = graph
-    if device != CPU:
-        there = replace(graph, module=copy.deepcopy(graph.module).to(device))
+    there = graph.on(device)
     if check is not None:
         check(teacher if there is graph else copied(teacher).to(device), data)
     digest = file_digest(path)

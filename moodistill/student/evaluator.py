@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from moodistill.accelerator import exact_convolutions, needs_memory
 from moodistill.genome.canonical import settled
 from moodistill.genome.canonical import summary as describe
 from moodistill.onnx.memory import peak_memory_bytes
-from moodistill.onnx.runtime import onnx_accuracy
+from moodistill.onnx.runtime import outputs
 from moodistill.onnx.writer import structure_hash, to_onnx
 from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.student.builder import build_student
@@ -24,6 +25,8 @@ from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
 from moodistill.student.network import Student
 from moodistill.student.torch_scorer import TorchScorer, is_checked
+from moodistill.teacher.answers import logits_of
+from moodistill.teacher.divergence import divergence
 from moodistill.teacher.kernels import Layer
 
 Measure = Callable[[bytes, str], Latency]
@@ -164,7 +167,7 @@ class Evaluator:
                         latency = self.measure(model, key)
                 # Behind the latency: a file that brings ONNX Runtime down does so in its process.
                 with _timed(seconds, "accuracy"):
-                    reached = self._accuracy(model, logits, digest)
+                    reached, apart = self._compared(model, logits, digest)
         except Exception as error:
             # One bad student must not end a search of hours: it becomes a row with a reason.
             lines = str(error).strip().splitlines() or [""]
@@ -176,19 +179,36 @@ class Evaluator:
                 )
             )  # fmt: skip
         made = Evaluation(
-            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary, memory
-        )
+            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary,
+            memory, apart,
+        )  # fmt: skip
         return Scored(made, model, key)
 
-    def _accuracy(self, model: bytes, logits: np.ndarray | None, digest: str) -> float:
-        """Of the ONNX file, or of logits that torch gave, some of which are compared with it."""
+    def _compared(
+        self, model: bytes, logits: np.ndarray | None, digest: str
+    ) -> tuple[float, float]:
+        """The metric of a student's outputs, and their error against the teacher's.
+
+        The outputs are those of its file, or `logits` that torch gave, some of which are compared
+        with the file's.
+        """
+        data = self.context.data
         if self.scorer is None or logits is None:
             threads = torch.get_num_threads()
-            return onnx_accuracy(model, self.context.data, self.validation, threads)
-        if not self.compared or is_checked(digest):
+            logits = np.concatenate(list(outputs(model, data, self.validation, threads)))
+        elif not self.compared or is_checked(digest):
             self.scorer.check(logits, model)
             self.compared = True
-        return self.scorer.accuracy(logits)
+        error = divergence(torch.from_numpy(logits), self._teacher_answers)
+        return data.score(logits, self.validation.labels), error
+
+    @cached_property
+    def _teacher_answers(self) -> torch.Tensor:
+        """What the teacher gives for the images that students are scored on."""
+        context = self.context
+        return torch.from_numpy(
+            logits_of(context.solver.module, context.data, self.validation.images)
+        )
 
 
 @contextmanager

@@ -44,10 +44,6 @@ class TorchScorer:
         with exact_convolutions(), needs_memory(self.device, "a student and one image", advice):
             return torch.cat(in_batches(run, len(self.images), AT_ONCE)).numpy()
 
-    def accuracy(self, logits: np.ndarray) -> float:
-        """The data's metric of logits: accuracy unless another is given."""
-        return self.data.score(logits, self.split.labels)
-
     def check(self, logits: np.ndarray, model: bytes) -> None:
         """Compare logits with those of a student's ONNX file.
 
