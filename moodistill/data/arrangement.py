@@ -163,7 +163,7 @@ def keep_cut(
         raise UserError(
             f"{folder} lacks {len(missing)} of the {len(cut.places())} images that the run was "
             f"started with ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); "
-            "expected all of them: put them back"
+            "expected all of them: put them back, or give the folder that holds them as `data`"
         )
     classes = sorted({class_of(file, places) for file in cut.places()})
     # In the order of `cut_anew`: the images' digest depends on it.

@@ -338,7 +338,7 @@ def test_other_pictures_are_not_exported_under_the_runs_accuracy(folder, call, t
     for stage in ("distilled", "searched"):
         for row in [row for row in rows if row.stage == stage][:1]:
             done = call("export", tmp_path / "run", row.student, "--out", tmp_path / "out", code=2)
-            assert "was started with data_digest" in done.stderr
+            assert "was started with other images" in done.stderr
     assert not (tmp_path / "out" / "model.onnx").exists()
 
 
