@@ -159,7 +159,7 @@ def _resume(arguments: argparse.Namespace, work: Work) -> Path:
 def _start(arguments: argparse.Namespace, work: Work) -> Path:
     from moodistill.config import new_config
     from moodistill.runs.run import start_run
-    from moodistill.teacher.task import module_folder
+    from moodistill.teacher.task import builder_of, module_folder
 
     settings, base = work.settings, work.base
     if arguments.student:
@@ -176,7 +176,7 @@ def _start(arguments: argparse.Namespace, work: Work) -> Path:
     named = named.with_weights(settings.weights, settings.weights_key)
     task = named.task()
     config = new_config(model, _device_settings(work, task), named.own, named)
-    stem = task.name if own else Path(model).stem  # of a file's path its name
+    stem = builder_of(model)[1] or Path(model).stem  # of a file's path its name
     out = settings.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     with _hint(out):
         return start_run(config, out, work.places, work.reporter, task, work.cluster)

@@ -112,10 +112,10 @@ def check_weights(folder: Path, stored: Mapping[str, Any], path: Path, found: st
 
 def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None:
     """Refuse other images, normalisation or metric than `run.json` (`stored`) names."""
-    known, where = str(stored.get("data_digest")), data.folder or data.name
+    known = str(stored.get("data_digest"))
     if known != data.digest:
         raise UserError(
-            f"{folder} was started with other images: {where} has digest {data.digest[:12]}, "
+            f"{folder} was started with other images: {data.folder or data.name} has digest {data.digest[:12]}, "
             f"expected {known[:12]}; give the same, normalised and prepared alike"
         )
     metric, found = str(stored.get("metric")), metric_name(data)

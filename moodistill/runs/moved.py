@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moodistill.config import RunConfig
 from moodistill.errors import UserError
 from moodistill.runs.backend import Places
+from moodistill.storage.folder import read_run
 from moodistill.teacher.task import builder_of, module_folder
 
 
 def moved_config(folder: Path, config: RunConfig, places: Places) -> RunConfig:
     """The configuration of the run in `folder`, with what lies elsewhere now.
+
+    What is not given is where it was last found, or where it was at first.
 
     Raises:
         UserError: if something is given that this run does not use, or is neither where it was nor
@@ -28,16 +33,49 @@ def moved_config(folder: Path, config: RunConfig, places: Places) -> RunConfig:
             f"{folder} was started with weights_key {key or 'none'}, not {places.weights_key}; "
             "leave that out, or start a new run in another folder"
         )
-    config = config.with_weights(places.weights, None)
-    config = replace(config, model=places.network or config.model)
+    now = _last_places(read_run(folder)) | _given_places(places)
+    weights = now.get("weights")
+    config = config.with_weights(None if weights is None else Path(weights), None)
     own = config.own
-    if own is not None and places.network is not None:
-        own = replace(own, module_folder=module_folder(places.network))
-    if own is not None and places.data is not None:
-        own = replace(own, data=str(places.data.resolve()))
-    config = replace(config, own=own)
+    if own is not None and "network" in now:
+        own = replace(own, module_folder=now["module_folder"])
+    if own is not None and "data" in now:
+        own = replace(own, data=now["data"])
+    config = replace(config, model=now.get("network", config.model), own=own)
     _refuse_absent(folder, config)
     return config
+
+
+def new_places(stored: Mapping[str, Any], places: Places) -> dict[str, Any]:
+    """What `run.json` (`stored`) is to say besides of where things are; nothing if none is given."""
+    given = _given_places(places)
+    return {"places": _last_places(stored) | given} if given else {}
+
+
+def _given_places(places: Places) -> dict[str, Any]:
+    """Whole paths of what is given."""
+    paths = {"weights": places.weights, "data": places.data}
+    found: dict[str, Any] = {k: str(v.resolve()) for k, v in paths.items() if v is not None}
+    if places.network is not None:
+        found |= {"network": places.network, "module_folder": module_folder(places.network)}
+    return found
+
+
+def _last_places(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Where network, weights and images were last, as `run.json` says; what has gone is left out."""
+    last = stored.get("places")
+    if not isinstance(last, Mapping):
+        return {}
+    texts = {name: value for name, value in last.items() if isinstance(value, str)}
+    found: dict[str, Any] = {
+        name: path
+        for name, path in texts.items()
+        if name in ("weights", "data") and Path(path).exists()
+    }
+    folder = texts.get("module_folder")
+    if "network" in texts and Path(folder or builder_of(texts["network"])[0]).exists():
+        found |= {"network": texts["network"], "module_folder": folder}
+    return found
 
 
 def _refuse_for_problem(folder: Path, config: RunConfig, places: Places) -> None:

@@ -28,7 +28,7 @@ from moodistill.runs.compatibility import (
     least_accuracy,
 )
 from moodistill.runs.finish import finish, score_front, usable_students
-from moodistill.runs.moved import moved_config
+from moodistill.runs.moved import moved_config, new_places
 from moodistill.runs.results import write_results
 from moodistill.runs.search import announce, search
 from moodistill.runs.session import Session
@@ -110,9 +110,6 @@ def resume_run(
     stored, reporter = read_run(folder), reporter or Reporter()
     kept = RunConfig.read(folder)
     refuse_older(stored.get("config"), folder)
-    before = kept
-    if task is None:
-        kept = moved_config(folder, kept, places)
     use_threads(places.threads)
     with _writer(folder) as store:
         remove_orphans(folder)
@@ -121,19 +118,20 @@ def resume_run(
             whole = len(store.generations()) >= kept.search.generations
             ended = stored.get("status") == "finished" or whole
             check_students(folder, store, kept, budget.students, ended)
-        context = _context(task or config.task(), config, places, reporter)
+        here = config if task is not None else moved_config(folder, config, places)
+        context = _context(task or here.task(), here, places, reporter)
         _say_data(context.data, reporter)
         scales = check_resumed(folder, stored, context, cluster)
-        with open_backend(context, config, places, scales, cluster) as backend:
+        with open_backend(context, here, places, scales, cluster) as backend:
             note = compare_devices(folder, stored.get("devices"), backend.timing.devices)
             if note:
                 reporter.say(note)
+            stored |= new_places(stored, places)
             if not budget.students:  # else the run stays as it was until they are done
-                write_run(folder, {**stored, "config": asdict(config), "status": "running"})
-            elif kept != before:
-                write_run(folder, {**stored, "config": asdict(kept)})
+                stored |= {"config": asdict(config), "status": "running"}
+            write_run(folder, stored)
             write_layout(folder, context.layout)
-            execute(Session(folder, store, config, context, backend, reporter, budget.students))
+            execute(Session(folder, store, here, context, backend, reporter, budget.students))
     return folder
 
 

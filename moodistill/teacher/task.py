@@ -206,8 +206,9 @@ def module_folder(name: str) -> str | None:
     if origin is None:
         return None
     folder = Path(origin).resolve().parent
-    installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
-    return None if folder in installed else str(folder)
+    installed = {"site-packages", "dist-packages"} & set(folder.parts)
+    standard = folder == Path(sysconfig.get_path("stdlib")).resolve()
+    return None if installed or standard else str(folder)
 
 
 @contextmanager

@@ -142,7 +142,12 @@ def test_a_student_is_distilled_where_all_lies_elsewhere(moved, call):
     name = stage(run, "searched")
     call("resume", run, "--student", name, *given(elsewhere))
     assert {row.student: row.stage for row in read_front(run)}[name] == "distilled"
-    assert RunConfig.read(run).own.data == str(elsewhere / "images")
+    # What it was started with stays in its record, beside where it was last.
+    stored = json.loads((run / "run.json").read_text())
+    assert stored["places"]["data"] == str(elsewhere / "images")
+    assert RunConfig.read(run).own.data.endswith("moved_project/images")
+    shutil.move(elsewhere / "images", stored["config"]["own"]["data"])
+    call("resume", run, "--student", name)  # back again, weights and network where they were last
 
 
 def test_from_python(moved):
@@ -176,7 +181,7 @@ def test_what_is_another_is_named(moved, call):
     teacher, data = stored["teacher_digest"][:12], stored["data_digest"][:12]
     for changed, words in (
         ({"weights": other}, ["other.pt has digest", f"expected {teacher}", "--weights"]),
-        ({"data": elsewhere / "others"}, ["others has digest", f"expected {data}", "--data"]),
+        ({"data": elsewhere / "others"}, ["others has digest", f"expected {data}"]),
         ({"data": elsewhere / "fewer"}, ["fewer lacks 1 of the 40 images", "dark/3.png"]),
         ({"teacher": f"{elsewhere}/forward.py:build"}, ["another network of the same weights"]),
         ({"teacher": f"{elsewhere}/wider.py:build"}, ["does not fit", "expected (40,"]),
@@ -249,7 +254,7 @@ def test_weights_and_key_of_a_problem(call, tmp_path, monkeypatch):
                 "--model", "away/mine.py", "--weights", "ema.safetensors", code=2).stderr  # fmt: skip
     assert "ema.safetensors has digest" in said
     call("resume", "run", *places)
-    assert RunConfig.read(tmp_path / "run").model == str(tmp_path / "away" / "mine.py")
+    call("resume", "run")  # it knows them now
 
 
 def test_names_of_networks():
