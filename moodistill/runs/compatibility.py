@@ -115,8 +115,9 @@ def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None
     known = str(stored.get("data_digest"))
     if known != data.digest:
         raise UserError(
-            f"{folder} was started with other images: {data.folder or data.name} has digest {data.digest[:12]}, "
-            f"expected {known[:12]}; give the same, normalised and prepared alike"
+            f"{folder} was started with other images: {data.folder or data.name} has "
+            f"digest {data.digest[:12]}, expected {known[:12]}; give the same, normalised and "
+            "prepared alike"
         )
     metric, found = str(stored.get("metric")), metric_name(data)
     if found not in (metric, EARLIER_METRICS.get(metric)):

@@ -47,7 +47,7 @@ def moved_config(folder: Path, config: RunConfig, places: Places) -> RunConfig:
 
 
 def new_places(stored: Mapping[str, Any], places: Places) -> dict[str, Any]:
-    """What `run.json` (`stored`) is to say besides of where things are; nothing if none is given."""
+    """What `run.json` (`stored`) is to say besides of places; nothing if none is given."""
     given = _given_places(places)
     return {"places": _last_places(stored) | given} if given else {}
 
@@ -62,7 +62,7 @@ def _given_places(places: Places) -> dict[str, Any]:
 
 
 def _last_places(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Where network, weights and images were last, as `run.json` says; what has gone is left out."""
+    """Where network, weights and images were last, as `run.json` says; without what has gone."""
     last = stored.get("places")
     if not isinstance(last, Mapping):
         return {}
