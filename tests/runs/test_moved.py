@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from helpers import train_on
 from PIL import Image
 
 import moodistill
-from moodistill.config import RunConfig
+from moodistill.config import RunConfig, new_config
 from moodistill.data.folders import load_image_folder
 from moodistill.errors import UserError
 from moodistill.io.tensorfile import save_atomic
 from moodistill.pareto.table import read_front
 from moodistill.runs.backend import Places
 from moodistill.runs.moved import moved_config
+from moodistill.settings import Settings
 from moodistill.teacher.task import builder_of, load_task, module_folder
 
 NETWORK = """
@@ -266,13 +268,14 @@ def test_names_of_networks():
     assert module_folder("torch.nn:Identity") is None and module_folder("no_such:x") is None
 
 
-def test_a_problem_that_others_bring_is_another(finished):
-    config = RunConfig.read(finished)
+def test_a_problem_that_others_bring_is_another(tmp_path):
+    config = new_config("digits", Settings())
+    (tmp_path / "run.json").write_text(json.dumps({"config": asdict(config)}))
     for places, said in (
         (Places(network="vgg16"), "was started with model digits, not vgg16"),
         (Places(network="a:b"), "was started with model digits, not a:b"),
-        (Places(data=finished), "give `data_dir`"),
+        (Places(data=tmp_path), "give `data_dir`"),
     ):
         with pytest.raises(UserError, match=said):
-            moved_config(finished, config, places)
-    assert moved_config(finished, config, Places(network="digits")) == config
+            moved_config(tmp_path, config, places)
+    assert moved_config(tmp_path, config, Places(network="digits")) == config
