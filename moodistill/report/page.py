@@ -96,8 +96,8 @@ def report_data(
         "changes": run.get("changed_by_confirmation") if finished else None,
         "rejected_windows": run.get("rejected_latency_windows", 0),
         "provenance": dict(run),
-        # The student's id goes in between.
-        "command": [f"moodistill export {shlex.quote(str(folder))} ", " --out ", ""],
+        # The student's id goes in between. It is copied into any shell: the whole path.
+        "command": [f"moodistill export {shlex.quote(str(folder.resolve()))} ", " --out ", ""],
     }
 
 

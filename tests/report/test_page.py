@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +79,14 @@ def test_structures_are_those_of_the_genomes(digits, tmp_path):
 def test_data_cannot_end_their_script():
     page = _page({"title": "</title><script>x", "evil": "</script><script>alert(1)</script>"})
     assert page.count("<script>alert") == 0 and "</title><script>" not in page
+
+
+def test_the_command_names_the_run_from_any_folder(reference, monkeypatch):
+    monkeypatch.chdir(reference.parent.parent)
+    folder = Path("run")
+    with Store.open(folder, readonly=True) as store:
+        page = write_report(folder, store, read_front(folder))
+    assert page_data(page)["command"][0] == f"moodistill export {reference.parent} "
 
 
 def test_report_of_a_run_that_goes_on(finished, call, tmp_path):
