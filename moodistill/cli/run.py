@@ -167,6 +167,8 @@ def _start(arguments: argparse.Namespace, work: Work) -> Path:
     model = absolute(settings.teacher or settings.model) or (base.model if base else None)
     if model is None:
         raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
+    if settings.int8_twins is False and settings.int8_max_loss is not None:
+        raise UserError("`int8_max_loss` is of INT8 twins, which --no-int8 leaves out")
     own = _own_task(settings, base)
     if own is not None and settings.teacher is not None:
         own = replace(own, module_folder=module_folder(model))
@@ -219,7 +221,7 @@ def _hint(folder: Path, same: bool = False) -> Iterator[None]:
 
 def _own_task(settings: Settings, base: RunConfig | None) -> OwnTask | None:
     """The task of `teacher`, `weights` and `data`, None if it is a problem's."""
-    from moodistill.teacher.task import OwnTask
+    from moodistill.teacher.task import OwnTask, builder_of
 
     given = settings.part("own")
     if settings.size is not None:
@@ -235,6 +237,11 @@ def _own_task(settings: Settings, base: RunConfig | None) -> OwnTask | None:
         own = replace(base.own, cut=None) if "data" in given else base.own  # others: cut anew
         return replace(own, **given)
     if settings.teacher is not None:
+        if not builder_of(settings.teacher)[1]:
+            raise UserError(
+                f"`teacher` is {settings.teacher}; expected MODULE:CALLABLE or FILE.py:CALLABLE, "
+                "which gives the network"
+            )
         _refuse_data_dir(settings)
         for name in ("weights", "data"):
             if getattr(settings, name) is None:

@@ -216,6 +216,8 @@ def test_no_option_is_accepted_and_ignored(moved, call, tmp_path):
     assert "was started with weights_key model, not model_ema" in said
     for options, said in (
         (["--teacher", "a:b", "--weights", "x", "--data", "y", "--data-dir", "z"], "for a problem"),
+        (["--teacher", "a.py", "--weights", "x", "--data", "y"], "expected MODULE:CALLABLE"),
+        (["--model", "digits", "--no-int8", "--int8-max-loss", "0.1"], "which --no-int8 leaves"),
         (["--model", "digits", "--data", "y"], "is for a network of your own"),
         (["--model", "digits", "--data-dir", "y"], "scikit-learn brings the digits"),
     ):
