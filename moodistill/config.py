@@ -48,6 +48,7 @@ EARLIER: dict[str, Any] = {
     "own.module_folder": None,
     "weights": None,
     "weights_key": None,
+    "search.seeded": 0.0,
 }
 
 
@@ -189,8 +190,6 @@ def new_config(
     }
     if settings.objectives is not None:
         values["search.objectives"] = check_objectives(settings.objectives)
-    if settings.simd_step is not None:
-        values["recipe.simd_step"] = settings.simd_step
     return _replaced(replace(base, model=model, own=own).with_budget(Budget.of(settings)), values)
 
 
@@ -276,7 +275,10 @@ def _value_at(config: RunConfig, path: str) -> Any:
 
 
 def _with_earlier(stored: Any) -> Any:
-    """What `run.json` says, and what runs of earlier versions had where they do not say it."""
+    """What `run.json` says, and what runs of earlier versions had where they do not say it.
+
+    They said the SIMD step twice, for the search and for the recipe.
+    """
     if not isinstance(stored, Mapping):
         return stored
     full = {k: dict(v) if isinstance(v, Mapping) else v for k, v in stored.items()}
@@ -285,6 +287,10 @@ def _with_earlier(stored: Any) -> Any:
         owner = full.get(part) if part else full
         if isinstance(owner, dict):
             owner.setdefault(name, value)
+    search, recipe = full.get("search", {}), full.get("recipe", {})
+    twice = isinstance(search, dict) and isinstance(recipe, dict) and "simd_step" in recipe
+    if twice and recipe["simd_step"] == search.get("simd_step"):
+        full["recipe"] = {k: v for k, v in recipe.items() if k != "simd_step"}
     return full
 
 

@@ -165,7 +165,7 @@ class TensorBoardReporter(Reporter):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(
-                f"--tensorboard {folder} needs the package tensorboard ({error}); "
+                f"`tensorboard` (here {folder}) needs the package tensorboard ({error}); "
                 'install it with: pip install -e ".[tensorboard]"'
             ) from error
         self.inner = inner

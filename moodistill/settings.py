@@ -177,6 +177,11 @@ class Settings:
         BUDGET, "a surrogate pre-selects 1 in N offspring; 1 disables it",
         "search.screen", 24, metavar="N",
     )  # fmt: skip
+    seeded: float | None = _setting(
+        BUDGET, "share of the first generation that is the best by tables of single changes; 0 "
+        "measures no tables",
+        "search.seeded", 0.75, metavar="SHARE",
+    )  # fmt: skip
     seed: int | None = _setting(BUDGET, "random seed of the search", "search.seed", 0)
     flip: bool | None = _setting(
         BUDGET, "distil finalists on mirrored images, too", "distill.flip",

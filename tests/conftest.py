@@ -2,15 +2,13 @@
 
 import contextlib
 import io
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, TINY_RUN, prepare
+from helpers import TINY, TINY_RUN, prepare
+from helpers.small import make_small
 
 # Small networks: more threads cost more than they bring, above all beside other jobs.
 torch.set_num_threads(1)
@@ -108,6 +106,7 @@ def call(cache):
         out, error = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MOODISTILL_CACHE", str(cache))
+            make_small(patch)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
                 found = run_tool(command, [str(a) for a in arguments])
         assert found == code, out.getvalue() + error.getvalue()
@@ -119,16 +118,13 @@ def call(cache):
 
 
 @pytest.fixture(scope="session")
-def finished(cache, tmp_path_factory):
+def finished(cache, driver, tmp_path_factory):
+    """A finished run on the digits, with real latencies; not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    done = subprocess.run(
-        [
-            sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder,
-            "--connections", "blocks,merges,bypasses", *TINY,
-        ],  # fmt: skip
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "MOODISTILL_CACHE": str(cache)},
+    done = driver.call(
+        "run", "--model", "digits", "--out", folder, "--connections", "blocks,merges,bypasses",
+        *TINY, recorded=False, environment={"MOODISTILL_CACHE": str(cache)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.stdout + done.stderr
     assert "about" in done.stdout and "choose a student" in done.stdout
     return folder

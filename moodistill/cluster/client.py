@@ -49,24 +49,24 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
         if (self.workers is None) == (self.scheduler is None):
-            raise UserError("give either --workers N (processes here) or --scheduler ADDRESS")
+            raise UserError("give either `workers` (processes here) or a `scheduler` (an address)")
         if self.workers is not None and self.workers < 1:
-            raise UserError(f"--workers is {self.workers}; expected a whole number of at least 1")
+            raise UserError(f"`workers` is {self.workers}; expected a whole number of at least 1")
         if self.latency_on and self.scheduler is None:
             raise UserError(
-                "--latency-on names a worker of a running scheduler: give its --scheduler ADDRESS"
+                "`latency_on` names a worker of a running scheduler: give the `scheduler` too"
             )
         names = self.latency_on
         if len(set(names)) < len(names) or not all(re.fullmatch(r"[\w.-]+", n) for n in names):
             raise UserError(
-                f"--latency-on is {','.join(names)!r}; expected different names of letters, "
+                f"`latency_on` is {','.join(names)!r}; expected different names of letters, "
                 "digits, dots, dashes and underscores, with commas between them"
             )
         if self.worst_latency and len(names) < 2:
-            raise UserError("--worst-latency is over several devices: give --latency-on NAME,NAME")
+            raise UserError("`worst_latency` is over several devices: name them by `latency_on`")
         given = [p for p in (self.tls_ca, self.tls_cert, self.tls_key) if p is not None]
         if given and len(given) != 3:
-            raise UserError("TLS needs all three of --tls-ca, --tls-cert and --tls-key")
+            raise UserError("TLS needs all three of `tls_ca`, `tls_cert` and `tls_key`")
         for path in given:
             if not path.is_file():
                 raise UserError(f"{path} does not exist; expected a PEM file")
@@ -75,7 +75,7 @@ class ClusterConfig:
             raise UserError(f"with TLS the scheduler is tls://..., not {self.scheduler}")
         if encrypted and not given:
             raise UserError(
-                f"{self.scheduler} asks for certificates; give --tls-ca, --tls-cert and --tls-key"
+                f"{self.scheduler} asks for certificates; give `tls_ca`, `tls_cert` and `tls_key`"
             )
 
     @property
@@ -233,7 +233,7 @@ class Cluster:
             except CancelledError as error:
                 raise UserError(
                     "the scheduler was restarted or its connection lost; everything so far is "
-                    "kept: continue with --resume"
+                    "kept: resume the run"
                 ) from error
             pending -= done
             yield from self._gathered(done)
@@ -270,7 +270,7 @@ class Cluster:
             message = f"no worker with the resource {resource!r} for {self.config.patience_s:g} s"
             if not self.config.wait:
                 raise UserError(
-                    f"{message}; everything so far is kept: start one and continue with --resume"
+                    f"{message}; everything so far is kept: start one and resume the run"
                 )
             said.add(resource)
             self.say(f"{message}; waiting for one")

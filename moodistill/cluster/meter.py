@@ -55,6 +55,14 @@ class RemoteMeter:
             remote.time_model, self.resource, self.setup, self.reference, scored
         )
 
+    def profile(self, model: bytes) -> tuple[list[list[float]], float]:
+        """Times of a model's layers on the device, and of the rest."""
+        future = self.cluster.submit(
+            remote.profile_model, self.resource, self.setup, self.reference, model
+        )
+        rows, rest = self.cluster.result(future, self.resource)
+        return rows, rest
+
     def confirm(self, files: Mapping[str, bytes], rounds: int) -> Future:
         """A task that times several models side by side."""
         return self.cluster.submit(
@@ -104,6 +112,10 @@ class DeviceMeters:
     def rejected_windows(self) -> int:
         """Windows timed again because the teacher's time drifted."""
         return sum(meter.rejected_windows for meter in self.meters.values())
+
+    def profile(self, model: bytes) -> tuple[list[list[float]], float]:
+        """Times of a model's layers on the first device, and of the rest."""
+        return self.first.profile(model)
 
     def submit(self, scored: Future) -> Future:
         """A task that adds the objective's latency to a scored student, from worker to worker."""

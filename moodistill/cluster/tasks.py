@@ -114,7 +114,8 @@ def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
 def score(setup: ScoreSetup, genome: bytes) -> Scored:
     """Score a packed genome, latency aside."""
     context, config = _prepared(setup)
-    return Evaluator(context, config.recipe, None).score(context.layout.unpack(genome))
+    evaluator = Evaluator(context, config.recipe, None, config.search.simd_step)
+    return evaluator.score(context.layout.unpack(genome))
 
 
 def distil(setup: ScoreSetup, evaluation: Evaluation, name: str) -> dict[str, bytes]:
@@ -212,3 +213,10 @@ def confirm_models(
     before = meter.rejected_windows
     files = {name: (lambda file=file: file) for name, file in models.items()}
     return meter.confirm(files, rounds), meter.rejected_windows - before
+
+
+def profile_model(
+    setup: TimeSetup, reference: bytes, model: bytes
+) -> tuple[list[list[float]], float]:
+    """Times of a model's layers, and of the rest."""
+    return _meter(setup, reference).profile(model)

@@ -59,8 +59,7 @@ def load_cifar10(data_dir: Path | None = None, download: bool = True) -> ImageDa
     if arrays is None:
         raise UserError(
             f"CIFAR-10 is not in {data_dir}: expected cifar10.npz or cifar-10-batches-py there; "
-            "name its folder with --data-dir, or try the offline example: "
-            "moodistill run --model digits"
+            "name its folder as `data_dir`, or try the problem digits, which needs no download"
         )
     images, labels = arrays["train_images"], arrays["train_labels"].astype(np.int64)
     cut = CIFAR10_TRAIN_COUNT
@@ -122,8 +121,8 @@ def _fetch_cifar10(data_dir: Path) -> dict[str, np.ndarray]:
             failures.append(f"{name} ({reason[0][:120]})")
     raise UserError(
         "CIFAR-10 could not be had; tried " + ", ".join(failures) + ". Put cifar10.npz or "
-        "cifar-10-batches-py into a folder and name it with --data-dir, or work offline with: "
-        "moodistill run --model digits"
+        "cifar-10-batches-py into a folder and name it as `data_dir`, or try the problem digits, "
+        "which needs no download"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from pymoo.problems.static import StaticProblem
 from moodistill.errors import UserError
 from moodistill.evolution.algorithms import ALGORITHMS, Operators, default_operators
 from moodistill.evolution.executor import Executor
-from moodistill.evolution.operators import SeenElimination
+from moodistill.evolution.operators import SeededSampling, SeenElimination
 from moodistill.evolution.problem import WORST_COST, Score, StructuralDistillationProblem
+from moodistill.evolution.seeds import find_seeds
 from moodistill.evolution.surrogate import Surrogate
+from moodistill.evolution.tables import Tables
 from moodistill.genome.layout import CONNECTIONS, SEARCHED, GenomeLayout
 from moodistill.pareto.evaluation import Evaluation
 from moodistill.pareto.geometry import non_dominated, shrunk
@@ -48,6 +50,7 @@ class SearchConfig:
         screen: offspring bred for each one that is scored; a model of the scores chooses. Beyond
             the first `ROUND` those bred that look best so far. 1 disables it.
         connections: the kinds (`genome.CONNECTIONS`) that are searched; of others none is lost.
+        seeded: share of the first generation that the tables give, where there are any.
     """
 
     population: int = 32
@@ -59,6 +62,7 @@ class SearchConfig:
     algorithm: str = "nsga2"
     screen: int = 24
     connections: tuple[str, ...] = SEARCHED
+    seeded: float = 0.75
 
     def __post_init__(self) -> None:
         if check_objectives(self.objectives) != tuple(self.objectives):
@@ -79,6 +83,10 @@ class SearchConfig:
         if self.screen < 1:
             raise UserError(
                 f"screen is {self.screen}; expected at least 1, which disables pre-selection"
+            )
+        if not 0 <= self.seeded <= 1:
+            raise UserError(
+                f"seeded is {self.seeded}; expected a share from 0, which is none, to 1"
             )
         if self.generations < 1:
             raise UserError(f"generations {self.generations} is too small; expected at least 1")
@@ -147,7 +155,12 @@ class Search:
         store: Store,
         executor: Executor,
         operators: Operators | None = None,
+        tables: Tables | None = None,
     ) -> None:
+        """Ready to run.
+
+        `operators` None takes ours; `tables` are what it begins with, None for random students.
+        """
         self.layout = layout
         self.config = config
         self.store = store
@@ -161,6 +174,11 @@ class Search:
         )
         self.seen = SeenElimination()
         operators = operators or default_operators(layout, config.simd_step)
+        if tables is not None:
+            seeds = find_seeds(layout, tables, config.simd_step, self.unsearched)
+            operators = replace(
+                operators, sampling=SeededSampling(seeds, operators.sampling, config.seeded)
+            )
         self.operators = operators
         settings = {
             "pop_size": config.population,
@@ -173,7 +191,9 @@ class Search:
             # Only what is scored is repaired, in `_screened`.
             settings["repair"] = _Keeping(self.unsearched, NoRepair())
         self.algorithm = ALGORITHMS[config.algorithm](settings, self.problem)
-        self.surrogate = Surrogate(layout)
+        objectives = config.objectives
+        latency = objectives.index("latency") if "latency" in objectives else None
+        self.surrogate = Surrogate(layout, tables, latency)
         self.algorithm.setup(
             self.problem, termination=("n_gen", config.generations), seed=config.seed, verbose=False
         )
@@ -253,7 +273,7 @@ class Search:
         if answer.accuracy < floor:
             raise UserError(
                 f"the teacher itself reaches {answer.accuracy:.4f} on the validation images, less "
-                f"than the {floor} asked for by --min-accuracy; give a smaller one"
+                f"than the {floor} asked for by `min_accuracy`; give a smaller one"
             )
 
     def _screened(
@@ -344,7 +364,7 @@ class _AlikeFailures:
         if reason is not None and not from_store and self.count >= MAX_ALIKE_FAILURES:
             raise RepeatedFailure(
                 f"{self.count} students in a row failed alike ({reason}); everything so far is "
-                f"kept: mend the cause and continue with --resume {self.folder}"
+                f"kept: mend the cause and resume {self.folder}"
             )
 
 

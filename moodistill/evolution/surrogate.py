@@ -8,20 +8,22 @@ evolutionary computation: recent advances and future challenges").
 from __future__ import annotations
 
 import heapq
-import math
 
 import numpy as np
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from scipy.stats import spearmanr
 from sklearn.linear_model import RidgeCV
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from moodistill.genome.layout import GenomeLayout, Node
+from moodistill.evolution.sizes import full_taps, kernel_taps, layer_sizes, live_nodes
+from moodistill.evolution.tables import Tables
+from moodistill.genome.layout import GenomeLayout
 from moodistill.pareto.geometry import non_dominated, shrunk
 
 LEAST = 16  # students before the model says anything
 TRUSTED = 0.5  # rank correlation below which it is disabled for a generation
+LEAST_ERROR = 0.01  # of the tables, below which the accuracy hardly changes
 POINTS = 10_000  # that estimate a hypervolume
 STRENGTHS = np.logspace(-2, 3, 12)  # of the ridge, the best by leave-one-out
 
@@ -32,121 +34,32 @@ def features(layout: GenomeLayout, genomes: np.ndarray) -> np.ndarray:
     Computed for all genomes at once and before their repair, which changes little of it and costs
     a hundred times as much.
     """
-    live = _live(layout, genomes)
-    counts, widths = _counts(layout, genomes)
     found: list[np.ndarray] = []
-    # Of groups that a layer writes which may be left out: whether it is there, and the width that
-    # the group's readers find.
-    there: dict[str, np.ndarray] = {}
-    passed: dict[str, np.ndarray] = {}
     total = np.zeros(len(genomes))
-    for layer in layout.layers:
-        stays = live[layer.name]
-        inputs = sum(passed.get(g, widths[g]) for g in layer.reads)
-        outputs = sum(widths[g] for g in layer.groups)
-        # Past a bypassed layer everything is connected.
-        direct = np.ones(len(genomes), dtype=bool)
-        for group in layer.reads:
-            direct &= there.get(group, True)
-        pairs = outputs * inputs
-        connected = np.where(direct, _connected(layout, genomes, layer, counts), pairs)
+    for one in layer_sizes(layout, genomes):
+        layer, there = one.layer, one.live & one.kept
         if layer.bypassable:
-            kept = layout.view_all(genomes, f"bypass/{layer.name}")[:, 0]
-            there.update(dict.fromkeys(layer.groups, kept))
-            passed.update(
-                {g: np.where(kept, widths[g], inputs / len(layer.groups)) for g in layer.groups}
-            )
-            found.append((stays & ~kept).astype(float))
-            stays = stays & kept
-        # Weights for each pair of channels, behind a flatten too.
-        taps = _taps(layout, genomes, layer) * layout.by_name[layer.inputs[0]].repeat
-        weights, rank = connected * taps, None
-        if layer.path in layout.ranked:
-            # Where a layer is cut into several modules, its rank has no effect.
-            rank = np.where(connected == pairs, _ranks(layout, genomes, layer), np.inf)
-            thinned = rank * (inputs * taps + outputs)
-            rank = np.where(thinned < weights, rank, np.inf)
-            weights = np.minimum(weights, thinned)
-        total += stays * weights
-        found += [stays * np.log2(1 + weights), stays * connected / np.maximum(pairs, 1)]
+            found.append((one.live & ~one.kept).astype(float))
+        total += there * one.weights
+        pairs = np.maximum(one.inputs * one.outputs, 1)
+        found += [there * np.log2(1 + one.weights), there * one.connected / pairs]
         if layer.path in layout.kernels:
-            found.append(stays * _taps(layout, genomes, layer) / math.prod(layer.kernel))
-        if rank is not None:
-            full = np.minimum(inputs * taps, outputs)
-            found.append(stays * np.minimum(1.0, rank / np.maximum(full, 1)))
-        found += [stays * np.log2(1 + outputs)]
-        found += [stays * _worth(layout, genomes, group) for group in layer.groups]
+            found.append(there * one.taps / full_taps(layer))
+        if layer.path in layout.ranked:
+            full = np.maximum(np.minimum(one.inputs * one.taps, one.outputs), 1)
+            found.append(there * np.minimum(1.0, one.rank / full))
+        found += [there * np.log2(1 + one.outputs)]
+        found += [there * _worth(layout, genomes, group) for group in layer.groups]
+    live = live_nodes(layout, genomes)
     for node in layout.nodes:
         if node.kind == "channelwise" and node.path in layout.kernels:
-            share = _taps(layout, genomes, node) / math.prod(node.kernel)
+            share = kernel_taps(layout, genomes, node) / full_taps(node)
             found.append(live[node.name] * share)
     for merge in layout.merges:
         bits = layout.view_all(genomes, f"merge/{merge.name}") & live[merge.name][:, None]
         found += list(bits.T.astype(float))
     found += [np.log2(1 + total)]
     return np.column_stack(found)
-
-
-def _live(layout: GenomeLayout, genomes: np.ndarray) -> dict[str, np.ndarray]:
-    """For every node `(n,)` whether the output depends on it, by the merge edges alone."""
-    live = {node.name: np.zeros(len(genomes), dtype=bool) for node in layout.nodes}
-    for node in reversed(layout.nodes):
-        if node.kind == "output":
-            live[node.name][:] = True
-        for place, source in enumerate(node.inputs):
-            edge = live[node.name]
-            if f"merge/{node.name}" in layout.slices:
-                bits = layout.view_all(genomes, f"merge/{node.name}")
-                edge = edge & (bits[:, place] | ~bits.any(axis=1))
-            live[source] |= edge
-    return live
-
-
-def _counts(
-    layout: GenomeLayout, genomes: np.ndarray
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """For every group the kept channels of its blocks `(n, blocks)`, and of it all `(n,)`."""
-    counts = {}
-    for name, group in layout.groups.items():
-        members = np.eye(group.blocks)[group.block]
-        masks = (
-            layout.view_all(genomes, f"mask/{name}")
-            if f"mask/{name}" in layout.slices
-            else np.ones((len(genomes), group.size), dtype=bool)
-        )
-        counts[name] = masks @ members
-    return counts, {name: count.sum(axis=1) for name, count in counts.items()}
-
-
-def _connected(
-    layout: GenomeLayout, genomes: np.ndarray, layer: Node, counts: dict[str, np.ndarray]
-) -> np.ndarray:
-    """`(n,)` connected pairs of kept channels of a layer."""
-    outputs = np.hstack([counts[name] for name in layer.groups])
-    inputs = np.hstack([counts[name] for name in layer.reads])
-    if f"block/{layer.name}" not in layout.slices:
-        return np.asarray(outputs.sum(axis=1) * inputs.sum(axis=1))
-    bits = layout.view_all(genomes, f"block/{layer.name}")
-    return np.einsum("nr,nrc,nc->n", outputs, bits, inputs)
-
-
-def _taps(layout: GenomeLayout, genomes: np.ndarray, node: Node) -> np.ndarray:
-    """`(n,)` taps of a convolution's kernel; 1 of a linear layer."""
-    taps = np.full(len(genomes), math.prod(node.kernel))
-    if node.path not in layout.kernels:
-        return taps
-    bits = layout.view_all(genomes, f"kernel/{node.path}")
-    start, taps = 0, np.ones(len(genomes), dtype=int)
-    for size, rings in zip(node.kernel, node.rings, strict=True):
-        taps *= size - 2 * (rings - bits[:, start : start + rings].sum(axis=1))
-        start += rings
-    return taps
-
-
-def _ranks(layout: GenomeLayout, genomes: np.ndarray, layer: Node) -> np.ndarray:
-    """`(n,)` rank that a layer's gene says, infinite where it is full."""
-    counts = layout.view_all(genomes, f"rank/{layer.path}").sum(axis=1)
-    return np.array([*layer.ranks, np.inf])[counts]
 
 
 def _worth(layout: GenomeLayout, genomes: np.ndarray, name: str) -> np.ndarray:
@@ -158,6 +71,36 @@ def _worth(layout: GenomeLayout, genomes: np.ndarray, name: str) -> np.ndarray:
     return np.asarray(layout.view_all(genomes, f"mask/{name}") @ group.importance / total)
 
 
+class _Model:
+    """Ridge regression of what lines in single features do not explain.
+
+    Args:
+        known: `(n, k)` features.
+        targets: `(n, m)`.
+        offsets: by target, the feature in which a line is fitted first, without any ridge: an
+            estimate from the tables.
+    """
+
+    def __init__(self, known: np.ndarray, targets: np.ndarray, offsets: dict[int, int]) -> None:
+        self.lines = {
+            target: (column, np.polyfit(known[:, column], targets[:, target], 1))
+            for target, column in offsets.items()
+        }
+        self.ridge = make_pipeline(StandardScaler(), RidgeCV(STRENGTHS, alpha_per_target=True))
+        self.ridge.fit(known, targets - self._offset(known, targets.shape[1]))
+
+    def _offset(self, known: np.ndarray, count: int) -> np.ndarray:
+        result = np.zeros((len(known), count))
+        for target, (column, line) in self.lines.items():
+            result[:, target] = np.polyval(line, known[:, column])
+        return result
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Targets `(n, m)`."""
+        found = np.asarray(self.ridge.predict(features))
+        return found + self._offset(features, found.shape[1])
+
+
 class Surrogate:
     """Learns from every scored student and puts offspring in order.
 
@@ -166,14 +109,23 @@ class Surrogate:
             measured one; None before there is any.
     """
 
-    def __init__(self, layout: GenomeLayout) -> None:
-        self.layout = layout
+    def __init__(
+        self, layout: GenomeLayout, tables: Tables | None = None, latency: int | None = None
+    ) -> None:
+        """Knows nothing yet but the tables.
+
+        Args:
+            layout: of the teacher.
+            tables: what it begins with; None for none.
+            latency: the place of the latency among the objectives; None if it is none of them.
+        """
+        self.layout, self.tables, self.latency = layout, tables, latency
         self.correlation: float | None = None
         self._known: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         self._allowed: list[bool] = []
         # Of all that is known; computed when it is asked.
-        self._model: Pipeline | None = None
+        self._model: _Model | None = None
         self._front: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -192,13 +144,23 @@ class Surrogate:
         odds = _odds(values[:, 0])
         if self._model is None:
             targets = np.column_stack([odds, _logarithmic(values)[:, 1:]])
-            self._model = make_pipeline(StandardScaler(), RidgeCV(STRENGTHS, alpha_per_target=True))
-            self._model.fit(np.array(self._known), targets)
-        found = self._model.predict(features(self.layout, genomes))
+            offsets = {} if self.tables is None else {0: -2}
+            if self.tables is not None and self.latency is not None:
+                offsets[self.latency] = -1
+            self._model = _Model(np.array(self._known), targets, offsets)
+        found = self._model.predict(self._features(genomes))
         # No better than the best so far, the teacher: beyond is where the model is least to be
         # trusted, and where more counts for nothing.
         errors = 1.0 / (1.0 + np.exp(np.minimum(found[:, 0], odds.max())))
         return np.column_stack([errors, np.exp2(found[:, 1:])]).round(6)
+
+    def _features(self, genomes: np.ndarray) -> np.ndarray:
+        """Features `(n, k)`; the last two are the tables' error and ms, if there are tables."""
+        found = features(self.layout, genomes)
+        if self.tables is None:
+            return found
+        errors, times = self.tables.estimate(self.layout, genomes)
+        return np.column_stack([found, np.log2(errors + LEAST_ERROR), np.log2(times)])
 
     def learn(
         self,
@@ -223,7 +185,7 @@ class Surrogate:
         if predicted is not None and np.ptp(predicted[:, 0]) and np.ptp(values[:, 0]):
             self.correlation = float(spearmanr(predicted[:, 0], values[:, 0]).statistic)
         if len(genomes):
-            self._known += list(features(self.layout, genomes))
+            self._known += list(self._features(genomes))
             self._values += list(values)
             self._allowed += list(allowed)
             self._model = self._front = None

@@ -56,7 +56,7 @@ def check_provider(provider: str) -> None:
     installed = onnxruntime.get_available_providers()
     if provider not in installed:
         raise UserError(
-            f"--provider {provider} is not in this ONNX Runtime; expected one of "
+            f"the provider {provider} is not in this ONNX Runtime; expected one of "
             f"{', '.join(installed)}: choose one of them, or install the onnxruntime package that "
             "brings it"
         )

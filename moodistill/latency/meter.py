@@ -22,6 +22,7 @@ from moodistill.pareto.evaluation import Latency
 RESAMPLES = 400
 STOP_SECONDS = 5.0  # for a worker to leave after its stdin closed
 CONFIRMED_ROUNDS = 64  # so that a 90th percentile means something
+PROFILED_RUNS = 15  # the first of which warm up
 CONFIRMED_TOGETHER = 16  # models in one window of a confirmation
 
 
@@ -221,16 +222,32 @@ class LatencyMeter:
             )
         request: dict[str, Any] = {"op": "measure", "target": target, "max_seconds": max_seconds}
         request |= {"min_rounds": min_rounds, "max_rounds": max_rounds}
-        if self._worker is None or not self._worker.alive:
-            self._discard_worker()
-            self._worker = self._start()
+        worker = self._running()
         with measuring():
-            answer = self._worker.request(request, model, self._allowed_s)
+            answer = worker.request(request, model, self._allowed_s)
         self.rejected_windows += answer["rejected_windows"]
         latency = self._latency(answer["samples_ms"], answer["reference_ms"])
         if key is not None:
             self._cache[key] = latency
         return latency
+
+    def profile(self, model: bytes, runs: int = PROFILED_RUNS) -> tuple[list[list[float]], float]:
+        """Times of a model's layers, as `latency.profile.layer_times` has them, and of the rest.
+
+        Raises:
+            LatencyError: if the model cannot be run or its worker died or timed out.
+        """
+        worker = self._running()
+        with measuring():
+            answer = worker.request({"op": "profile", "runs": runs}, model, self._allowed_s)
+        return answer["layers"], answer["rest_ms"]
+
+    def _running(self) -> _WorkerProcess:
+        """The worker, a new one if it has ended."""
+        if self._worker is None or not self._worker.alive:
+            self._discard_worker()
+            self._worker = self._start()
+        return self._worker
 
     def confirm(
         self,

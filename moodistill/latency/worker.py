@@ -14,10 +14,14 @@ import os
 import signal
 import struct
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from moodistill.latency.profile import layer_times
 
 # What every session runs with, apart from the number of threads and the batch.
 SESSION_CONFIG = {"session.intra_op.allow_spinning": "0"}
@@ -63,9 +67,18 @@ class TimedModel:
     """
 
     def __init__(
-        self, model: bytes, input_shape: list[int], threads: int, batch: int, provider: str = CPU
+        self,
+        model: bytes,
+        input_shape: list[int],
+        threads: int,
+        batch: int,
+        provider: str = CPU,
+        profile: str | None = None,
     ) -> None:
-        """Load the model and warm it up; it may take float or uint8 pixels."""
+        """Load the model and warm it up; it may take float or uint8 pixels.
+
+        `profile` is what the name of a file of its operations' times begins with.
+        """
         import onnxruntime  # here, so that the meter does not load it along with this module
 
         options = onnxruntime.SessionOptions()
@@ -77,6 +90,9 @@ class TimedModel:
         options.add_free_dimension_override_by_name("batch", batch)
         for key, value in SESSION_CONFIG.items():
             options.add_session_config_entry(key, value)
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = profile
         # What the provider lacks runs on the CPU, as it would on the device.
         providers = list(dict.fromkeys((provider, CPU)))
         self._session = onnxruntime.InferenceSession(model, options, providers=providers)
@@ -98,6 +114,10 @@ class TimedModel:
         for _ in range(self.repeats):
             run(outputs, feed)
         return (time.perf_counter_ns() - start) / 1e6 / self.repeats
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the profile recorded, which ends with this call."""
+        return json.loads(Path(self._session.end_profiling()).read_bytes())
 
     def warm_up(self) -> None:
         """Run until the times settle (three runs at least), then choose `repeats`."""
@@ -180,6 +200,15 @@ class Worker:
         times, rejected = self._steady(models, request)
         return {"times_ms": times.tolist(), "rejected_windows": rejected}
 
+    def profile(self, request: dict[str, Any], body: bytes) -> dict[str, Any]:
+        """Times of one model's layers."""
+        with tempfile.TemporaryDirectory() as folder:
+            timed = TimedModel(body, **self._settings, profile=str(Path(folder) / "profile"))
+            for _ in range(request["runs"]):
+                timed.time_ms()
+            rows, rest = layer_times(timed.events())
+        return {"layers": rows, "rest_ms": rest}
+
     def _steady(self, models: list[TimedModel], request: dict[str, Any]) -> tuple[np.ndarray, int]:
         """Times `(models, rounds)` of the first window with a steady reference.
 
@@ -223,7 +252,10 @@ def main() -> None:
     gc.disable()
     while (message := read_message(requests)) is not None:
         request, body = message
-        handle = {"start": worker.start, "measure": worker.measure, "confirm": worker.confirm}
+        handle = {
+            "start": worker.start, "measure": worker.measure, "confirm": worker.confirm,
+            "profile": worker.profile,
+        }  # fmt: skip
         try:
             answer = handle[request["op"]](request, body)
         except Exception as error:  # ONNX Runtime has an exception class for every status

@@ -194,7 +194,7 @@ def _candidates(rows: Sequence[FrontRow]) -> list[FrontRow]:
     if not found:
         raise UserError(
             "the front holds no student, only the teacher; expected searched or distilled rows: "
-            "let the search finish with --resume"
+            "resume the run and let its search finish"
         )
     return found
 

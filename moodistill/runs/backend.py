@@ -64,6 +64,7 @@ class Timing:
         teacher_latencies_ms: the teacher's calibrated ms by device, which a resumed run keeps as
             its scale.
         devices: fingerprints by name; the first one's latency is the objective.
+        profile: times of a model's layers (`latency.profile`), on the first device.
         here: times one model in this process; None where other devices do.
         there: the cluster's devices; None where this machine times.
     """
@@ -72,6 +73,7 @@ class Timing:
     teacher_latency_ms: float
     teacher_latencies_ms: dict[str, float]
     devices: dict[str, dict[str, Any]]
+    profile: Callable[[bytes], tuple[list[list[float]], float]]
     here: Callable[[bytes, str], Latency] | None = None
     there: DeviceMeters | None = None
 
@@ -136,7 +138,7 @@ def _time_here(
         teacher_latency_ms=(calibrated or {}).get(HERE),
     )
     scale, device = meter.teacher_latency_ms, device_fingerprint(config.latency)
-    return Timing(meter, scale, {HERE: scale}, {HERE: device}, here=meter.measure)
+    return Timing(meter, scale, {HERE: scale}, {HERE: device}, meter.profile, here=meter.measure)
 
 
 def _time_there(
@@ -155,6 +157,7 @@ def _time_there(
         meter.teacher_latency_ms,
         {name: one.teacher_latency_ms for name, one in meter.meters.items()},
         {name: one.device for name, one in meter.meters.items()},
+        meter.profile,
         there=meter,
     )
 
@@ -168,8 +171,13 @@ def _backend(
 ) -> Backend:
     """This process, or the cluster's workers side by side."""
     if cluster is None:
-        executor = SerialExecutor(Evaluator(context, config.recipe, timing.here).evaluate)
-        return Backend(timing, executor, distil_here(context, config.recipe, config.distill))
+        step = config.search.simd_step
+        evaluator = Evaluator(context, config.recipe, timing.here, step)
+        return Backend(
+            timing,
+            SerialExecutor(evaluator.evaluate),
+            distil_here(context, config.recipe, config.distill),
+        )
     from moodistill.cluster.executor import DaskExecutor, distil_there
 
     setup = _setup(context, config, places, cluster)

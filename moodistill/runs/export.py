@@ -35,10 +35,10 @@ from moodistill.storage.folder import RESULT_FILE, RUN_FILE, STUDENTS, read_run,
 from moodistill.storage.searched import student_id
 from moodistill.storage.store import Store
 from moodistill.student.accuracy import student_accuracy
-from moodistill.student.builder import Student
 from moodistill.student.context import load_context, weights_digest
 from moodistill.student.evaluator import make_student
 from moodistill.student.file import load_student
+from moodistill.student.network import Student
 from moodistill.teacher.graph import trace
 from moodistill.teacher.task import Task
 

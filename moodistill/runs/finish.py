@@ -38,15 +38,18 @@ def finish(session: Session, searched: Searched) -> Confirmed:
         UserError: if one of `session.students` could not be distilled.
         LatencyError: if the latencies could not be measured again.
     """
-    finalists = distil(session, searched)
-    twins = quantise(session, searched, finalists) if session.config.int8.wanted else {}
+    with session.timed("finalists"):
+        finalists = distil(session, searched)
+    with session.timed("INT8"):
+        twins = quantise(session, searched, finalists) if session.config.int8.wanted else {}
     measure_teacher(session.accuracies, session.context, default_cache_dir())
     offered = [*finalists, *(twin.student for twin in twins.values() if not twin.refused)]
     shipped = {name: session.student_folder(name) / MODEL_FILE for name in offered}
-    confirmed = confirm(
-        session.folder, searched, shipped, session.context, session.backend.timing.meter,
-        session.reporter,
-    )  # fmt: skip
+    with session.timed("latency"):
+        confirmed = confirm(
+            session.folder, searched, shipped, session.context, session.backend.timing.meter,
+            session.reporter,
+        )  # fmt: skip
     for name, twin in twins.items():
         judge(session, twin, name, confirmed)
     return confirmed

@@ -45,6 +45,7 @@ def write_results(session: Session, status: str, confirmed: Confirmed) -> None:
     write_status(session, status, changes)
     write_report(session.folder, session.store, rows)
     _draw_structures(session, searched)
+    session.tell(f"time: {_times(session.seconds)}")
 
 
 def _confirmed_before(session: Session, searched: Searched) -> Confirmed:
@@ -106,15 +107,31 @@ def _tell(
         )
 
 
+def _times(seconds: Mapping[str, float]) -> str:
+    """Stages with what they took, and the sum."""
+    parts = [f"{name} {_minutes(value)}" for name, value in seconds.items()]
+    return f"{', '.join(parts)}; in all {_minutes(sum(seconds.values()))}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
 def write_status(session: Session, status: str, changes: Changes) -> None:
     """Write into `run.json` how the run ended."""
     stored = read_run(session.folder)
+    before = stored.get("seconds", {})
     if session.students:  # of a run whose search has ended, however this one did
         status = str(stored.get("status")).replace("running", "interrupted")
     stored.update(
         status=status,
         rejected_latency_windows=session.backend.timing.meter.rejected_windows,
         changed_by_confirmation=changes,
+        # Of a resumed run those of all its parts.
+        seconds={
+            name: round(session.seconds.get(name, 0.0) + before.get(name, 0.0), 1)
+            for name in {**before, **session.seconds}
+        },
     )
     write_run(session.folder, stored)
 

@@ -178,7 +178,8 @@ def _work(session: Session) -> Ending:
         searched = usable_students(session)
         confirmed = finish(session, searched)
         # A step of its own: interrupted in it, the rows still have the latencies measured again.
-        score_front(session, searched, confirmed)
+        with session.timed("front"):
+            score_front(session, searched, confirmed)
         return Ending("finished", confirmed)
     except LatencyError as error:
         # Everything else of the finalists is on disk: their rows are written before it is said.

@@ -9,6 +9,7 @@ from moodistill.evolution.surrogate import TRUSTED
 from moodistill.progress import Stage
 from moodistill.runs.estimate import estimate_seconds
 from moodistill.runs.session import Session
+from moodistill.runs.tables import run_tables
 
 SHOWN = 10  # students in the live table
 
@@ -37,9 +38,16 @@ def announce(session: Session) -> None:
 def search(session: Session) -> None:
     """Evaluate all generations; those that are in the store are answered from it."""
     config = session.config.search
-    searching = Search(session.context.layout, config, session.store, session.backend.executor)
+    with session.timed("tables"):
+        tables = run_tables(session)
+    searching = Search(
+        session.context.layout, config, session.store, session.backend.executor, tables=tables
+    )
     total = config.population * config.generations
-    with session.reporter.stage("searching", total, "student") as stage:
+    with (
+        session.timed("search"),
+        session.reporter.stage("searching", total, "student") as stage,
+    ):
         listener = _Listener(session, stage)
         for progress in searching.run():
             listener.hear(progress)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ class Session:
         students: names of those that alone are to be distilled, of a search that has ended; empty
             for the run itself.
         accuracies: on all held-out images, as far as they are known.
+        seconds: what each stage took in this process, in their order.
     """
 
     folder: Path
@@ -41,6 +44,7 @@ class Session:
     reporter: Reporter
     students: tuple[str, ...] = ()
     accuracies: Accuracies = field(init=False)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = Accuracies(self.folder / "accuracies.json")
@@ -58,6 +62,15 @@ class Session:
     def student_folder(self, name: str) -> Path:
         """Where a student's files are."""
         return student_folder(self.folder, name)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the seconds of a block to those of a stage, however it ends."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
 
     def tell(self, text: str) -> None:
         """Say something that nobody may be there to hear any more."""

@@ -64,10 +64,10 @@ def new_run_folder(out: Path, locked: bool = False) -> Path:
             if locked:
                 remove_orphans(out)
         elif out.exists():
-            raise UserError(f"{out} exists; continue it with --resume or give another --out")
+            raise UserError(f"{out} exists; resume it, or give another `out`")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out} cannot be made ({error}); give another --out") from error
+        raise UserError(f"{out} cannot be made ({error}); give another `out`") from error
     return out
 
 

@@ -39,7 +39,7 @@ def _guard(path: Path, *also: type[Exception]) -> Iterator[None]:
     except (sqlite3.DatabaseError, OSError, UnicodeDecodeError) + also as error:
         raise UserError(
             f"{path} cannot be used ({error}); if it is damaged, restore it from a copy or search "
-            "again with another --out; if not, check the disk's space and permissions"
+            "again in another folder; if not, check the disk's space and permissions"
         ) from error
 
 
@@ -85,7 +85,7 @@ def _take_lock(folder: Path) -> int:
         os.close(lock)
         raise UserError(
             f"{folder} is being written by process {holder or '(unknown)'}; "
-            "wait until it ends, stop it, or give another --out"
+            "wait until it ends, stop it, or take another folder"
         )
     _held_locks.add(lock)
     _write_holder(lock, f" {os.getpid()}\n")

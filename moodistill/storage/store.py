@@ -43,7 +43,7 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """
 _WHY_DIVERGED = (
     "the code, a library or a setting changed since: resume with the versions in run.json, or "
-    "start anew with another --out"
+    "start anew in another folder"
 )
 
 
@@ -93,7 +93,7 @@ class Store:
         try:
             database = folder / DATABASE
             if database.exists():
-                raise UserError(f"{database} exists; continue it with --resume")
+                raise UserError(f"{database} exists; resume its run, or take another folder")
             with _guard(database):
                 _make_database(database)
                 connection = _connect(database, readonly=False)

@@ -59,7 +59,7 @@ def load_context(
     """
     path = task.weights
     if not path.is_file():
-        advice = f", or train them with: moodistill teacher --model {task.name}"
+        advice = ", or train them first with: moodistill teacher"
         raise UserError(
             f"teacher weights {path} do not exist; give their file as `weights`"
             + (advice if task.train else "")

@@ -18,10 +18,11 @@ from moodistill.onnx.memory import peak_memory_bytes
 from moodistill.onnx.runtime import onnx_accuracy
 from moodistill.onnx.writer import structure_hash, to_onnx
 from moodistill.pareto.evaluation import Evaluation, Latency
-from moodistill.student.builder import Student, build_student
+from moodistill.student.builder import build_student
 from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
-from moodistill.teacher.graph import Layer
+from moodistill.student.network import Student
+from moodistill.teacher.kernels import Layer
 
 Measure = Callable[[bytes, str], Latency]
 
@@ -32,11 +33,9 @@ class Recipe:
 
     Attributes:
         validation_images: the first so many of the search-validation split.
-        simd_step: widths are whole multiples of it.
         time_limit_s: a student that takes longer is a failed one.
     """
 
-    simd_step: int = 8
     validation_images: int = 1000
     time_limit_s: float = 600.0
     inherit: InheritConfig = field(default_factory=InheritConfig)
@@ -79,13 +78,16 @@ class Evaluator:
     """Scores genomes of one teacher by one recipe.
 
     `measure(onnx_bytes, structure_hash)` gives the latency: `LatencyMeter.measure`, or a recorded
-    table in tests; None where it is measured elsewhere.
+    table in tests; None where it is measured elsewhere. Widths are whole multiples of `simd_step`.
     """
 
-    def __init__(self, context: TeacherContext, recipe: Recipe, measure: Measure | None) -> None:
+    def __init__(
+        self, context: TeacherContext, recipe: Recipe, measure: Measure | None, simd_step: int
+    ) -> None:
         self.context = context
         self.recipe = recipe
         self.measure = measure
+        self.simd_step = simd_step
         self.validation = context.data.validation.head(recipe.validation_images)
 
     def evaluate(self, genome: np.ndarray) -> Evaluation:
@@ -95,7 +97,7 @@ class Evaluator:
     def score(self, genome: np.ndarray) -> Scored:
         """Score one genome, without a latency if there is no `measure`; never raises."""
         layout = self.context.layout
-        genome, structure = settled(layout, genome, self.recipe.simd_step)
+        genome, structure = settled(layout, genome, self.simd_step)
         digest, packed = layout.digest(genome), layout.pack(genome)
         seconds: dict[str, float] = {}
         summary = ""

@@ -14,7 +14,8 @@ from moodistill.genome.canonical import canonical
 from moodistill.genome.layout import GenomeLayout, Group
 from moodistill.io.cache import content_digest
 from moodistill.io.tensorfile import read_safetensors, save_atomic
-from moodistill.student.builder import Student, build_student
+from moodistill.student.builder import build_student
+from moodistill.student.network import Student
 from moodistill.teacher.blocks import skeleton
 from moodistill.teacher.graph import TeacherGraph, trace
 from moodistill.version import __version__

@@ -8,18 +8,20 @@ EagleEye, Li et al. 2020).
 from __future__ import annotations
 
 import operator
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from moodistill.student.builder import Student
+from moodistill.student.network import Student
+from moodistill.student.slicing import Unit
 from moodistill.student.solve import InheritConfig, Mode, solve_unit, write_solution
 from moodistill.teacher.graph import TeacherGraph
 from moodistill.teacher.operations import NORMS
 from moodistill.teacher.samples import TeacherSamples
 
-__all__ = ["InheritConfig", "Mode", "inherit"]
+__all__ = ["InheritConfig", "Mode", "Walk", "inherit"]
 
 
 @torch.no_grad()
@@ -34,51 +36,94 @@ def inherit(
     Returns:
         Paths of modules whose solve was not finite: they keep their sliced weights.
     """
-    config = config or InheritConfig()
-    unsolved: list[str] = []
-    units = {unit.target: unit for unit in student.units}
-    norms = {norm.target for norm in student.norms}
-    values: dict[fx.Node, torch.Tensor] = {}
-    called: set[str] = set()
-    last_use = _last_uses(student.module.graph)
+    walk = Walk(student, graph, samples, config or InheritConfig())
+    walk.run()
+    return tuple(walk.unsolved)
 
-    def read(argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda node: values[node])
 
-    for node in student.module.graph.nodes:
+class Walk:
+    """One pass of the calibration images over a student's graph, which is solved on the way.
+
+    Attributes:
+        unsolved: paths of modules whose solve was not finite: they keep their sliced weights.
+        values: what is held of the pass, by node name.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        graph: TeacherGraph,
+        samples: TeacherSamples,
+        config: InheritConfig,
+    ) -> None:
+        self.student, self.graph, self.samples, self.config = student, graph, samples, config
+        self.units = {unit.target: unit for unit in student.units}
+        self.norms = {norm.target for norm in student.norms}
+        self.unsolved: list[str] = []
+        self.values: dict[str, Any] = {}
+        self._called: set[str] = set()
+
+    def run(
+        self,
+        known: Mapping[str, torch.Tensor] | None = None,
+        solved: Container[str] | None = None,
+        keep: bool = False,
+    ) -> Any:
+        """The student's output for the calibration images.
+
+        Args:
+            known: values by node name that are the same in this student and need no computing.
+            solved: targets of the units that are solved; None for all.
+            keep: whether all values are held in `values` at the end; else each goes with its last
+                use.
+        """
+        module = self.student.module
+        self.values = dict(known or {})
+        last_use = {} if keep else _last_uses(module.graph)
+        for node in module.graph.nodes:
+            if node.op == "output":
+                return self._read(node.args[0])
+            if node.name not in self.values:
+                self.values[node.name] = self._value(node, solved)
+            for done in last_use.get(node, ()):
+                self.values.pop(done.name, None)
+        raise AssertionError("a graph without an output")
+
+    def _read(self, argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda node: self.values[node.name])
+
+    def _value(self, node: fx.Node, solved: Container[str] | None) -> Any:
+        """What a node gives; a unit that is to be solved is solved first."""
         if node.op == "placeholder":
             # Convolutions run up to twice as fast on maps whose channels lie together.
-            pictures = samples.images.ndim == 4
+            images = self.samples.images
+            pictures = images.ndim == 4
             layout = torch.channels_last if pictures else torch.contiguous_format
-            values[node] = samples.images.contiguous(memory_format=layout)
-        elif node.op == "output":
-            break
-        elif node.op == "get_attr":
-            values[node] = operator.attrgetter(str(node.target))(student.module)
-        elif node.op == "call_module":
-            module = student.module.get_submodule(str(node.target))
-            arguments, keywords = read((node.args, node.kwargs))
-            unit = units.get(str(node.target))
-            if unit is not None and config.mode != "slice" and unit.target not in called:
-                called.add(unit.target)
-                solution = solve_unit(unit, arguments[0], student, graph, samples, config)
-                if solution is not None and not write_solution(unit, student.module, solution):
-                    unsolved.append(unit.target)
-            known = str(node.target) in norms
-            if known:
-                values[node] = _recalibrated(module, arguments[0])
-            else:  # what is left whole may have several arguments
-                values[node] = module(*arguments, **keywords)
-        else:
-            arguments, keywords = read(node.args), read(node.kwargs)
-            if node.op == "call_function":
-                values[node] = node.target(*arguments, **keywords)
-            else:
-                first, *rest = arguments
-                values[node] = getattr(first, str(node.target))(*rest, **keywords)
-        for done in last_use.get(node, ()):
-            del values[done]
-    return tuple(unsolved)
+            return images.contiguous(memory_format=layout)
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.student.module)
+        arguments, keywords = self._read(node.args), self._read(node.kwargs)
+        if node.op == "call_module":
+            target = str(node.target)
+            module = self.student.module.get_submodule(target)
+            if target in self.units and (solved is None or target in solved):
+                self._solve(self.units[target], arguments[0])
+            if target in self.norms:
+                return _recalibrated(module, arguments[0])
+            return module(*arguments, **keywords)  # what is left whole may have several arguments
+        if node.op == "call_function":
+            return node.target(*arguments, **keywords)  # type: ignore[operator]
+        first, *rest = arguments
+        return getattr(first, str(node.target))(*rest, **keywords)
+
+    def _solve(self, unit: Unit, source: torch.Tensor) -> None:
+        """Solve a unit where it is first called."""
+        if self.config.mode == "slice" or unit.target in self._called:
+            return
+        self._called.add(unit.target)
+        solution = solve_unit(unit, source, self.student, self.graph, self.samples, self.config)
+        if solution is not None and not write_solution(unit, self.student.module, solution):
+            self.unsolved.append(unit.target)
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

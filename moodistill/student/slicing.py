@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from moodistill.errors import UserError
-from moodistill.teacher.graph import Layer
-from moodistill.teacher.kernels import Conv, padding_of
+from moodistill.teacher.kernels import Conv, Layer, padding_of
 from moodistill.teacher.operations import NORMS
 from moodistill.teacher.plain import copied
 
@@ -64,6 +63,15 @@ class GroupedSlice:
     inputs: np.ndarray
     outputs: np.ndarray
     taps: tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class NormSlice:
+    """One BatchNorm of the student: its path, the teacher's path, the channels."""
+
+    target: str
+    norm: str
+    channels: np.ndarray
 
 
 def centred(kernel: Sequence[int], kept: Sequence[int] | None) -> tuple[slice, ...]:

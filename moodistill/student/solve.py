@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from moodistill.student.builder import Student
+from moodistill.student.network import Student
 from moodistill.student.patches import as_kernel, as_matrix, output_size, sample_patches
 from moodistill.student.regression import reduce_rank, regress, solve_exactly
 from moodistill.student.slicing import Unit, low_rank, tapped
-from moodistill.teacher.graph import Layer, TeacherGraph
-from moodistill.teacher.kernels import Conv, padding_of
+from moodistill.teacher.graph import TeacherGraph
+from moodistill.teacher.kernels import Conv, Layer, padding_of
 from moodistill.teacher.samples import TeacherSamples, as_map, sample_pixels, sample_positions
 
 Mode = Literal["slice", "student", "patches"]

@@ -18,13 +18,13 @@ from torch import fx, nn
 from moodistill.errors import UserError
 from moodistill.teacher.channel_flow import Reader
 from moodistill.teacher.channel_groups import Grouping
+from moodistill.teacher.kernels import Layer
 from moodistill.teacher.operations import SUPPORTED
 from moodistill.teacher.recorder import ReadAgain
 from moodistill.teacher.steps import Step
 from moodistill.teacher.tracing import flat_graph
 
 NAMED = 4  # layers for one reason why they cannot be cut
-Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 
 @dataclass(frozen=True, eq=False)

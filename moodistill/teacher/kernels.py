@@ -7,6 +7,7 @@ from torch import nn
 from moodistill.genome.ranks import rank_levels
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = Conv | nn.Linear
 
 
 def padding_of(conv: Conv) -> tuple[int, ...]:
@@ -33,7 +34,7 @@ def rings_of(conv: Conv) -> tuple[int, ...]:
     )
 
 
-def ranks_of(layer: Conv | nn.Linear) -> tuple[int, ...]:
+def ranks_of(layer: Layer) -> tuple[int, ...]:
     """The ranks below the full one that a layer may have; none of a grouped convolution."""
     if isinstance(layer, Conv) and layer.groups > 1:
         return ()

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from moodistill.teacher.rearrange import NEXT_PICTURE, Form
+from moodistill.teacher.rearrange import NEXT_PICTURE, PICTURES, Form
 from moodistill.teacher.recorder import NotUnderstood, Recorder
-from moodistill.teacher.value_tracer import PICTURES
 
 
 class Mover(Recorder):

@@ -23,6 +23,7 @@ REARRANGING_CALLS = (
     "unsqueeze", "unflatten", "movedim", "expand", "contiguous", "clone", "detach",
 )  # fmt: skip
 REARRANGING_MODULES = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle)
+PICTURES = 2  # in the batch that shapes are propagated with: an operation that mixes them shows
 NEXT_PICTURE = 1 << 50  # added to the numbers of a second image
 
 

@@ -12,9 +12,8 @@ from moodistill.errors import UserError
 from moodistill.genome.layout import INPUT
 from moodistill.teacher import operations as ops
 from moodistill.teacher.channel_groups import Channels
-from moodistill.teacher.rearrange import Elements, Form, map_form
+from moodistill.teacher.rearrange import PICTURES, Elements, Form, map_form
 from moodistill.teacher.steps import Step
-from moodistill.teacher.value_tracer import PICTURES
 
 READERS_ASKED = 4  # steps from what is left whole to the layer that says where its channels are
 

@@ -28,8 +28,8 @@ from moodistill.errors import UserError
 from moodistill.teacher.decompose import REPLACED_CALLS, REPLACED_MODULES
 from moodistill.teacher.operations import ACTIVATION_CALLS, ACTIVATIONS, NORMS
 from moodistill.teacher.plain import logits_of
+from moodistill.teacher.rearrange import PICTURES
 
-PICTURES = 2  # in the batch that shapes are propagated with: an operation that mixes them shows
 INPLACE_CALLS = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv,
 )  # fmt: skip

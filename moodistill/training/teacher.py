@@ -92,7 +92,7 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         reason = str(error).splitlines()[0][:120]
         raise UserError(
-            f"--device {device} cannot be used ({reason}); expected cpu or cuda"
+            f"the device {device} cannot be used ({reason}); expected cpu or cuda"
         ) from error
 
 
@@ -131,7 +131,7 @@ class _Training:
         if found.signature != self.signature:
             raise UserError(
                 f"{self.checkpoint} was written by another configuration; delete it or name "
-                "another --out"
+                "another file for the weights"
             )
         found.restore(self.model, self.optimizer.momentum)
         self.start, self.seconds, self.curve = found.step, found.seconds, list(found.curve)

@@ -40,7 +40,7 @@ def main() -> int:
     genomes = sampling._do(None, arguments.students, random_state=np.random.default_rng(0))
     genomes |= context.layout.unsearched(SEARCHED)
     with LatencyMeter(teacher_onnx(context), context.data.input_shape) as meter:
-        evaluator = Evaluator(context, Recipe(simd_step=step), meter.measure)
+        evaluator = Evaluator(context, Recipe(), meter.measure, step)
         done = [evaluator.evaluate(genome) for genome in genomes]
     failed = [one.failure for one in done if one.failure]
     stages = {k: [one.seconds.get(k, 0.0) for one in done] for k in done[0].seconds}

@@ -158,7 +158,7 @@ def main() -> int:
         context.graph.module, context.data, DistillConfig(steps=arguments.steps),
         default_cache_dir(), context.teacher_digest,
     )  # fmt: skip
-    recipe, other = Recipe(simd_step=step), other_seed(context, 1)
+    recipe, other = Recipe(), other_seed(context, 1)
     records = []
     # From the smallest to the largest by turns: what is known early is of students of all sizes.
     turns = np.concatenate([genomes[::-1][start::TURNS] for start in range(TURNS)])

@@ -74,7 +74,7 @@ class Bench:
     ) -> None:
         self.context, self.folder, self.step, self.count = context, folder, step, count
         self.limits = limits
-        self.recipe = Recipe(simd_step=step)
+        self.recipe = Recipe()
 
     def meter(self) -> LatencyMeter:
         """Measures latency, with the teacher's as it was when this folder was begun."""
@@ -132,7 +132,7 @@ class Bench:
                 genomes.append(layout.teacher())
                 sampling.draw(genomes[-1], float(share), rng)
             genomes = [genome | layout.unsearched(SEARCHED) for genome in genomes]
-        evaluator = Evaluator(self.context, recipe, meter.measure)
+        evaluator = Evaluator(self.context, recipe, meter.measure, self.step)
         repair = default_operators(layout, self.step).repair
         for genome in track(repair._do(None, np.array(genomes)), arm, disable=SILENT):
             if len(store) < self.count and store.get(layout.digest(genome)) is None:
@@ -140,7 +140,7 @@ class Bench:
 
     def _search(self, store: Store, meter: LatencyMeter, arm: str, seed: int) -> None:
         layout, recipe = self.context.layout, self.recipe_of(arm)
-        population = 32
+        population = min(32, self.count)
         config = SearchConfig(
             population=population,
             generations=-(-self.count // population),
@@ -159,7 +159,7 @@ class Bench:
             operators = Operators(
                 BinaryRandomSampling(), UniformCrossover(), BitflipMutation(), operators.repair
             )
-        evaluator = Evaluator(self.context, recipe, meter.measure)
+        evaluator = Evaluator(self.context, recipe, meter.measure, self.step)
         search = Search(layout, config, store, SerialExecutor(evaluator.evaluate), operators)
         total = population * config.generations
         for _ in track(search.run(), f"{arm} {seed}", total, disable=SILENT):
@@ -276,7 +276,7 @@ def run(arguments: argparse.Namespace, arms: list[str], records: Records, path: 
     ]
     if missing:
         with bench.meter() as meter:
-            evaluator = Evaluator(context, bench.recipe, meter.measure)
+            evaluator = Evaluator(context, bench.recipe, meter.measure, bench.step)
             teacher = evaluator.evaluate(context.layout.teacher())
             for arm, seed in missing:
                 bench.run(arm, seed, meter)

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from helpers import ROOT, TINY
+from helpers.small import SMALL
 
 from moodistill.storage.lock import writer_lock
 
@@ -113,18 +114,25 @@ def test_resume_of_a_finished_run_changes_nothing_but_carries_on(finished, call,
     assert all((folder / o).read_bytes() == (finished / o).read_bytes() for o in onnx)
 
 
+LONG = ["--model", "digits", "--population", "6", "--generations", "50", "--finalists", "1",
+        "--distill-steps", "5", "--simd-step", "8", "--torch-threads", "1"]  # fmt: skip
+
+
 def start_long_run(folder, cache, arguments=()):
     """A run of many generations; returns once it has scored some students."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "scripts/run_nsga.py", "--model", "digits", "--out", folder,
-         "--population", "6", "--generations", "50", "--finalists", "1", "--distill-steps", "5",
-         *arguments],
+        [sys.executable, SMALL, ROOT / "scripts/run_nsga.py", "--out", folder, *LONG, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "MOODISTILL_CACHE": str(cache)},
         # A background job may inherit an ignored SIGINT; a terminal's program does not.
         preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL)
                             for s in (signal.SIGINT, signal.SIGHUP)],
     )  # fmt: skip
+    wait_for_students(folder)
+    return process
+
+
+def wait_for_students(folder):
     database = folder / "evaluations.sqlite"
     for _ in range(1200):
         time.sleep(0.1)
@@ -135,7 +143,6 @@ def start_long_run(folder, cache, arguments=()):
                         break
             except sqlite3.OperationalError:
                 pass
-    return process
 
 
 def assert_stopped(folder, call):
@@ -147,11 +154,22 @@ def assert_stopped(folder, call):
     assert chosen["student"]["stage"] == "searched"
 
 
-@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_stopped_run_keeps_what_was_found(call, cache, tmp_path, stop):
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGHUP"])
+def test_a_stopped_run_keeps_what_was_found(call, driver, tmp_path, stop):
+    folder = tmp_path / "run"
+    started = driver.start("run", "--out", folder, *LONG)
+    wait_for_students(folder)
+    os.kill(started[0], getattr(signal, stop))
+    done = driver.wait(started)
+    assert done.code == 130, done.stderr
+    assert "Traceback" not in done.stderr and "--resume" in done.stdout + done.stderr
+    assert_stopped(folder, call)
+
+
+def test_a_script_that_a_service_manager_stops_keeps_what_was_found(call, cache, tmp_path):
     folder = tmp_path / "run"
     process = start_long_run(folder, cache)
-    process.send_signal(getattr(signal, stop))
+    process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert "Traceback" not in error and "--resume" in out + error
@@ -195,7 +213,8 @@ def test_bad_input_is_one_line(call, tmp_path, monkeypatch, arguments, words):
 def test_an_existing_run_is_never_overwritten(finished, call):
     before = (finished / "run.json").read_bytes()
     done = call("run", "--model", "digits", "--out", finished, *TINY, code=2)
-    assert "--resume" in done.stderr and (finished / "run.json").read_bytes() == before
+    assert "resume it, or give another --out" in done.stderr
+    assert (finished / "run.json").read_bytes() == before
 
 
 def test_bad_choices_and_exports_are_one_line(finished, call, tmp_path):

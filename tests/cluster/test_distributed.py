@@ -107,7 +107,7 @@ def worker(address, resource, *more):
 
 
 def test_one_process_and_four_workers_find_the_same(digits, four, tmp_path):
-    serial = SerialExecutor(Evaluator(digits, Recipe(), table).evaluate)
+    serial = SerialExecutor(Evaluator(digits, Recipe(), table, 8).evaluate)
     expected = searched(tmp_path / "serial", digits.layout, serial)
     executor = DaskExecutor(four, digits.layout, score_setup(digits), None, table)
     found = searched(tmp_path / "four", digits.layout, executor)
@@ -120,7 +120,7 @@ def test_finalists_are_distilled_on_the_workers(digits, four, tmp_path):
     config = RunConfig.from_dict(json.loads(setup.config))
     config = replace(config, distill=replace(config.distill, steps=3))
     setup = replace(setup, config=json.dumps(asdict(config)))
-    evaluator = Evaluator(digits, config.recipe, table)
+    evaluator = Evaluator(digits, config.recipe, table, 8)
     sampling = DensitySampling(digits.layout, 8)
     genomes = sampling._do(None, 4, random_state=np.random.default_rng(0))[1:]
     students = {f"s{n}": evaluator.evaluate(genome) for n, genome in enumerate(genomes)}
@@ -156,7 +156,7 @@ def test_the_order_of_finishing_changes_nothing(digits, tmp_path):
         def map(self, genomes):
             yield from reversed(list(super().map(genomes)))
 
-    evaluate = Evaluator(digits, Recipe(), table).evaluate
+    evaluate = Evaluator(digits, Recipe(), table, 8).evaluate
     expected = searched(tmp_path / "serial", digits.layout, SerialExecutor(evaluate))
     assert searched(tmp_path / "reversed", digits.layout, Reversed(evaluate)) == expected
 
@@ -248,12 +248,12 @@ def test_latency_on_a_named_device(digits, scheduler, tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "give either --workers"),
-        ({"workers": 2, "scheduler": "tcp://a:1"}, "give either --workers"),
-        ({"workers": 0}, "--workers is 0"),
-        ({"workers": 2, "latency_on": ("edge",)}, "--latency-on names a worker"),
-        ({"scheduler": "tcp://a:1", "latency_on": ("a", "a")}, "--latency-on is 'a,a'"),
-        ({"scheduler": "tcp://a:1", "latency_on": ("a b",)}, "--latency-on is 'a b'"),
+        ({}, "give either `workers`"),
+        ({"workers": 2, "scheduler": "tcp://a:1"}, "give either `workers`"),
+        ({"workers": 0}, "`workers` is 0"),
+        ({"workers": 2, "latency_on": ("edge",)}, "`latency_on` names a worker"),
+        ({"scheduler": "tcp://a:1", "latency_on": ("a", "a")}, "`latency_on` is 'a,a'"),
+        ({"scheduler": "tcp://a:1", "latency_on": ("a b",)}, "`latency_on` is 'a b'"),
         ({"scheduler": "tcp://a:1", "latency_on": ("a",), "worst_latency": True}, "several"),
         ({"scheduler": "tls://a:1", "tls_ca": "x"}, "TLS needs all three"),
         ({"scheduler": "tls://a:1"}, "tls://a:1 asks for certificates"),

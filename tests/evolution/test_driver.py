@@ -190,7 +190,9 @@ def test_failures_that_repeat_stop_the_run_and_lose_nothing(tmp_path):
     count = iter(range(1000))
     store, search = make(tmp_path / "a", CONFIG, lambda g: recorded(g, fail=next(count) >= 20))
     with store:
-        with pytest.raises(RepeatedFailure, match="8 students in a row failed alike.*--resume"):
+        with pytest.raises(
+            RepeatedFailure, match="8 students in a row failed alike.*mend the cause and resume"
+        ):
             list(search.run())
         assert len(store) == 28
     store, search = make(tmp_path / "a", CONFIG)

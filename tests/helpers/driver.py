@@ -213,18 +213,22 @@ def _child(request):
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         os.environ.update(request["environment"])
+        # A background job may inherit an ignored SIGINT; a terminal's program does not.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         if request["file_limit"] is not None:
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], hard))
         _planned.update(request["plan"])
+        from small import make_small
+
         from moodistill import cli
         from moodistill.runs import backend as scoring
         from moodistill.student import evaluator as recipe
-        from moodistill.teacher import samples as statistics
 
         # An evaluation of a tenth of a second; `run.json` says so, and a resume reads it there.
-        statistics.CalibrationConfig.__init__.__defaults__ = (96, 1500, 500, 0)
-        recipe.Recipe.__init__.__defaults__ = (8, 100, *recipe.Recipe.__init__.__defaults__[2:])
+        make_small()
+        recipe.Recipe.__init__.__defaults__ = (100, *recipe.Recipe.__init__.__defaults__[1:])
         if request["recorded"]:
             scoring.LatencyMeter = RecordedMeter
         install_points()

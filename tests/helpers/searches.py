@@ -13,17 +13,26 @@ def chain_layout(layers: int = 6, channels: int = 64) -> GenomeLayout:
     """A plain chain of convolutions behind an input of 3 channels, 10 outputs."""
     rng = np.random.default_rng(0)
     groups = {INPUT: Group(INPUT, np.zeros(3, int), np.zeros(3), True)}
-    nodes = [Node("x", "input", (), (INPUT,))]
+    nodes = [Node("x", "input", (), (INPUT,), lanes=(1,))]
     for index in range(layers):
         name = f"conv{index}"
         block = np.arange(channels) * 4 // channels
         groups[name] = Group(name, block, rng.random(channels))
         energy = rng.random((4, groups[nodes[-1].groups[0]].blocks))
         nodes.append(
-            Node(name, "layer", (nodes[-1].name,), (name,), nodes[-1].groups, index > 0, energy)
+            Node(
+                name,
+                "layer",
+                (nodes[-1].name,),
+                (name,),
+                nodes[-1].groups,
+                index > 0,
+                energy,
+                lanes=(1,),
+            )  # fmt: skip
         )
     groups["head"] = Group("head", np.zeros(10, int), np.zeros(10), True)
-    nodes.append(Node("head", "layer", (nodes[-1].name,), ("head",), nodes[-1].groups))
+    nodes.append(Node("head", "layer", (nodes[-1].name,), ("head",), nodes[-1].groups, lanes=(1,)))
     nodes.append(Node("output", "output", ("head",), ("head",)))
     return GenomeLayout(groups, tuple(nodes))
 
@@ -56,14 +65,14 @@ def recorded(genome: np.ndarray, fail: bool = False) -> Evaluation:
     )  # fmt: skip
 
 
-def make(folder, config, evaluate=recorded):
+def make(folder, config, evaluate=recorded, tables=None):
     (folder / "run.json").parent.mkdir(parents=True, exist_ok=True)
     if (folder / "evaluations.sqlite").exists():
         store = Store.open(folder)
     else:
         (folder / "run.json").write_text("{}")
         store = Store.create(folder)
-    return store, Search(LAYOUT, config, store, SerialExecutor(evaluate))
+    return store, Search(LAYOUT, config, store, SerialExecutor(evaluate), tables=tables)
 
 
 CONFIG = SearchConfig(

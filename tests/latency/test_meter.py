@@ -306,3 +306,20 @@ def test_probe_on_this_device_is_kept(tmp_path):
     assert probe_simd(None, tmp_path).step == 24
     stored.write_text("{}")
     assert probe_simd(None, tmp_path).step != 24
+
+
+def test_the_profile_names_every_layer_with_its_sizes():
+    with LatencyMeter(convolutions(1), SHAPE) as meter:
+        layers, rest = meter.profile(convolutions(3))
+    # Outputs may be counted in whole blocks of the processor's layout.
+    assert [row[0] for row in layers] == [8, 8, 8] and [row[2] for row in layers] == [9] * 3
+    assert [row[3] for row in layers] == [24 * 24] * 3
+    assert all(row[1] in (8, 16) for row in layers)
+    assert all(row[4] > 0 for row in layers) and rest > 0
+
+
+def test_a_profile_of_what_cannot_be_run_leaves_the_meter_usable():
+    with LatencyMeter(convolutions(1), SHAPE) as meter:
+        with pytest.raises(LatencyError):
+            meter.profile(b"no model")
+        assert meter.profile(convolutions(1))[0]

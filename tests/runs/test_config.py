@@ -39,8 +39,19 @@ def stored():
 def test_a_configuration_comes_back_as_it_was():
     assert RunConfig.from_dict(stored()) == CONFIG
     assert RunConfig.from_dict(asdict(CONFIG)) == CONFIG
-    assert CONFIG.search.simd_step == CONFIG.recipe.simd_step == 4
+    assert CONFIG.search.simd_step == 4
     assert not missing_fields(stored(), RunConfig)
+
+
+def test_the_simd_step_is_stored_once(tmp_path):
+    assert json.dumps(stored()).count('"simd_step": 4') == 1
+    older = stored()
+    older["recipe"]["simd_step"] = 4  # earlier versions said it a second time
+    assert RunConfig.from_dict(older) == CONFIG
+    refuse_older(older, tmp_path)
+    older["recipe"]["simd_step"] = 8
+    with pytest.raises(UserError, match="unknown key 'recipe.simd_step'"):
+        RunConfig.from_dict(older)
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def call(context, folder, monkeypatch):
         def evaluate(genome):
             raise Stop("a new student")
 
-        Evaluator(context, config.recipe, timing.here)
+        Evaluator(context, config.recipe, timing.here, config.search.simd_step)
         SoftTargets(
             context.graph.module, context.data, config.distill, None, context.teacher_digest
         )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import train_on
+from helpers.small import make_small
 from PIL import Image
 from torch import nn
 
@@ -375,7 +376,8 @@ def test_search_from_python(channels, classes, size, tmp_path, monkeypatch):
         metric=half_right,
     )  # fmt: skip
     # The metric gives every student at least 0.5, above the floor of a search.
-    run = moodistill.search(network, split(64), split(64), split(32), **settings)
+    parts = split(64), split(64), split(32)
+    run = moodistill.search(network, *parts, **settings)
     assert [row.stage for row in run.front].count("distilled") == 1
     assert all(0.5 <= row.validation_accuracy <= 1 for row in run.front)
     chosen = run.choose(knee=True)
@@ -389,7 +391,7 @@ def test_search_from_python(channels, classes, size, tmp_path, monkeypatch):
         run.student("s9999")
     other = {**settings, "metric": other_metric}
     with pytest.raises(UserError, match="metric"):
-        moodistill.search(network, split(64), split(64), split(32), **other)
+        moodistill.search(network, *parts, **other)
 
 
 class Answer(nn.Module):
@@ -444,9 +446,10 @@ def test_a_run_goes_on_and_opens_again(tmp_path, monkeypatch):
     task = load_task("digits")
     network = load_weights(task.build(), task.weights)
     splits = [(s.images, s.labels) for s in (digits.train, digits.validation, digits.test)]
+    make_small(monkeypatch)
     settings = dict(
-        out=tmp_path / "run", population=8, finalists=1, distill_steps=2, progress="quiet",
-        mean=digits.mean, std=digits.std, int8=moodistill.Int8Config(wanted=False),
+        out=tmp_path / "run", population=4, finalists=1, distill_steps=2, progress="quiet",
+        simd_step=8, mean=digits.mean, std=digits.std, int8=moodistill.Int8Config(wanted=False),
     )  # fmt: skip
     first = moodistill.search(network, *splits, generations=1, **settings)
     more = moodistill.search(network, *splits, generations=2, **settings)

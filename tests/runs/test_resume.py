@@ -160,7 +160,7 @@ def test_one_writer(driver, tmp_path):
         (line,) = done.stderr.splitlines()
         assert f"is being written by process {holder[0]};" in line
     done = driver.call("run", "--out", folder, *TINY_RUN)
-    assert done.code == 2 and "exists; continue it with --resume" in done.stderr
+    assert done.code == 2 and "exists; resume it, or give another --out" in done.stderr
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
     subprocess.run(["kill", "-KILL", str(holder[0])], check=True)
     assert driver.wait(holder).code == -9
@@ -186,7 +186,7 @@ def test_a_latency_process_that_dies_costs_one_student(digits, tmp_path, monkeyp
         latency.LatencyMeter(teacher_onnx(digits), shape, teacher_latency_ms=1.0) as meter,
         Store.create(tmp_path) as store,
     ):
-        evaluator = Evaluator(digits, Recipe(), meter.measure)
+        evaluator = Evaluator(digits, Recipe(), meter.measure, 8)
         config = SearchConfig(population=6, generations=1)
         list(Search(digits.layout, config, store, SerialExecutor(evaluator.evaluate)).run())
         found = store.all()

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from helpers import ROOT
+from helpers.small import make_small
 from scipy.stats import kendalltau
 
 
@@ -19,6 +20,7 @@ def bench(monkeypatch, tmp_path, cache):
     """Runs a script's `main` with options, its results in `tmp_path`; returns its exit code."""
     monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
     monkeypatch.setenv("MOODISTILL_CACHE", str(cache))
+    make_small(monkeypatch)
 
     def run(module, *options):
         monkeypatch.setattr("sys.argv", [module, "--out", str(tmp_path), *map(str, options)])

@@ -306,9 +306,9 @@ def test_no_run_is_a_user_error(tmp_path):
 
 def test_new_run_folder(tmp_path):
     folder = run_folder(tmp_path / "a" / "run", 1)
-    with pytest.raises(UserError, match="exists; continue it with --resume or give another --out"):
+    with pytest.raises(UserError, match="exists; resume it, or give another `out`"):
         new_run_folder(folder)
-    with pytest.raises(UserError, match="exists; continue it with --resume"):
+    with pytest.raises(UserError, match="exists; resume its run"):
         Store.create(folder)
     assert Store.open(folder, readonly=True).all() == [evaluation(0)]
     (tmp_path / "empty").mkdir()
@@ -326,11 +326,11 @@ def test_new_run_folder(tmp_path):
         pass  # a start that was killed before run.json leaves its lock
     assert new_run_folder(tmp_path / "killed").is_dir()
     (folder / "run.json").unlink()  # what was evaluated is not thrown away for a new run
-    with pytest.raises(UserError, match="exists; continue it with --resume"):
+    with pytest.raises(UserError, match="exists; resume it"):
         new_run_folder(folder)
     (tmp_path / "file").write_text("x")
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="another --out"):
+        with pytest.raises(UserError, match="another `out`"):
             new_run_folder(bad)
 
 

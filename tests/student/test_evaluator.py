@@ -18,7 +18,7 @@ TIME = Latency(1.0, 0.9, 1.1, 0.5)
 def test_a_teacher_scores_as_torch_says(digits):
     from moodistill.training.teacher import accuracy
 
-    one = Evaluator(digits, Recipe(), lambda model, key: TIME).evaluate(digits.layout.teacher())
+    one = Evaluator(digits, Recipe(), lambda model, key: TIME, 8).evaluate(digits.layout.teacher())
     assert one.failure is None and one.latency == TIME
     split = digits.data.validation.head(1000)
     assert one.accuracy == accuracy(digits.graph.module, digits.data, split)
@@ -30,7 +30,7 @@ def test_a_teacher_scores_as_torch_says(digits):
 def test_images_that_the_search_has_counted_are_not_counted_again(digits):
     recipe = Recipe(validation_images=70)
     genome = random_genome(digits.layout, np.random.default_rng(1))
-    one = Evaluator(digits, recipe, lambda model, key: TIME).evaluate(genome)
+    one = Evaluator(digits, recipe, lambda model, key: TIME, 8).evaluate(genome)
     module = make_student(digits, genome, recipe).module
     whole = student_accuracy(module, digits.data, digits.data.validation)
     assert inherited_accuracy(module, digits.data, recipe, one.accuracy) == whole
@@ -53,7 +53,7 @@ def test_errors_become_failures(digits, error, words):
         raise error
 
     genome = random_genome(digits.layout, np.random.default_rng(0))
-    one = Evaluator(digits, Recipe(), measure).evaluate(genome)
+    one = Evaluator(digits, Recipe(), measure, 8).evaluate(genome)
     assert one.failure == words and one.latency is None
     assert one.accuracy == 0 and one.parameters > 0 and one.summary
 
@@ -65,7 +65,7 @@ def test_a_student_that_takes_too_long_is_a_failed_one(digits):
     before = signal.getsignal(signal.SIGALRM)
     began = time.monotonic()
     recipe = Recipe(time_limit_s=1.0)
-    one = Evaluator(digits, recipe, measure).evaluate(digits.layout.teacher())
+    one = Evaluator(digits, recipe, measure, 8).evaluate(digits.layout.teacher())
     assert one.failure == "TimeoutError: scoring took longer than 1 s"
     assert time.monotonic() - began < 10
     assert signal.getsignal(signal.SIGALRM) is before
@@ -77,4 +77,4 @@ def test_ctrl_c_is_not_a_failure(digits):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Evaluator(digits, Recipe(), measure).evaluate(digits.layout.teacher())
+        Evaluator(digits, Recipe(), measure, 8).evaluate(digits.layout.teacher())

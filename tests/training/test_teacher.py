@@ -116,7 +116,7 @@ def test_fewer_pictures_than_a_batch_train_too(small, tmp_path):
 
 @pytest.mark.parametrize("device", ["gpu", "meta:3x", "cuda:77"])
 def test_a_device_that_is_not_there_is_refused(small, tmp_path, device):
-    with pytest.raises(UserError, match=f"--device {device} cannot be used"):
+    with pytest.raises(UserError, match=f"the device {device} cannot be used"):
         train_teacher(*small, tmp_path / "t.safetensors", device)
 
 

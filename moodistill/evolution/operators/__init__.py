@@ -5,7 +5,7 @@ from moodistill.evolution.operators.connection_mutation import ConnectionMutatio
 from moodistill.evolution.operators.crossover import LayerCrossover
 from moodistill.evolution.operators.mask_mutation import MaskMutation
 from moodistill.evolution.operators.repair import CanonicalRepair, SeenElimination
-from moodistill.evolution.operators.sampling import DensitySampling
+from moodistill.evolution.operators.sampling import DensitySampling, SeededSampling
 
 __all__ = [
     "CanonicalRepair",
@@ -14,5 +14,6 @@ __all__ = [
     "DensitySampling",
     "LayerCrossover",
     "MaskMutation",
+    "SeededSampling",
     "SeenElimination",
 ]

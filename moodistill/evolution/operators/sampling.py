@@ -13,6 +13,35 @@ from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.ranks import write_rank
 
 
+class SeededSampling(Sampling):
+    """The teacher, then seeds, then what another sampling draws.
+
+    Args:
+        seeds: `(n, n_var)` canonical genomes, at most `share` of the population of which are taken,
+            evenly by their order.
+        others: draws the rest, beginning with the teacher.
+        share: of the population.
+    """
+
+    def __init__(self, seeds: np.ndarray, others: Sampling, share: float) -> None:
+        super().__init__()
+        self.seeds, self.others, self.share = seeds, others, share
+
+    def _do(
+        self,
+        problem: Any,
+        n_samples: int,
+        *args: Any,
+        random_state: np.random.Generator,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """`(n_samples, n_var)` bool."""
+        count = min(len(self.seeds), round(self.share * (n_samples - 1)))
+        taken = np.linspace(0, len(self.seeds) - 1, count).round().astype(int)
+        drawn = self.others._do(problem, n_samples - count, random_state=random_state)
+        return np.vstack([drawn[:1], self.seeds[taken], drawn[1:]])
+
+
 class DensitySampling(Sampling):
     """The teacher, then students whose mean width falls geometrically, `largest` to `smallest`.
 

@@ -1,0 +1,156 @@
+"""The tables of a run: errors of single changes, times of layers on the device that times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moodistill.errors import UserError
+from moodistill.evolution.operators import DensitySampling
+from moodistill.evolution.tables import Errors, LayerTimes, Tables, single_changes
+from moodistill.genome.canonical import canonical
+from moodistill.io.atomic import write_json_atomic
+from moodistill.io.fields import convert
+from moodistill.onnx.writer import to_onnx
+from moodistill.progress import Stage
+from moodistill.runs.session import Session
+from moodistill.student.builder import build_student
+from moodistill.student.changes import ChangeErrors
+from moodistill.student.context import TeacherContext
+from moodistill.teacher.samples import CalibrationConfig, collect_samples
+
+TABLES_FILE = "tables.json"
+PROFILED = 10  # networks of all sizes, whose layers are timed
+CALIBRATION = CalibrationConfig(images=64, pixels=4_000, patches=3_000)
+Profile = Callable[[bytes], tuple[list[list[float]], float]]
+
+
+def run_tables(session: Session) -> Tables | None:
+    """Those in the run's folder, or measured now; None where the search begins without."""
+    search, path = session.config.search, session.folder / TABLES_FILE
+    if not search.seeded:
+        return None
+    if path.exists():
+        return read_tables(path)
+    with session.reporter.stage("tables", 0, "change") as stage:
+        tables = make_tables(
+            session.context,
+            session.backend.timing.profile,
+            search.simd_step,
+            session.context.layout.unsearched(search.connections),
+            stage,
+        )
+    write_tables(path, tables)
+    return tables
+
+
+def make_tables(
+    context: TeacherContext,
+    profile: Profile,
+    step: int,
+    kept: np.ndarray,
+    stage: Stage | None = None,
+) -> Tables:
+    """Measure both tables.
+
+    Args:
+        context: of the teacher.
+        profile: gives the times of a model's layers (`latency.profile.layer_times`).
+        step: SIMD step.
+        kept: `(length,)` bits that are not searched.
+        stage: hears how far it is.
+    """
+    steps = context.graph.steps
+    return Tables(
+        change_errors(context, step, kept, stage),
+        layer_times(context, profile, step, kept),
+        {one.name: one.form.area for one in steps if one.kind in ("layer", "channelwise")},
+    )
+
+
+def change_errors(
+    context: TeacherContext, step: int, kept: np.ndarray, stage: Stage | None = None
+) -> Errors:
+    """Error of every single change, on a few calibration images."""
+    samples = collect_samples(
+        context.graph, context.data, CALIBRATION, None, context.teacher_digest
+    )
+    measure = ChangeErrors(context.graph, context.layout, samples)
+    found: Errors = {}
+    for count, change in enumerate(single_changes(context.layout, step, kept), 1):
+        found.setdefault(change.gene, {})[change.level] = measure.error(change.genome)
+        if stage is not None:
+            stage.update(count)
+    return found
+
+
+def layer_times(
+    context: TeacherContext, profile: Profile, step: int, kept: np.ndarray
+) -> LayerTimes:
+    """Times of layers, fitted to those of a few networks of all sizes."""
+    layout, rng = context.layout, np.random.default_rng(0)
+    sampling = DensitySampling(layout, step)
+    rows: list[list[float]] = []
+    values, rest = [], []
+    for share in np.geomspace(1.0, sampling.smallest, PROFILED):
+        genome = layout.teacher()
+        if share < 1.0:
+            sampling.draw(genome, float(share), rng)
+        student = build_student(context.graph, layout, canonical(layout, genome | kept, step))
+        layers, others = profile(to_onnx(student.module, context.data.input_shape))
+        rows += layers
+        values.append(sum(outputs * pixels for _, outputs, _, pixels, _ in layers))
+        rest.append(others)
+    table = np.array(rows)
+    return LayerTimes.fit(table[:, :4], table[:, 4], np.array(values), np.array(rest))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What `tables.json` holds; errors as `[gene, level, error]`."""
+
+    errors: list[tuple[str, list[int], float]]
+    coefficients: list[float]
+    per_value: float
+    constant: float
+    pixels: dict[str, int]
+
+
+def write_tables(path: Path, tables: Tables) -> None:
+    """Keep the tables: with others a resumed search would breed other students."""
+    times = tables.times
+    write_json_atomic(
+        path,
+        {
+            "errors": [
+                [gene, list(level), error]
+                for gene, levels in tables.errors.items()
+                for level, error in levels.items()
+            ],
+            "coefficients": times.coefficients.tolist(),
+            "per_value": times.per_value,
+            "constant": times.constant,
+            "pixels": tables.pixels,
+        },
+    )
+
+
+def read_tables(path: Path) -> Tables:
+    """The inverse of `write_tables`.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    try:
+        stored = convert(json.loads(path.read_bytes()), _Stored, str(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); expected the tables of the run") from error
+    errors: Errors = {}
+    for gene, level, value in stored.errors:
+        errors.setdefault(gene, {})[tuple(level)] = value
+    times = LayerTimes(np.array(stored.coefficients), stored.per_value, stored.constant)
+    return Tables(errors, times, stored.pixels)
