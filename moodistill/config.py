@@ -312,6 +312,7 @@ def _shown(value: Any) -> str:
 # May be zero.
 _FROM_ZERO = {
     "seed", "min_accuracy", "ridge", "scarce", "hard", "momentum", "weight_decay", "pad",
+    "seeded",
 }  # fmt: skip
 
 

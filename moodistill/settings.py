@@ -215,7 +215,7 @@ class Settings:
     )  # fmt: skip
     connections: tuple[str, ...] | None = _setting(
         LAYERS, "kinds to search: some of kernels, ranks, merges, bypasses, blocks; or none",
-        "search.connections", ("merges", "bypasses"), metavar="KIND,KIND",
+        "search.connections", ("kernels", "ranks", "merges", "bypasses"), metavar="KIND,KIND",
     )  # fmt: skip
     keep: tuple[str, ...] | None = _setting(
         LAYERS,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,13 +16,15 @@ import torch
 from moodistill.genome.canonical import settled
 from moodistill.genome.canonical import summary as describe
 from moodistill.onnx.memory import peak_memory_bytes
-from moodistill.onnx.runtime import onnx_accuracy
+from moodistill.onnx.runtime import outputs
 from moodistill.onnx.writer import structure_hash, to_onnx
 from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.student.builder import build_student
 from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
 from moodistill.student.network import Student
+from moodistill.teacher.answers import logits_of
+from moodistill.teacher.divergence import divergence
 from moodistill.teacher.kernels import Layer
 
 Measure = Callable[[bytes, str], Latency]
@@ -125,8 +128,7 @@ class Evaluator:
                         latency = self.measure(model, key)
                 # Behind the latency: a file that brings ONNX Runtime down does so in its process.
                 with _timed(seconds, "accuracy"):
-                    threads = torch.get_num_threads()
-                    reached = onnx_accuracy(model, self.context.data, self.validation, threads)
+                    reached, apart = self._compared(model)
         except Exception as error:
             # One bad student must not end a search of hours: it becomes a row with a reason.
             lines = str(error).strip().splitlines() or [""]
@@ -138,9 +140,25 @@ class Evaluator:
                 )
             )  # fmt: skip
         made = Evaluation(
-            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary, memory
-        )
+            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary,
+            memory, apart,
+        )  # fmt: skip
         return Scored(made, model, key)
+
+    def _compared(self, model: bytes) -> tuple[float, float]:
+        """The metric of a student's file, and the error of its outputs against the teacher's."""
+        data = self.context.data
+        found = np.concatenate(list(outputs(model, data, self.validation, torch.get_num_threads())))
+        error = divergence(torch.from_numpy(found), self._teacher_answers)
+        return data.score(found, self.validation.labels), error
+
+    @cached_property
+    def _teacher_answers(self) -> torch.Tensor:
+        """What the teacher gives for the images that students are scored on."""
+        context = self.context
+        return torch.from_numpy(
+            logits_of(context.graph.module, context.data, self.validation.images)
+        )
 
 
 @contextmanager

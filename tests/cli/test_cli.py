@@ -115,7 +115,7 @@ def test_resume_of_a_finished_run_changes_nothing_but_carries_on(finished, call,
 
 
 LONG = ["--model", "digits", "--population", "6", "--generations", "50", "--finalists", "1",
-        "--distill-steps", "5", "--simd-step", "8", "--torch-threads", "1"]  # fmt: skip
+        "--distill-steps", "5", "--seeded", "0", "--simd-step", "8", "--torch-threads", "1"]  # fmt: skip
 
 
 def start_long_run(folder, cache, arguments=()):
