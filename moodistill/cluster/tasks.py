@@ -43,7 +43,7 @@ class ScoreSetup:
         config: the run's configuration as JSON.
         teacher_digest, data_digest: of the driver's teacher and data.
         network_digest: of its traced network.
-        data_dir, weights: where to look for them, as on the driver; None for the defaults.
+        data_dir: where to look for a problem's data, as on the driver; None for the default.
         threads: torch's.
     """
 
@@ -53,7 +53,6 @@ class ScoreSetup:
     data_digest: str
     network_digest: str
     data_dir: str | None
-    weights: str | None
     threads: int
 
 
@@ -88,17 +87,13 @@ def _check_version(version: str) -> None:
 def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
     from moodistill.config import RunConfig
     from moodistill.student.context import load_context, use_threads
-    from moodistill.teacher.task import load_task
 
     _check_version(setup.version)
     use_threads(setup.threads)
     config = RunConfig.from_dict(json.loads(setup.config))
-    data_dir, weights = (
-        Path(path) if path is not None else None for path in (setup.data_dir, setup.weights)
-    )
+    data_dir = None if setup.data_dir is None else Path(setup.data_dir)
     try:
-        task = load_task(config.model, config.own)
-        context = load_context(task, data_dir, weights, config.calibration, rules=config.rules)
+        context = load_context(config.task(), data_dir, config.calibration, rules=config.rules)
     except UserError as error:
         raise WorkerMismatch(f"{_name()}: {error}") from error
     network = network_digest(context.graph.module)

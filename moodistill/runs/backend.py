@@ -35,13 +35,21 @@ class Places:
     """What is not part of a run's identity: where data and caches are on this machine, and so on.
 
     Attributes:
-        data_dir, weights: None for the task's own.
+        network: a problem's file, or the module or file and the builder of a teacher, where it is
+            now; None for where the run had it.
+        data: folder of images of a teacher of one's own, likewise.
+        weights: the teacher's, likewise.
+        weights_key: of the set of weights in that file.
+        data_dir: of a problem's data; None for the task's own.
         threads: of torch.
         expected_accuracy: a teacher that falls short of it by more than two points is refused.
     """
 
-    data_dir: Path | None = None
+    network: str | None = None
+    data: Path | None = None
     weights: Path | None = None
+    weights_key: str | None = None
+    data_dir: Path | None = None
     threads: int | None = None
     expected_accuracy: float | None = None
 
@@ -97,7 +105,7 @@ def open_backend(
     Args:
         context: of the teacher, which is the reference.
         config: the run's.
-        places: where workers find data and weights.
+        places: where workers find data.
         calibrated: the teacher's ms by device of an earlier part of the run; None measures.
         cluster: None for this process alone.
 
@@ -195,6 +203,5 @@ def _setup(
         data_digest=context.data.digest,
         network_digest=network_digest(context.graph.module),
         data_dir=None if places.data_dir is None else str(places.data_dir.resolve()),
-        weights=None if places.weights is None else str(places.weights.resolve()),
         threads=places.threads or threads,
     )

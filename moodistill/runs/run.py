@@ -28,6 +28,7 @@ from moodistill.runs.compatibility import (
     least_accuracy,
 )
 from moodistill.runs.finish import finish, score_front, usable_students
+from moodistill.runs.moved import moved_config, new_places
 from moodistill.runs.results import write_results
 from moodistill.runs.search import announce, search
 from moodistill.runs.session import Session
@@ -43,7 +44,7 @@ from moodistill.storage.lock import writer_lock
 from moodistill.storage.store import Store
 from moodistill.student.context import TeacherContext, load_context, use_threads
 from moodistill.teacher.check import check_teacher
-from moodistill.teacher.task import Task, load_task
+from moodistill.teacher.task import Task
 from moodistill.teacher.weights import network_digest
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def start_run(
     task: Task | None = None,
     cluster: Cluster | None = None,
 ) -> Path:
-    """Make the folder `out` and run; returns the folder. `task` None loads `config.model`.
+    """Make the folder `out` and run; returns the folder. `task` None loads the configuration's.
 
     The first thing said is how good the teacher is.
 
@@ -70,7 +71,7 @@ def start_run(
     """
     use_threads(places.threads)
     reporter = reporter or Reporter()
-    task = task or load_task(config.model, config.own)
+    task = task or config.task()
     context = _context(task, config, places, reporter, first=True)
     _say_data(context.data, reporter)
     _refuse_uncuttable(context)
@@ -117,18 +118,20 @@ def resume_run(
             whole = len(store.generations()) >= kept.search.generations
             ended = stored.get("status") == "finished" or whole
             check_students(folder, store, kept, budget.students, ended)
-        task = task or load_task(config.model, config.own)
-        context = _context(task, config, places, reporter)
+        here = config if task is not None else moved_config(folder, config, places)
+        context = _context(task or here.task(), here, places, reporter)
         _say_data(context.data, reporter)
         scales = check_resumed(folder, stored, context, cluster)
-        with open_backend(context, config, places, scales, cluster) as backend:
+        with open_backend(context, here, places, scales, cluster) as backend:
             note = compare_devices(folder, stored.get("devices"), backend.timing.devices)
             if note:
                 reporter.say(note)
+            stored |= new_places(stored, places)
             if not budget.students:  # else the run stays as it was until they are done
-                write_run(folder, {**stored, "config": asdict(config), "status": "running"})
+                stored |= {"config": asdict(config), "status": "running"}
+            write_run(folder, stored)
             write_layout(folder, context.layout)
-            execute(Session(folder, store, config, context, backend, reporter, budget.students))
+            execute(Session(folder, store, here, context, backend, reporter, budget.students))
     return folder
 
 
@@ -285,6 +288,6 @@ def _context(
     remove_orphans(default_cache_dir(), CACHE_ORPHANS_S)
     wanted = first or places.expected_accuracy is not None
     return load_context(
-        task, places.data_dir, places.weights, config.calibration, rules=config.rules,
+        task, places.data_dir, config.calibration, rules=config.rules,
         say=reporter.say, check=check if wanted else None,
     )  # fmt: skip
