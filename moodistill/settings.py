@@ -147,7 +147,7 @@ class Settings:
     )
     weights_key: str | None = _setting(
         NETWORK, "which weights of a file that holds several; an average (EMA) if not given",
-        "own.weights_key", metavar="KEY",
+        "places.weights_key", metavar="KEY",
     )  # fmt: skip
     expect_accuracy: float | None = _setting(
         NETWORK, "refuse a teacher whose accuracy is more than 0.02 below this fraction",

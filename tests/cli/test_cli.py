@@ -539,7 +539,8 @@ def test_export_refuses_another_teacher(finished, call, tmp_path):
     save_atomic(dict(other.state_dict()), tmp_path / "other.safetensors")
     given = ["--weights", tmp_path / "other.safetensors"]
     done = call("export", finished, searched, "--out", tmp_path / "out", *given, code=2)
-    assert "another teacher" in done.stderr and not (tmp_path / "out" / "model.onnx").exists()
+    assert "another teacher: " in done.stderr and "other.safetensors has digest" in done.stderr
+    assert not (tmp_path / "out" / "model.onnx").exists()
     call("export", finished, searched, "--out", tmp_path / "out", "--weights", task.weights)
 
 
