@@ -41,12 +41,13 @@ from moodistill.pareto.table import SUFFIX, FrontRow
 from moodistill.progress import Mode, Reporter, make_reporter
 from moodistill.runs.backend import Places
 from moodistill.runs.export import export_student, rebuild_student
+from moodistill.runs.moved import moved_config
 from moodistill.runs.run import resume_run, start_run
 from moodistill.settings import Settings, flat
 from moodistill.storage.folder import RUN_FILE
 from moodistill.teacher.blocks import LayerRules
 from moodistill.teacher.plain import copied, refuse_unready
-from moodistill.teacher.task import Task, load_task
+from moodistill.teacher.task import Task
 from moodistill.teacher.weights import read_state
 
 TEACHER_FILE = "teacher.safetensors"
@@ -112,7 +113,7 @@ class RunStudent:
         """
         options = ShipOptions(input, softmax, opset, batch)
         return export_student(
-            self.run.folder, self.row.student, Path(out), None, options, int8, self.run.task
+            self.run.folder, self.row.student, Path(out), options, int8, task=self.run.task
         ).path
 
     def _repr_html_(self) -> str:
@@ -332,15 +333,45 @@ def _refuse_another(teacher: nn.Module, weights: Path) -> None:
         )
 
 
-def open_run(folder: str | Path, task: Task | None = None) -> Run:
-    """A run made before; `task` None loads the one that it was started with by name.
+def open_run(
+    folder: str | Path,
+    task: Task | None = None,
+    *,
+    network: str | None = None,
+    weights: str | Path | None = None,
+    data: str | Path | None = None,
+    data_dir: str | Path | None = None,
+) -> Run:
+    """A run made before on the command line, or, with its `task`, by `search`.
+
+    Whether what is given is the run's is told by digests when it is first used.
+
+    Args:
+        folder: the run's, wherever it lies now.
+        task: None loads the one that it was started with.
+        network: where that was a file or a module: the `MODULE:CALLABLE`, `FILE.py:CALLABLE` or
+            problem file, if it lies elsewhere now.
+        weights: file of the teacher's weights, likewise.
+        data: folder of images of your own, likewise.
+        data_dir: folder of a problem's data.
 
     Raises:
-        UserError: if the folder is no run, or its task cannot be loaded by name.
+        UserError: if the folder is no run, or something that its task needs is not there.
     """
     folder = Path(folder)
     config = RunConfig.read(folder)
-    return Run(folder, task or load_task(config.model, config.own))
+    places = Places(network, _path(data), _path(weights), data_dir=_path(data_dir))
+    if task is not None:
+        if places != Places():
+            raise UserError("a task names its network, weights and data itself; give it alone")
+        return Run(folder, task)
+    task = moved_config(folder, config, places).task()
+    load, there = task.load_data, places.data_dir
+    return Run(folder, task if there is None else replace(task, load_data=lambda _: load(there)))
+
+
+def _path(place: str | Path | None) -> Path | None:
+    return None if place is None else Path(place)
 
 
 def _copies_of(teacher: nn.Module) -> Callable[[], nn.Module]:

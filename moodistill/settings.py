@@ -150,7 +150,7 @@ class Settings:
     )
     weights_key: str | None = _setting(
         NETWORK, "which weights of a file that holds several; an average (EMA) if not given",
-        "own.weights_key", metavar="KEY",
+        "places.weights_key", metavar="KEY",
     )  # fmt: skip
     heads: tuple[str, ...] | None = _setting(
         NETWORK, "what an output means: classification, segmentation, multilabel, regression or "
@@ -236,7 +236,7 @@ class Settings:
     )  # fmt: skip
     connections: tuple[str, ...] | None = _setting(
         LAYERS, "kinds to search: some of kernels, ranks, merges, bypasses, blocks; or none",
-        "search.connections", ("merges", "bypasses"), metavar="KIND,KIND",
+        "search.connections", ("kernels", "ranks", "merges", "bypasses"), metavar="KIND,KIND",
     )  # fmt: skip
     keep: tuple[str, ...] | None = _setting(
         LAYERS,

@@ -48,7 +48,7 @@ class ScoreSetup:
         config: the run's configuration as JSON.
         teacher_digest, data_digest: of the driver's teacher and data.
         network_digest: of its traced network.
-        data_dir, weights: where to look for them, as on the driver; None for the defaults.
+        data_dir: where to look for a problem's data, as on the driver; None for the default.
         threads: torch's.
         images_in_memory: whether a folder's images are held; None decides by their number.
         device: that students are computed on; each worker takes its own of that kind.
@@ -60,7 +60,6 @@ class ScoreSetup:
     data_digest: str
     network_digest: str
     data_dir: str | None
-    weights: str | None
     threads: int
     images_in_memory: bool | None = None
     device: str = "cpu"
@@ -97,18 +96,15 @@ def _check_version(version: str) -> None:
 def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
     from moodistill.config import RunConfig
     from moodistill.student.context import load_context, use_threads
-    from moodistill.teacher.task import load_task
 
     _check_version(setup.version)
     use_threads(setup.threads)
     config = RunConfig.from_dict(json.loads(setup.config))
-    data_dir, weights = (
-        Path(path) if path is not None else None for path in (setup.data_dir, setup.weights)
-    )
+    data_dir = None if setup.data_dir is None else Path(setup.data_dir)
     try:
-        task = load_task(config.model, config.own, setup.images_in_memory)
+        task = config.task(setup.images_in_memory)
         context = load_context(
-            task, data_dir, weights, config.calibration, rules=config.rules, device=_device(setup)
+            task, data_dir, config.calibration, rules=config.rules, device=_device(setup)
         )
     except UserError as error:
         raise WorkerMismatch(f"{_name()}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,6 +90,12 @@ def load_image_folder(
     classes, parts = (
         cut_anew(folder, places, by_class) if cut is None else keep_cut(folder, places, cut)
     )
+    for name in classes:
+        if any(unicodedata.category(one) in ("Cc", "Cs") for one in name):
+            raise UserError(
+                f"{folder}: the class {name!r} has a line break, a control character or bytes that "
+                "are no UTF-8 in its name; rename its folder"
+            )
     if cut is not None:
         known = cut.places()
         for files in by_class.values():

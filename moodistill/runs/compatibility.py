@@ -109,40 +109,52 @@ def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContex
         UserError: if one of them is another.
     """
     check_data(folder, stored, context.data)
-    layout = context.layout
-    for key, found in (
-        ("teacher_digest", (context.teacher_digest,)),
-        ("genome_bits", (layout.length, layout.former_length)),
-    ):
-        if stored.get(key) not in found:
-            raise UserError(
-                f"{folder} was started with {key} {stored.get(key)}, found {found[0]}; "
-                "give the same teacher"
-            )
+    check_weights(folder, stored, context.task.weights, context.teacher_digest)
+    layout, known = context.layout, stored.get("genome_bits")
+    if known not in (layout.length, layout.former_length):
+        raise UserError(
+            f"{folder} was started with a network of {known} genome bits, found one of "
+            f"{layout.length}; give the same network"
+        )
     check_network(folder, stored, context.graph)
+
+
+def check_weights(folder: Path, stored: Mapping[str, Any], path: Path, found: str) -> None:
+    """Refuse other weights, which are in `path`, than `run.json` (`stored`) names."""
+    known = str(stored.get("teacher_digest"))
+    if known != found:
+        raise UserError(
+            f"{folder} was started with another teacher: {path} has digest {found[:12]}, expected "
+            f"{known[:12]}; give the same `weights`"
+        )
 
 
 def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None:
     """Refuse other images, normalisation or metric than `run.json` (`stored`) names."""
-    for key, found in (("data_digest", data.digest), ("metric", metric_name(data))):
-        known = stored.get(key)
-        if known == found or (key == "metric" and EARLIER_METRICS.get(str(known)) == found):
-            continue
-        # Its images must be read to know, so it is asked last.
-        if key == "metric" or data.table is None or known != former_digest(data):
-            raise UserError(
-                f"{folder} was started with {key} {known}, found {found}; "
-                "give the same data and metric"
-            )
+    known = str(stored.get("data_digest"))
+    # What an earlier version had can be told from the pixels alone, so it is asked last.
+    if known != data.digest and (data.table is None or known != former_digest(data)):
+        raise UserError(
+            f"{folder} was started with other images: {data.folder or data.name} has "
+            f"digest {data.digest[:12]}, expected {known[:12]}; give the same, normalised and "
+            "prepared alike"
+        )
+    metric, found = str(stored.get("metric")), metric_name(data)
+    if found not in (metric, EARLIER_METRICS.get(metric)):
+        raise UserError(
+            f"{folder} was started with metric {metric}, found {found}; give the same metric"
+        )
 
 
 def check_network(folder: Path, stored: Mapping[str, Any], graph: TeacherGraph) -> None:
     """Refuse a network that computes something else by the same weights."""
     known = str(stored.get("network_digest"))
-    if is_other_network(known, network_digest(graph.module)):
+    found = network_digest(graph.module)
+    if is_other_network(known, found):
         raise UserError(
             f"{folder} was started with another network of the same weights (its forward or its "
-            "layers' options have changed): give the old one, or start a new run"
+            f"layers' options have changed: digest {found.rpartition('/')[2]}, expected "
+            f"{known.rpartition('/')[2]}): give the old one, or start a new run"
         )
 
 

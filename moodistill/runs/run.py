@@ -30,6 +30,7 @@ from moodistill.runs.compatibility import (
     least_accuracy,
 )
 from moodistill.runs.finish import finish, score_front, usable_students
+from moodistill.runs.moved import moved_config, new_places
 from moodistill.runs.results import write_results
 from moodistill.runs.search import announce, search
 from moodistill.runs.session import Session
@@ -46,7 +47,7 @@ from moodistill.storage.store import Store
 from moodistill.student.context import TeacherContext, load_context, use_threads
 from moodistill.student.evaluator import try_device
 from moodistill.teacher.check import check_teacher
-from moodistill.teacher.task import Task, load_task
+from moodistill.teacher.task import Task
 from moodistill.teacher.weights import network_digest
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def start_run(
     task: Task | None = None,
     cluster: Cluster | None = None,
 ) -> Path:
-    """Make the folder `out` and run; returns the folder. `task` None loads `config.model`.
+    """Make the folder `out` and run; returns the folder. `task` None loads the configuration's.
 
     The first thing said is how good the teacher is.
 
@@ -73,7 +74,7 @@ def start_run(
     """
     use_threads(places.threads)
     reporter = reporter or Reporter()
-    task = task or _task(config, places, reporter)
+    task = task or config.task(places.images_in_memory, reporter)
     context = _context(task, config, places, reporter, first=True)
     _say_data(context.data, reporter)
     _refuse_uncuttable(context)
@@ -122,19 +123,22 @@ def resume_run(
             whole = len(store.generations()) >= kept.search.generations
             ended = stored.get("status") == "finished" or whole
             check_students(folder, store, kept, budget.students, ended)
-        task = task or _task(config, places, reporter)
+        here = config if task is not None else moved_config(folder, config, places)
+        task = task or here.task(places.images_in_memory, reporter)
         places = replace(places, device=device_of_resumed(folder, stored, places.device))
-        context = _context(task, config, places, reporter)
+        context = _context(task, here, places, reporter)
         _say_data(context.data, reporter)
         scales = check_resumed(folder, stored, context, cluster)
-        with open_backend(context, config, places, scales, cluster) as backend:
+        with open_backend(context, here, places, scales, cluster) as backend:
             note = compare_devices(folder, stored.get("devices"), backend.timing.devices)
             if note:
                 reporter.say(note)
+            stored |= new_places(stored, places)
             if not budget.students:  # else the run stays as it was until they are done
-                write_run(folder, {**stored, "config": asdict(config), "status": "running"})
+                stored |= {"config": asdict(config), "status": "running"}
+            write_run(folder, stored)
             write_layout(folder, context.layout)
-            execute(Session(folder, store, config, context, backend, reporter, budget.students))
+            execute(Session(folder, store, here, context, backend, reporter, budget.students))
     return folder
 
 
@@ -281,10 +285,6 @@ def _writer(folder: Path) -> Store:
     )
 
 
-def _task(config: RunConfig, places: Places, reporter: Reporter) -> Task:
-    return load_task(config.model, config.own, places.images_in_memory, reporter)
-
-
 def _context(
     task: Task, config: RunConfig, places: Places, reporter: Reporter, first: bool = False
 ) -> TeacherContext:
@@ -301,7 +301,7 @@ def _context(
         reporter.say(f"students are computed on {described(device)}")
     try:
         return load_context(
-            task, places.data_dir, places.weights, config.calibration, rules=config.rules,
+            task, places.data_dir, config.calibration, rules=config.rules,
             say=reporter.say, check=check if wanted else None, device=device,
         )  # fmt: skip
     except BaseException:

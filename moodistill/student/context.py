@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -62,7 +61,6 @@ class TeacherContext:
 def load_context(
     task: Task,
     data_dir: Path | None = None,
-    weights: Path | None = None,
     calibration: CalibrationConfig | None = None,
     cache_dir: Path | None = None,
     rules: LayerRules | None = None,
@@ -78,22 +76,21 @@ def load_context(
     Raises:
         UserError: if data or weights are missing, damaged or of another architecture.
     """
-    path = weights or task.weights
+    path = task.weights
     if not path.is_file():
-        advice = "; train them first with: moodistill teacher"
-        raise UserError(f"teacher weights {path} do not exist" + (advice if task.train else ""))
+        advice = ", or train them first with: moodistill teacher"
+        raise UserError(
+            f"teacher weights {path} do not exist; give their file as `weights`"
+            + (advice if task.train else "")
+        )
     teacher = load_weights(task.build(), path, task.weights_key, say)
     data = task.load_data(data_dir)
     graph = trace(teacher, data.input_shape, rules.opaque if rules else ())
     data = fitted_data(data, graph, lambda: teacher)
-    there = graph
-    if device != CPU:
-        there = replace(graph, module=copy.deepcopy(graph.module).to(device))
+    there = graph.on(device)
     if check is not None:
         check(teacher if there is graph else copied(teacher).to(device), data)
-    digest = file_digest(path)
-    if task.weights_key is not None:  # another set of weights in the file is another teacher
-        digest = hashlib.sha256(f"{digest} {task.weights_key}".encode()).hexdigest()
+    digest = weights_digest(task)
     samples = collect_samples(
         there, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
     )
@@ -102,6 +99,14 @@ def load_context(
     if there is graph:
         return TeacherContext(task, graph, samples, layout, data, digest)
     return TeacherContext(task, graph, samples.to(device), layout, data, digest, device, there)
+
+
+def weights_digest(task: Task) -> str:
+    """Hex digest of the teacher's weights: of their file, and of which set of it is taken."""
+    digest = file_digest(task.weights)
+    if task.weights_key is None:
+        return digest
+    return hashlib.sha256(f"{digest} {task.weights_key}".encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from moodistill.genome.canonical import settled
 from moodistill.genome.canonical import summary as describe
 from moodistill.heads.heads import Arrays
 from moodistill.onnx.memory import peak_memory_bytes
-from moodistill.onnx.runtime import onnx_accuracy
+from moodistill.onnx.runtime import outputs
 from moodistill.onnx.writer import structure_hash, to_onnx
 from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.student.builder import build_student
@@ -25,9 +26,12 @@ from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
 from moodistill.student.network import Student
 from moodistill.student.torch_scorer import TorchScorer, is_checked
+from moodistill.teacher.answers import answers_of
+from moodistill.teacher.divergence import divergence
 from moodistill.teacher.kernels import Layer, Transposed
 
 Measure = Callable[[bytes, str], Latency]
+MOST_ANSWER_BYTES = 64 * 2**20  # of the teacher's outputs that students are compared with
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ class Evaluator:
                     unsolved = inherit_there(student, self.context, self.recipe.inherit)
                 if unsolved:  # their solve was not finite
                     summary += f"; weights sliced {', '.join(unsolved)}"
-                answers: Sequence[Arrays] | None = None
+                answers: list[Arrays] | None = None
                 if self.scorer is not None:
                     with _timed(seconds, "accuracy"):
                         answers = self.scorer.answers(student.module)
@@ -169,7 +173,7 @@ class Evaluator:
                         latency = self.measure(model, key)
                 # Behind the latency: a file that brings ONNX Runtime down does so in its process.
                 with _timed(seconds, "accuracy"):
-                    reached = self._accuracy(model, answers, digest)
+                    reached, apart = self._compared(model, answers, digest)
         except Exception as error:
             # One bad student must not end a search of hours: it becomes a row with a reason.
             lines = str(error).strip().splitlines() or [""]
@@ -181,19 +185,51 @@ class Evaluator:
                 )
             )  # fmt: skip
         made = Evaluation(
-            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary, memory
-        )
+            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary,
+            memory, apart,
+        )  # fmt: skip
         return Scored(made, model, key)
 
-    def _accuracy(self, model: bytes, answers: Sequence[Arrays] | None, digest: str) -> float:
-        """Of the ONNX file, or of answers that torch gave, some of which are compared with it."""
-        if self.scorer is None or answers is None:
-            threads = torch.get_num_threads()
-            return onnx_accuracy(model, self.context.data, self.validation, threads)
-        if not self.compared or is_checked(digest):
-            self.scorer.check(answers, model)
+    def _compared(
+        self, model: bytes, batches: list[Arrays] | None, digest: str
+    ) -> tuple[float, float]:
+        """The metric of a student's outputs, and their error against the teacher's.
+
+        The outputs are those of its file, or the `batches` that torch gave, some of which are
+        compared with the file's.
+        """
+        data, teacher = self.context.data, self._teacher_answers
+        if self.scorer is None or batches is None:
+            batches = list(outputs(model, data, self.validation, torch.get_num_threads()))
+        elif not self.compared or is_checked(digest):
+            self.scorer.check(batches, model)
             self.compared = True
-        return self.scorer.accuracy(answers)
+        found = {
+            name: torch.from_numpy(
+                np.concatenate([batch[name] for batch in batches])[: len(wanted)]
+            )
+            for name, wanted in teacher.items()
+        }
+        return data.score(batches, self.validation), divergence(data.meaning, found, teacher)
+
+    @cached_property
+    def _teacher_answers(self) -> dict[str, torch.Tensor]:
+        """What the teacher gives for images that students are scored on, by output.
+
+        For the first ones alone where outputs are large.
+        """
+        context, images = self.context, self.validation.images
+        batches: list[dict[str, np.ndarray]] = []
+        size = 0
+        for batch in answers_of(context.solver.module, context.data, images):
+            batches.append(batch)
+            size += sum(array.nbytes for array in batch.values())
+            if size > MOST_ANSWER_BYTES:
+                break
+        return {
+            name: torch.from_numpy(np.concatenate([batch[name] for batch in batches]))
+            for name in batches[0]
+        }
 
 
 @contextmanager

@@ -48,10 +48,6 @@ class TorchScorer:
         with exact_convolutions(), needs_memory(self.device, "a student and one image", advice):
             return in_batches(run, len(self.images), AT_ONCE)
 
-    def accuracy(self, answers: Sequence[Arrays]) -> float:
-        """The data's metric of answers: accuracy unless another is given."""
-        return self.data.score(answers, self.split)
-
     def check(self, answers: Sequence[Arrays], model: bytes) -> None:
         """Compare answers with those of a student's ONNX file.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -101,6 +103,8 @@ class OwnTask:
         heads: what the network's outputs mean, as `Heads.parse` takes it; empty for a classifier,
             or, of data without labels, fidelity.
         cut: path of the file that says which image is in which split; None cuts anew.
+        module_folder: that the module of the network's builder is imported from; None for one that
+            is installed, and for a file.
     """
 
     weights: str
@@ -118,6 +122,7 @@ class OwnTask:
     fill: int = 0
     heads: tuple[str, ...] = ()
     cut: str | None = None
+    module_folder: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse a preparation that cannot be."""
@@ -166,7 +171,7 @@ def load_task(
     Raises:
         UserError: if there is no such problem, or it defines no `TASK` or builder.
     """
-    if ":" in name:
+    if builder_of(name)[1]:
         if own is None:
             raise UserError(
                 f"{name!r} names a teacher without weights and data; give `weights` and `data`"
@@ -189,6 +194,50 @@ def load_task(
     return task
 
 
+def builder_of(name: str) -> tuple[str, str]:
+    """The module or file and the builder that `MODULE:CALLABLE` names; no builder of a problem."""
+    if name.endswith(".py") or ":" not in name:  # a path on Windows has a colon, too
+        return name, ""
+    place, _, builder = name.rpartition(":")
+    return place, builder
+
+
+def module_folder(name: str) -> str | None:
+    """The folder that `MODULE:CALLABLE` is imported from, as seen from the current one.
+
+    None for a file, for a module that is installed, and for one that is nowhere.
+    """
+    place, builder = builder_of(name)
+    if not builder or place.endswith(".py"):
+        return None
+    with _first_on_path(""):
+        try:
+            spec = importlib.util.find_spec(place.partition(".")[0])
+        except (ImportError, ValueError):
+            return None
+    if spec is None:
+        return None
+    packages = list(spec.submodule_search_locations or ())
+    origin = packages[0] if packages else spec.origin
+    if origin is None:
+        return None
+    folder = Path(origin).resolve().parent
+    installed = {"site-packages", "dist-packages"} & set(folder.parts)
+    standard = folder == Path(sysconfig.get_path("stdlib")).resolve()
+    return None if installed or standard else str(folder)
+
+
+@contextmanager
+def _first_on_path(folder: str) -> Iterator[None]:
+    """Let modules be found in a folder before all others, in the current one if it is empty."""
+    importlib.invalidate_caches()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def _importable(folder: Path) -> None:
     """Let modules in a folder be imported from now on, behind all others of their names."""
     if str(folder) not in sys.path:
@@ -198,7 +247,7 @@ def _importable(folder: Path) -> None:
 def _module_of_file(name: str) -> ModuleType:
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"problem file {name} does not exist; expected a Python file")
+        raise UserError(f"{name} does not exist; expected a Python file")
     # A name of our own: a problem file may be called like a module of somebody else.
     module_name = f"moodistill_problem_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -216,21 +265,24 @@ def _module_of_file(name: str) -> ModuleType:
     return module
 
 
+def _module(place: str, folder: str | None) -> ModuleType:
+    """A module of `folder`; None looks into the current one first, as `python -m` does."""
+    try:
+        with _first_on_path(folder or ""):
+            return importlib.import_module(place)
+    except ImportError as error:
+        was = f"; it was in {folder}" if folder else ""
+        raise UserError(
+            f"{place} cannot be imported ({error}){was}: give `teacher` as MODULE:CALLABLE in the "
+            "folder that the module is in, or as FILE.py:CALLABLE"
+        ) from error
+    finally:
+        _importable(Path(folder) if folder else Path.cwd())
+
+
 def _own_task(name: str, own: OwnTask, in_memory: bool | None, reporter: Reporter | None) -> Task:
-    place, _, attribute = name.rpartition(":")
-    if place.endswith(".py"):
-        module = _module_of_file(place)
-    else:
-        sys.path.insert(0, "")  # as `python -m` finds modules of the working folder
-        try:
-            module = importlib.import_module(place)
-        except ImportError as error:
-            raise UserError(
-                f"{place} cannot be imported ({error}); expected MODULE:CALLABLE"
-            ) from error
-        finally:
-            sys.path.remove("")
-            _importable(Path.cwd())
+    place, attribute = builder_of(name)
+    module = _module_of_file(place) if place.endswith(".py") else _module(place, own.module_folder)
     build = getattr(module, attribute, None)
     if not callable(build):
         raise UserError(f"{place} has no callable {attribute!r}; expected one that gives a network")

@@ -249,7 +249,7 @@ def test_a_run_is_started_anew_from_its_record(call, started, recorded_run, tmp_
 
 
 def test_pictures_of_an_own_network_have_moved(call, started, tmp_path, monkeypatch):
-    monkeypatch.setattr("moodistill.teacher.task.load_task", lambda model, own, *loading: None)
+    monkeypatch.setattr("moodistill.config.load_task", lambda model, own, *loading: None)
     own = OwnTask("w.pt", "old", (16, 16), 1)
     (tmp_path / "run.json").write_text(
         json.dumps({"config": asdict(new_config("mine:build", Settings(), own))})
