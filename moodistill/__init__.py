@@ -22,15 +22,19 @@ if TYPE_CHECKING:
         search,
     )  # fmt: skip
     from moodistill.data import (
+        ArrayData,
         DataTable,
         ImageData,
         Preparation,
         Split,
+        from_arrays,
         from_datasets,
+        load_arrays,
         load_cifar10,
         load_digits,
         load_image_folder,
     )  # fmt: skip
+    from moodistill.heads import Head
     from moodistill.teacher.task import Task, TrainConfig
     from moodistill.teacher.weights import load_weights
 
@@ -42,19 +46,20 @@ _HOMES = {
         "moodistill.api",
     ),
     **dict.fromkeys(
-        ("DataTable", "ImageData", "Preparation", "Split", "from_datasets", "load_cifar10",
-         "load_digits", "load_image_folder"),
+        ("ArrayData", "DataTable", "ImageData", "Preparation", "Split", "from_arrays",
+         "from_datasets", "load_arrays", "load_cifar10", "load_digits", "load_image_folder"),
         "moodistill.data",
     ),
+    "Head": "moodistill.heads",
     "Task": "moodistill.teacher.task",
     "TrainConfig": "moodistill.teacher.task",
     "load_weights": "moodistill.teacher.weights",
 }  # fmt: skip
 __all__ = [
-    "DataTable", "ImageData", "Int8Config", "LatencyConfig", "LayerRules", "Limits", "Preparation",
-    "Run", "RunStudent", "Split", "Task", "TrainConfig", "UserError", "__version__",
-    "from_datasets", "load_cifar10", "load_digits", "load_image_folder", "load_weights", "open_run",
-    "search",
+    "ArrayData", "DataTable", "Head", "ImageData", "Int8Config", "LatencyConfig", "LayerRules",
+    "Limits", "Preparation", "Run", "RunStudent", "Split", "Task", "TrainConfig", "UserError",
+    "__version__", "from_arrays", "from_datasets", "load_arrays", "load_cifar10", "load_digits",
+    "load_image_folder", "load_weights", "open_run", "search",
 ]  # fmt: skip
 
 

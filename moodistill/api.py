@@ -23,8 +23,9 @@ from torch import fx, nn
 from moodistill.bundle.int8 import Int8Config
 from moodistill.bundle.model import ShipOptions
 from moodistill.config import Budget, RunConfig, new_config, refuse_changes
+from moodistill.data.arrays import arrays_of, from_arrays, is_array, split_of_arrays
 from moodistill.data.datasets import from_datasets, from_splits
-from moodistill.data.images import ImageData, Metric, Split, fraction_right
+from moodistill.data.images import ImageData, Metric, fraction_right
 from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 from moodistill.io.cache import default_cache_dir
@@ -66,7 +67,9 @@ class RunStudent:
     reason: str = ""
 
     def to_torch(self) -> fx.GraphModule:
-        """The network `(N, C, H, W)` normalised images to logits, in eval mode.
+        """The network, normalised inputs `(N, C, ...)` to logits, in eval mode.
+
+        Several outputs come in a dict by their names.
 
         Distilled weights if it was distilled, else the inherited ones. Of an INT8 student this is
         the float one that it was made from.
@@ -182,6 +185,8 @@ def search(
     std: Sequence[float] | None = None,
     metric: Metric = fraction_right,
     preparation: Preparation | None = None,
+    heads: Any = None,
+    inputs: str | None = None,
     preset: str | None = None,
     generations: int | None = None,
     finalists: int | None = None,
@@ -191,6 +196,7 @@ def search(
     objectives: Sequence[str] | None = None,
     algorithm: str | None = None,
     screen: int | None = None,
+    seeded: float | None = None,
     connections: Sequence[str] | None = None,
     simd_step: int | None = None,
     limits: Limits | None = None,
@@ -205,7 +211,9 @@ def search(
     Args:
         teacher: a trained network, traceable by `torch.fx`; it is not changed.
         train, validation, test: map-style datasets of `(image, label)` (see
-            `from_datasets`), or pairs of a uint8 array `(N, H, W, C)` and labels `(N,)`.
+            `from_datasets`) or of images alone, or pairs of a uint8 array `(N, H, W, C)` and labels
+            `(N,)`, or arrays without labels. Signals, volumes and other inputs that are no pictures
+            come as floats `(N, C, *size)`, from datasets with `inputs="arrays"`.
             `train` calibrates and distils, `validation` scores and chooses, `test` chooses
             nothing (None takes half of `validation` for it). Or `train` alone: an `ImageData`, as
             `load_image_folder` gives it, with its labels, normalisation and metric.
@@ -220,6 +228,13 @@ def search(
         preparation: how the datasets prepare the images of files; None reads it from
             torchvision's transforms (see `from_datasets`). Where it is not known, a shipped
             `run.py` takes images of exactly the input's size alone.
+        heads: what the network's outputs mean: a `Head` or its kind (`classification`,
+            `segmentation`, `multilabel`, `regression`, `fidelity`), or a dict of them by the names
+            of several outputs (a tuple's are `output_0`, ...). None is a classifier; without
+            labels, and for outputs that are not named, students are compared with the teacher's
+            own outputs.
+        inputs: `pictures` or `arrays`; None takes uint8 and what looks like images as pictures,
+            other arrays as they are.
         preset: `quick` (the default of a new run), `standard` or `thorough`; the next three replace
             its numbers.
         generations, finalists, distill_steps: of the search and of its finalists.
@@ -229,6 +244,7 @@ def search(
             first three).
         algorithm: `nsga2` (default), `nsga3` or `sms`.
         screen: a surrogate pre-selects 1 in this many offspring (24); 1 disables it.
+        seeded: share of the first generation from tables of single changes (0.75).
         connections: kinds that are searched, of `kernels`, `ranks`, `merges`, `bypasses` and
             `blocks` (`merges` and `bypasses`).
         simd_step: channels per SIMD block; None probes this device.
@@ -244,11 +260,14 @@ def search(
             others; one line says why.
     """
     refuse_unready(teacher)
-    data = _image_data(train, validation, test, labels, mean, std, metric, preparation)
+    data = _image_data(
+        train, validation, test, labels, mean, std, metric, preparation, heads, inputs
+    )  # fmt: skip
     settings = Settings(
         preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
         population=population, seed=seed, objectives=_tuple(objectives), algorithm=algorithm,
-        screen=screen, connections=_tuple(connections), simd_step=simd_step, flip=flip,
+        screen=screen, seeded=seeded, connections=_tuple(connections), simd_step=simd_step,
+        flip=flip,
         **flat(limits=limits, latency=latency, int8=int8, rules=rules),
     )  # fmt: skip
     folder, weights = Path(out), _weights_beside(Path(out))
@@ -352,40 +371,48 @@ def _image_data(
     std: Any,
     metric: Metric,
     preparation: Preparation | None,
+    heads: Any = None,
+    inputs: str | None = None,
 ) -> ImageData:
+    if inputs not in (None, "pictures", "arrays"):
+        raise UserError(f"inputs is {inputs!r}; expected pictures or arrays")
     if isinstance(train, ImageData):
-        others = (validation, test, labels, mean, std, preparation)
+        others = (validation, test, labels, mean, std, preparation, heads, inputs)
         if any(one is not None for one in others) or metric is not fraction_right:
             raise UserError(
-                "an ImageData has all splits, labels, normalisation, metric and preparation "
+                "an ImageData has all splits, labels, normalisation, metric, heads and preparation "
                 "itself; give it alone"
             )
         return train
     if validation is None:
         raise UserError("validation is not given; expected a dataset, or an ImageData as train")
     given = {"train": train, "validation": validation, "test": test}
-    arrays = {k: isinstance(v, tuple) and len(v) == 2 for k, v in given.items() if v is not None}
-    if not all(arrays.values()):
-        if any(arrays.values()):
-            raise UserError("give all splits as arrays, or all as datasets")
-        return from_datasets(
-            train, validation, test, labels=labels, mean=mean, std=std, metric=metric,
-            preparation=preparation,
-        )  # fmt: skip
-    splits = {}
-    for name in arrays:
-        images, answers = (np.asarray(part) for part in given[name])
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:1] != answers.shape[:1]:
-            raise UserError(
-                f"{name} is {images.dtype} {images.shape} with labels {answers.dtype} "
-                f"{answers.shape}; expected uint8 (N, H, W, C) and N labels"
-            )
-        splits[name] = Split(images, answers)
-    return from_splits("own", splits, labels, mean, std, metric, preparation)
+    given = {name: one for name, one in given.items() if one is not None}
+    held = [is_array(one) or (isinstance(one, tuple) and len(one) == 2) for one in given.values()]
+    if any(held) and not all(held):
+        raise UserError("give all splits as arrays, or all as datasets")
+    if not any(held):
+        if inputs != "arrays":
+            return from_datasets(
+                train, validation, test, labels=labels, mean=mean, std=std, metric=metric,
+                preparation=preparation, heads=heads,
+            )  # fmt: skip
+        splits = {name: arrays_of(one, name) for name, one in given.items()}
+    else:
+        splits = {name: split_of_arrays(one, name, inputs) for name, one in given.items()}
+        pixels = all(s.images.dtype == np.uint8 and s.images.ndim == 4 for s in splits.values())
+        if pixels and inputs != "arrays":
+            return from_splits(
+                "own", splits, labels, mean, std, metric, preparation, heads=heads
+            )  # fmt: skip
+    if preparation is not None:
+        raise UserError("a preparation is of pictures; leave it out for arrays")
+    return from_arrays("own", splits, labels, mean, std, metric, heads)
 
 
 def _html_table(rows: Sequence[FrontRow]) -> str:
-    head = ("student", "stage", "accuracy", "test", "parameters", "latency, ms", "x faster")
+    metric = rows[0].metric if rows else "accuracy"
+    head = ("student", "stage", metric, "test", "parameters", "latency, ms", "x faster")
     lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"]
     for row in rows:
         test = "" if row.test_accuracy is None else f"{row.test_accuracy:.4f}"

@@ -107,7 +107,10 @@ class Settings:
         NETWORK, "the teacher's weights (.safetensors, or .pt of a state dict)", "places.weights"
     )
     data: Path | None = _setting(
-        NETWORK, "your own images, one folder per class", "own.data", metavar="FOLDER"
+        NETWORK,
+        "your own images or .npy arrays, one folder per class; or a .npz, or a .csv table",
+        "own.data",
+        metavar="PATH",
     )
     size: tuple[int, ...] | None = _setting(
         NETWORK, "size of your own images in pixels: one number, or height and width", "own.size",
@@ -148,6 +151,12 @@ class Settings:
     weights_key: str | None = _setting(
         NETWORK, "which weights of a file that holds several; an average (EMA) if not given",
         "places.weights_key", metavar="KEY",
+    )  # fmt: skip
+    heads: tuple[str, ...] | None = _setting(
+        NETWORK, "what an output means: classification, segmentation, multilabel, regression or "
+        "fidelity (to the teacher, without labels), perhaps with a metric (regression:mae); of "
+        "several outputs NAME=KIND each", "own.heads", flags=("--head",),
+        metavar="KIND", repeated=True,
     )  # fmt: skip
     expect_accuracy: float | None = _setting(
         NETWORK, "refuse a teacher whose accuracy is more than 0.02 below this fraction",

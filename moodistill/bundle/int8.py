@@ -113,7 +113,7 @@ def quantise_student(
     refused = ""
     if lost > config.max_loss:
         refused = (
-            f"loses {100 * lost:.2f} points of validation accuracy, "
+            f"loses {100 * lost:.2f} points of validation {data.metric_label}, "
             f"more than the {100 * config.max_loss:.2f} allowed"
         )
     result = Int8Result(

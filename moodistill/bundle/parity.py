@@ -12,6 +12,7 @@ from torch import fx
 from moodistill.bundle.model import Origin, ShipOptions, ship
 from moodistill.data.images import ImageData, Split
 from moodistill.errors import UserError
+from moodistill.heads.outputs import outputs_of
 from moodistill.io.atomic import write_atomic
 from moodistill.onnx.runtime import outputs
 from moodistill.onnx.writer import to_onnx
@@ -39,17 +40,27 @@ class Parity:
 def compare(
     model: bytes, student: fx.GraphModule, data: ImageData, split: Split, softmax: bool = False
 ) -> Parity:
-    """Run both on the images of `split`; outputs are compared absolutely."""
+    """Run both on the images of `split`, output by output.
+
+    Outputs are compared absolutely, those that are no classes relative to the largest above 1.
+    """
     worst, same, start = 0.0, 0, 0
+    heads = data.meaning.by_output
     batch = data.at_once(COMPARED)
     for found in outputs(model, data, split, torch.get_num_threads(), batch):
-        images = data.normalise(split.images[start : start + len(found)])
-        start += len(found)
-        answer = student(images)
-        expected = (answer.softmax(1) if softmax else answer).numpy()
-        difference = np.abs(expected - found).max()
-        worst = max(worst, float(difference) if np.isfinite(difference) else np.inf)
-        same += int((expected.argmax(1) == found.argmax(1)).sum())
+        count = len(next(iter(found.values())))
+        answers = outputs_of(student(data.normalise(split.images[start : start + count])))
+        start += count
+        equal = np.ones(count, bool)
+        for name, answer in answers.items():
+            classes = heads[name].kind == "classification"
+            expected = (answer.softmax(1) if softmax and classes else answer).numpy()
+            scale = 1.0 if classes else max(1.0, float(np.abs(expected).max()))
+            difference = np.abs(expected - found[name]).max() / scale
+            worst = max(worst, float(difference) if np.isfinite(difference) else np.inf)
+            if classes:
+                equal &= expected.argmax(1) == found[name].argmax(1)
+        same += int(equal.sum())
     return Parity(len(split), worst, same)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moodistill.bundle import run_script
+from moodistill.bundle.outputs import ShippedOutput
 from moodistill.data import pixels
 from moodistill.data.images import ImageData, Split
 from moodistill.data.pixels import read_picture
@@ -31,7 +35,9 @@ def script_text() -> str:
     return script.replace(IMPORT, "").replace(LAST, whole)
 
 
-def try_run_script(folder: Path, data: ImageData, model: bytes, output: str) -> int:
+def try_run_script(
+    folder: Path, data: ImageData, model: bytes, shipped: Sequence[ShippedOutput]
+) -> int:
     """Run the `run.py` of a complete folder on some of the validation split's files.
 
     Files that have changed since they were read, or are gone, are left out; without any the sample
@@ -41,7 +47,7 @@ def try_run_script(folder: Path, data: ImageData, model: bytes, output: str) -> 
         folder: with `run.py`, `model.onnx`, `manifest.json` and the sample.
         data: images, and their files where those are known.
         model: the folder's.
-        output: name of the answer's values.
+        shipped: its outputs.
 
     Returns:
         how many files were tried.
@@ -53,30 +59,48 @@ def try_run_script(folder: Path, data: ImageData, model: bytes, output: str) -> 
     files = [str(folder / "sample.npy"), *split.files]
     first = data.validation.head(1)
     expected = [
-        answer
-        for part in (first, split)
-        for batch in outputs(model, data, part, threads=1, batch=1)
-        for answer in batch
+        batch for part in (first, split) for batch in outputs(model, data, part, threads=1, batch=1)
     ]
-    done = subprocess.run(
-        [sys.executable, str(folder / "run.py"), "--json", *files],
-        capture_output=True, text=True, encoding="utf-8",
-    )  # fmt: skip
-    if done.returncode != 0:
-        raise UserError(
-            f"the folder was not written: its run.py fails on the data's own images "
-            f"({' '.join(done.stderr.split())[-300:]})"
-        )
-    for file, line, answer in zip(files, done.stdout.splitlines(), expected, strict=True):
-        found = np.array(json.loads(line)[output])
-        apart = float(np.abs(found - answer).max())
-        if found.argmax() != answer.argmax() or not apart <= TOLERANCE:
+    with tempfile.TemporaryDirectory() as made:
+        done = subprocess.run(
+            [sys.executable, str(folder / "run.py"), "--json", "--out", made, *files],
+            capture_output=True, text=True, encoding="utf-8",
+        )  # fmt: skip
+        if done.returncode != 0:
             raise UserError(
-                f"the folder was not written: its run.py answers {file} with class "
-                f"{int(found.argmax())}, the search with {int(answer.argmax())} (largest "
-                f"difference {apart:.1e})"
+                f"the folder was not written: its run.py fails on the data's own inputs "
+                f"({' '.join(done.stderr.split())[-300:]})"
             )
+        seen: Counter[str] = Counter()
+        for file, answer in zip(files, expected, strict=True):
+            stem = Path(file).stem
+            seen[stem] += 1
+            name = stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
+            with np.load(Path(made) / f"{name}.npz", allow_pickle=False) as found:
+                _compare(file, found, answer, shipped)
     return len(split)
+
+
+def _compare(
+    file: str, found: Any, answer: Mapping[str, np.ndarray], shipped: Sequence[ShippedOutput]
+) -> None:
+    """Refuse answers of run.py to one file, by the outputs' names, that are not the search's."""
+    for output, wanted in zip(shipped, answer.values(), strict=True):
+        values, wanted = found[output.name], wanted[0]
+        classes = output.kind == "classification"
+        scale = 1.0 if classes else max(1.0, float(np.abs(wanted).max()))
+        apart = float(np.abs(values - wanted).max()) / scale
+        if apart <= TOLERANCE and not (classes and values.argmax() != wanted.argmax()):
+            continue
+        said = (
+            f"class {int(values.argmax())}, the search with {int(wanted.argmax())}"
+            if classes
+            else f"other values of {output.name} than the search"
+        )
+        raise UserError(
+            f"the folder was not written: its run.py answers {file} with {said} (largest "
+            f"difference {apart:.1e})"
+        )
 
 
 def _unchanged(data: ImageData) -> Split:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from moodistill.bundle.folder import FORMAT, MANIFEST, MODEL, read_manifest
+from moodistill.bundle.folder import EXPECTED, FORMAT, MANIFEST, MODEL, read_manifest
 from moodistill.errors import UserError
 from moodistill.onnx.runtime import pixels, session
 from moodistill.onnx.writer import model_tensors
@@ -143,31 +143,84 @@ def _run_sample(folder: Path, model: bytes, manifest: dict[str, Any]) -> float:
         ) from error
     if not isinstance(picture, np.ndarray):
         raise UserError(f"{folder / 'sample.npy'} is an archive, expected one array")
-    images = pixels(picture[None]).repeat(entry.get("batch") or 1, 0)
-    if entry["kind"] != "uint8":
-        images = images.astype(np.float32)
-    if entry["kind"] == "normalised":
-        mean, std = (np.float32(entry[name]).reshape(1, -1, 1, 1) for name in ("mean", "std"))
-        images = (images / np.float32(255) - mean) / std
     try:
         run = session(model, threads=1)
-        answer = np.asarray(run.run(None, {entry["name"]: images})[0])[0]
+        given = run.run(None, {entry["name"]: _feed(picture, entry)})
     except Exception as error:  # ONNX Runtime has an exception class for every status
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{folder / MODEL} does not run ({reason}); export the student again"
         ) from error
-    expected = np.array(sample["expected"], dtype=float)
-    if expected.shape != answer.shape or len(manifest["labels"]) != len(answer):
+    # Bundles of earlier versions have one output, of classes.
+    earlier = [{"name": manifest["output"], "kind": "classification"}]
+    shipped = manifest.get("outputs", earlier)
+    wanted = _expected(folder, sample, shipped)
+    worst, exact = 0.0, manifest["precision"] == "fp32"  # INT8 kernels differ between processors
+    for output, found in zip(shipped, given, strict=True):
+        answer, expected = np.asarray(found)[0], wanted[output["name"]]
+        if expected.shape != answer.shape:
+            raise UserError(
+                f"{folder / MODEL} answers with values {answer.shape}, {MANIFEST} expects "
+                f"{expected.shape}; export the student again"
+            )
+        classes = output["kind"] == "classification"
+        scale = 1.0 if classes else max(1.0, float(np.abs(expected).max()))
+        difference = float(np.abs(answer - expected).max()) / scale
+        worst = max(worst, difference)
+        if classes and len(shipped) == 1:
+            _check_class(folder, manifest, answer, difference)
+        if exact and not difference <= TOLERANCE:
+            raise UserError(
+                f"{folder / MODEL} gives another {output['name']} for the sample than {MANIFEST} "
+                f"expects (largest difference {difference:.1e}); do not use it here"
+            )
+    return worst
+
+
+def _feed(array: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
+    """A batch for the model from the sample."""
+    images = pixels(array[None]) if entry.get("pictures", True) else array[None]
+    images = images.repeat(entry.get("batch") or 1, 0)
+    if entry["kind"] != "uint8":
+        images = images.astype(np.float32)
+    if entry["kind"] == "normalised":
+        shape = (1, -1, *[1] * (images.ndim - 2))
+        mean, std = (np.float32(entry[name]).reshape(shape) for name in ("mean", "std"))
+        images = (images / np.float32(255 if entry.get("pictures", True) else 1) - mean) / std
+    return images
+
+
+def _expected(
+    folder: Path, sample: dict[str, Any], shipped: list[dict[str, Any]]
+) -> dict[str, np.ndarray]:
+    """The expected outputs of the sample by name."""
+    stored = sample.get("expected_file")
+    if stored is None:
+        return {shipped[0]["name"]: np.array(sample["expected"], dtype=float)}
+    if stored != EXPECTED:
+        raise UserError(f"{folder / MANIFEST} names {stored!r}; expected {EXPECTED}")
+    try:
+        with np.load(folder / EXPECTED, allow_pickle=False, max_header_size=1000) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{folder / EXPECTED} is no readable archive ({error}); export the student again"
+        ) from error
+
+
+def _check_class(
+    folder: Path, manifest: dict[str, Any], answer: np.ndarray, difference: float
+) -> None:
+    """Refuse another class than the sample's, or other labels than classes."""
+    sample, labels = manifest["sample"], manifest["labels"]
+    if len(labels) != len(answer):
         raise UserError(
             f"{folder / MODEL} answers with {answer.shape[0]} values, {MANIFEST} expects "
-            f"{expected.shape[0]} and {len(manifest['labels'])} labels; export the student again"
+            f"{len(sample['expected'])} and {len(labels)} labels; export the student again"
         )
-    difference = float(np.abs(answer - expected).max())
-    exact = manifest["precision"] == "fp32"  # INT8 kernels differ between processors
+    exact = manifest["precision"] == "fp32"
     if int(answer.argmax()) != sample["answer"] or (exact and not difference <= TOLERANCE):
         raise UserError(
             f"{folder / MODEL} answers class {int(answer.argmax())} to the sample, {MANIFEST} "
             f"expects {sample['answer']} (largest difference {difference:.1e}); do not use it here"
         )
-    return difference

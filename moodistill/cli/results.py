@@ -30,7 +30,9 @@ def choose_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--max-latency-ms", type=number)
     parser.add_argument("--max-params", type=number)
-    parser.add_argument("--min-accuracy", type=number, help="a fraction, on validation images")
+    parser.add_argument(
+        "--min-accuracy", type=number, help="least accuracy, or other metric of the run, a fraction"
+    )
     parser.add_argument("--max-size-bytes", type=number, help="of the ONNX file")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--knee", action="store_true", help="where the front bends most")

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from moodistill.teacher.task import OwnTask, Task
 
 # Of these a run that is carried on has its own.
-PREPARED = (
+IMAGES = (
     "size", "channels", "resize", "shorter_side", "fill", "interpolation", "channel_order", "exif",
-    "mean", "std",
 )  # fmt: skip
+PREPARED = (*IMAGES, "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,7 @@ def _hint(folder: Path, same: bool = False) -> Iterator[None]:
 
 def _own_task(settings: Settings, base: RunConfig | None) -> OwnTask | None:
     """The task of `teacher`, `weights` and `data`, None if it is a problem's."""
+    from moodistill.data.array_files import holds_arrays
     from moodistill.teacher.task import OwnTask, builder_of
 
     given = settings.part("own")
@@ -246,8 +247,12 @@ def _own_task(settings: Settings, base: RunConfig | None) -> OwnTask | None:
         for name in ("weights", "data"):
             if getattr(settings, name) is None:
                 raise UserError(f"`teacher` needs `{name}`; see docs/own_network.md")
+        unused = [name for name in IMAGES if getattr(settings, name) is not None]
+        if unused and holds_arrays(Path(given["data"])):
+            raise UserError(f"`{unused[0]}` is for images, {given['data']} holds arrays; omit it")
         return OwnTask(weights=str(settings.weights), **given)
-    unused = [name for name in ("data", *PREPARED) if getattr(settings, name) is not None]
+    of_others = ("data", "heads", *PREPARED)
+    unused = [name for name in of_others if getattr(settings, name) is not None]
     if unused:
         raise UserError(f"`{unused[0]}` is for a network of your own; give it with `teacher`")
     return None

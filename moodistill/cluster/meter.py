@@ -31,7 +31,7 @@ class RemoteMeter:
         cluster: Cluster,
         name: str,
         reference: bytes,
-        input_shape: tuple[int, int, int],
+        input_shape: tuple[int, ...],
         config: LatencyConfig,
         teacher_latency_ms: float | None,
     ) -> None:
@@ -83,7 +83,7 @@ class DeviceMeters:
         self,
         cluster: Cluster,
         reference: bytes,
-        input_shape: tuple[int, int, int],
+        input_shape: tuple[int, ...],
         config: LatencyConfig,
         calibrated: Mapping[str, float] | None,
     ) -> None:

@@ -61,7 +61,7 @@ class TimeSetup:
     """How a device times models: as `LatencyMeter`'s arguments."""
 
     version: str
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     config: LatencyConfig
     teacher_latency_ms: float | None
 

@@ -11,9 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from moodistill.data.images import ImageData, Metric, Split, fraction_right, sha256_array
+from moodistill.data.images import ImageData, Metric, Split, fraction_right
 from moodistill.data.preparation import Preparation
 from moodistill.data.table import DataTable, count_classes, equal_pictures
+from moodistill.data.targets import (
+    arranged,
+    class_names,
+    content,
+    meaning_of,
+    one_label,
+    one_of,
+    sample_of,
+    stacked,
+)  # fmt: skip
 from moodistill.data.transforms import checked_preparation, files_of
 from moodistill.errors import UserError
 
@@ -29,8 +39,9 @@ def from_datasets(
     name: str = "own",
     metric: Metric = fraction_right,
     preparation: Preparation | None = None,
+    heads: Any = None,
 ) -> ImageData:
-    """Map-style datasets of `(image, label)` held in memory.
+    """Map-style datasets of `(image, label)`, or of images alone, held in memory.
 
     Images are PIL images, uint8 arrays `(H, W)` or `(H, W, C)`, or tensors `(C, H, W)`: uint8, or
     floats in [0, 1] (so before any normalisation), all of one size.
@@ -46,19 +57,25 @@ def from_datasets(
         mean, std, metric: as in `load_image_folder`.
         name: of the data.
         preparation: how `validation` and `test` prepare the images of files.
+        heads: what the network's outputs mean, as `Heads.of` takes it; None is a classifier, or,
+            without labels, fidelity to the teacher. The labels may then be arrays, or dicts or
+            tuples of arrays for several outputs.
 
     Raises:
         UserError: if an image has another size or form, or `preparation` gives other pixels than
             the datasets.
     """
-    splits = {"train": _collect(train, "train"), "validation": _collect(validation, "validation")}
-    if test is not None:
-        splits["test"] = _collect(test, "test")
+    given = {"train": train, "validation": validation, "test": test}
+    splits = {
+        part: _collect(one, part, heads is not None)
+        for part, one in given.items()
+        if one is not None
+    }
     held_out = [splits[part] for part in ("validation", "test") if part in splits]
     preparation = checked_preparation(validation, held_out, preparation)
     if preparation is None:  # then nothing can be compared with the files
         splits = {part: replace(split, files=()) for part, split in splits.items()}
-    return from_splits(name, splits, labels, mean, std, metric, preparation)
+    return from_splits(name, splits, labels, mean, std, metric, preparation, heads=heads)
 
 
 def from_splits(
@@ -71,6 +88,7 @@ def from_splits(
     preparation: Preparation | None = None,
     table: DataTable | None = None,
     folder: Path | None = None,
+    heads: Any = None,
 ) -> ImageData:
     """`ImageData` of `train`, `validation` and `test`, its statistics measured where not given.
 
@@ -85,33 +103,15 @@ def from_splits(
         preparation: how files became these images, None if that is not known.
         table: what is known of the files; the images are counted here.
         folder: that the files of the splits lie in.
+        heads: as in `from_datasets`.
 
     Raises:
         UserError: if the splits do not fit together, or there are too few names or statistics.
     """
-    splits = {
-        part: _shuffled(replace(split, labels=whole_labels(split.labels, part)))
-        for part, split in splits.items()
-    }
-    if "test" not in splits:
-        whole = splits["validation"]
-        splits["validation"] = whole.part(slice(None, None, 2))
-        splits["test"] = whole.part(slice(1, None, 2))
+    meaning = meaning_of(splits, heads, metric)
+    splits = arranged(splits, meaning)
     images = splits["train"].images
-    for part, split in splits.items():
-        if len(split) == 0 or split.images.shape[1:] != images.shape[1:]:
-            raise UserError(
-                f"the {part} split has images of shape {split.images.shape}, expected "
-                f"(n, {', '.join(map(str, images.shape[1:]))}) with n > 0"
-            )
-    low, high = (f(int(f(split.labels)) for split in splits.values()) for f in (min, max))
-    names = list(labels) if labels is not None else [str(i) for i in range(high + 1)]
-    if low < 0:
-        raise UserError(f"a label is {low}; expected whole numbers from 0")
-    if len(names) <= high:
-        raise UserError(
-            f"labels name {len(names)} classes, the data have {high + 1}; name them all"
-        )
+    names = class_names(splits, meaning, labels)
     if mean is None or std is None:
         measured = _statistics(images)
         mean = measured[0] if mean is None else mean
@@ -130,44 +130,24 @@ def from_splits(
                 f"the preparation gives images of size {preparation.size}, the data are "
                 f"{images.shape[1:3]}: give the size of the data"
             )
-    parts = [sha256_array(s.images) + sha256_array(s.labels) for s in splits.values()]
     # With the normalisation, on which everything that is cached of a teacher depends.
-    made_of = f"{''.join(parts)} {mean} {std}"
+    made_of = f"{content(splits)} {mean} {std}"
     if preparation not in (None, Preparation(size=images.shape[1:3])):
         made_of += f" {preparation}"
     digest = hashlib.sha256(made_of.encode()).hexdigest()
-    table = _counted(table or DataTable(name, tuple(names), {}), splits, folder)
-    table = replace(
-        table, classes=tuple(names),
-        prepared=preparation.describe(images.shape[-1]) if preparation else "",
-    )  # fmt: skip
+    if meaning is None or meaning.plain_classes:
+        table = _counted(table or DataTable(name, tuple(names), {}), splits, folder)
+    else:
+        table = None
+    if table is not None:
+        table = replace(
+            table, classes=tuple(names),
+            prepared=preparation.describe(images.shape[-1]) if preparation else "",
+        )  # fmt: skip
     return ImageData(
         name, splits["train"], splits["validation"], splits["test"],
-        mean, std, tuple(names), digest, metric, preparation, table, folder,
+        mean, std, tuple(names), digest, metric, preparation, table, folder, meaning,
     )  # fmt: skip
-
-
-def whole_labels(labels: Any, part: str) -> np.ndarray:
-    """Labels `(N,)` or `(N, 1)`, whole numbers of any type, as int64 `(N,)`.
-
-    Raises:
-        UserError: names what they are instead; `part` says of which split.
-    """
-    labels = np.asarray(labels)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    expected = "expected one whole number an image, the index of its class"
-    if labels.ndim != 1:
-        raise UserError(f"the {part} labels are {labels.dtype} {labels.shape}; {expected}")
-    if labels.dtype.kind not in "biuf":
-        raise UserError(f"the {part} labels are of type {labels.dtype}; {expected}")
-    broken = np.flatnonzero(~np.isfinite(labels) | (labels != np.trunc(labels)))
-    if len(broken):
-        raise UserError(
-            f"the {part} labels are {labels.dtype} {labels.shape}, number {broken[0]} is "
-            f"{labels[broken[0]]:g}; {expected} (targets of a regression are not supported)"
-        )
-    return labels.astype(np.int64)
 
 
 def _counted(table: DataTable, splits: Mapping[str, Split], folder: Path | None) -> DataTable:
@@ -175,7 +155,7 @@ def _counted(table: DataTable, splits: Mapping[str, Split], folder: Path | None)
     named = {
         part: (
             split.images,
-            split.labels,
+            one_of(split.targets),
             [os.path.relpath(file, folder) if folder else file for file in split.files],
         )
         for part, split in splits.items()
@@ -184,15 +164,12 @@ def _counted(table: DataTable, splits: Mapping[str, Split], folder: Path | None)
     return replace(
         table,
         pictures={
-            part: count_classes(split.labels, len(table.classes)) for part, split in splits.items()
+            part: count_classes(one_of(split.targets), len(table.classes))
+            for part, split in splits.items()
         },
         between_splits=between_splits,
         between_classes=between_classes,
     )
-
-
-def _shuffled(split: Split) -> Split:
-    return split.ordered(np.random.default_rng(0).permutation(len(split)))
 
 
 def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
@@ -215,12 +192,14 @@ def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     return [mean for mean, _ in found], [std for _, std in found]
 
 
-def _collect(dataset: Any, part: str) -> Split:
+def _collect(dataset: Any, part: str, described: bool) -> Split:
+    """A split of images; targets as arrays where heads are given, else one label an image."""
     images, labels = [], []
     for index in range(len(dataset)):
-        picture, label = dataset[index][:2]
-        images.append(_pixels(picture, f"{part} image {index}"))
-        labels.append(_one_label(label, f"{part} image {index}"))
+        picture, label = sample_of(dataset[index])
+        where = f"{part} image {index}"
+        images.append(_pixels(picture, where))
+        labels.append(label if described or label is None else one_label(label, where))
         if images[-1].shape != images[0].shape:
             raise UserError(
                 f"{part} image {index} is {images[-1].shape}, the first {images[0].shape}; "
@@ -228,18 +207,7 @@ def _collect(dataset: Any, part: str) -> Split:
             )
     if not images:
         raise UserError(f"the {part} dataset is empty; expected images")
-    return Split(np.stack(images), np.array(labels), files_of(dataset))
-
-
-def _one_label(label: Any, where: str) -> Any:
-    """A label as a plain number (of whatever type it is), out of an array of one."""
-    array = label.detach().cpu().numpy() if hasattr(label, "detach") else np.asarray(label)
-    if array.shape not in ((), (1,)):
-        raise UserError(
-            f"{where} has a label of type {array.dtype} and shape {array.shape}; expected one "
-            "whole number, the index of its class"
-        )
-    return array.reshape(()).item()
+    return Split(np.stack(images), stacked(labels, part), files_of(dataset))
 
 
 def _pixels(picture: Any, where: str) -> np.ndarray:
@@ -257,6 +225,7 @@ def _pixels(picture: Any, where: str) -> np.ndarray:
     if array.min() < -1e-3 or array.max() > 1 + 1e-3:
         raise UserError(
             f"{where} has values from {array.min():.3g} to {array.max():.3g}; expected uint8, or "
-            "floats in [0, 1]: leave the normalisation to mean and std"
+            "floats in [0, 1]: leave the normalisation to mean and std (of inputs that are no "
+            "pictures say inputs='arrays')"
         )
     return np.ascontiguousarray((array * 255.0).round().clip(0, 255).astype(np.uint8))

@@ -39,6 +39,7 @@ def load_image_folder(
     exif: bool = True,
     shorter_side: int | None = None,
     fill: int = 0,
+    heads: Any = None,
     cut: Cut | None = None,
 ) -> ImageData:
     """Images in one folder a class, prepared alike and held in memory as uint8.
@@ -94,7 +95,7 @@ def load_image_folder(
     table = _table(folder, classes, passed, seen, preparation)
     return from_splits(
         folder.resolve().name, splits, classes, mean, std, metric, preparation, table,
-        Path(os.path.abspath(folder)),
+        Path(os.path.abspath(folder)), heads,
     )  # fmt: skip
 
 

@@ -7,12 +7,13 @@ Splits (documented in docs/method.md): the teacher trains on `train`, the search
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,10 +21,14 @@ import torch
 from moodistill.data.cut import Cut
 from moodistill.data.preparation import Preparation
 from moodistill.data.table import DataTable
-from moodistill.errors import UserError
+from moodistill.heads.head import Head
+from moodistill.heads.heads import Arrays, Heads
+from moodistill.heads.metrics import Metric
+from moodistill.heads.outputs import OUTPUT
 
-# Logits `(n, classes)` and labels `(n,)` to a figure in [0, 1], the larger the better.
-Metric = Callable[[np.ndarray, np.ndarray], float]
+__all__ = ["ImageData", "Metric", "Split", "fraction_right", "metric_name", "sha256_array"]
+
+Targets = np.ndarray | dict[str, np.ndarray]  # of one output, or by the names of several
 
 
 def fraction_right(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -36,15 +41,22 @@ class Split:
     """Images `(N, H, W, C)` uint8 and labels `(N,)` int64, and the files that they are of.
 
     Attributes:
+        labels: or other targets `(N, ...)`, by name where a network has several outputs; an empty
+            dict where there are none.
         files: paths, one an image; empty if there are none or they are not known.
     """
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: Targets
     files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
+
+    @property
+    def targets(self) -> dict[str, np.ndarray]:
+        """The targets by the name of the output."""
+        return self.labels if isinstance(self.labels, dict) else {OUTPUT: self.labels}
 
     def head(self, count: int) -> Split:
         """The first `count` images (all of them if there are fewer)."""
@@ -56,12 +68,19 @@ class Split:
 
     def part(self, which: slice) -> Split:
         """Some of the images."""
-        return Split(self.images[which], self.labels[which], self.files[which])
+        return Split(self.images[which], targets_at(self.labels, which), self.files[which])
 
     def ordered(self, order: np.ndarray) -> Split:
         """The images with these indices `(n,)`."""
         files = tuple(self.files[index] for index in order) if self.files else ()
-        return Split(self.images[order], self.labels[order], files)
+        return Split(self.images[order], targets_at(self.labels, order), files)
+
+
+def targets_at(targets: Targets, which: Any) -> Targets:
+    """Some of the targets, by a slice or indices."""
+    if isinstance(targets, dict):
+        return {name: array[which] for name, array in targets.items()}
+    return targets[which]
 
 
 AT_ONCE = 2**19  # pixels; the maps of more may not fit into a small machine's memory
@@ -73,12 +92,16 @@ class ImageData:
 
     Attributes:
         mean, std: of each channel of pixels scaled to [0, 1].
-        labels: names of the classes, in the order of the logits.
-        metric: what stands wherever this project says accuracy.
+        labels: names of the classes, in the order of the logits; empty where there are none.
+        metric: of a classifier's logits `(n, classes)` and labels `(n,)`, where no `heads` say it.
         preparation: how files became these images; None if that is not known.
         table: classes, splits and files; None for the data sets that the project knows.
         folder: that the files lie in; None if they do not come from one folder.
+        heads: what the network's outputs mean; None is a classifier with one output.
     """
+
+    pictures: ClassVar[bool] = True  # pixels, which may be mirrored, shifted and compressed
+    scale: ClassVar[float] = 255.0  # that inputs are divided by before `mean` and `std`
 
     name: str
     train: Split
@@ -92,6 +115,23 @@ class ImageData:
     preparation: Preparation | None = None
     table: DataTable | None = None
     folder: Path | None = None
+    heads: Heads | None = None
+
+    @property
+    def meaning(self) -> Heads:
+        """What the network's outputs mean."""
+        own = None if self.metric is fraction_right else self.metric
+        return self.heads or Heads({OUTPUT: Head(metric=own, labels=self.labels)})
+
+    @property
+    def metric_label(self) -> str:
+        """What people call the metric."""
+        return self.meaning.metric_name
+
+    @property
+    def by_accuracy(self) -> bool:
+        """Whether the metric is the fraction of inputs whose one class is answered rightly."""
+        return self.meaning.plain_classes
 
     @property
     def cut(self) -> Cut | None:
@@ -106,7 +146,7 @@ class ImageData:
         return Cut(*parts)
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
+    def input_shape(self) -> tuple[int, ...]:
         """`(C, H, W)` of one image."""
         height, width, channels = self.train.images.shape[1:]
         return channels, height, width
@@ -120,21 +160,15 @@ class ImageData:
 
     def at_once(self, most: int) -> int:
         """How many images, at most `most`, go through a network together in little memory."""
-        _, height, width = self.input_shape
-        return max(1, min(most, AT_ONCE // (height * width)))
+        return max(1, min(most, AT_ONCE // math.prod(self.input_shape[1:])))
 
-    def score(self, logits: np.ndarray, labels: np.ndarray) -> float:
-        """The metric of logits `(n, classes)` and labels `(n,)`.
+    def score(self, answers: Iterable[Arrays], split: Split) -> float:
+        """The metric of a network's answers to a split, batch by batch and in order.
 
         Raises:
             UserError: if it is not a number from 0 to 1.
         """
-        found = float(self.metric(logits, labels))
-        if not -1e-6 <= found <= 1 + 1e-6:  # nor NaN
-            raise UserError(
-                f"the metric {metric_name(self)} gives {found:g}; expected a number from 0 to 1"
-            )
-        return min(1.0, max(0.0, found))
+        return self.meaning.score(answers, split.targets)
 
     def calibration(self, count: int) -> torch.Tensor:
         """`(count, C, H, W)` normalised training images, spread evenly over the split."""
@@ -145,7 +179,14 @@ class ImageData:
 
 def metric_name(data: ImageData) -> str:
     """Where the data's metric is defined, for a run's record: the same in every process."""
-    return _name_of(data.metric)
+    if data.heads is None:
+        return _name_of(data.metric)
+    return "; ".join(
+        f"{name}: {head.kind} {_name_of(head.metric) if head.own_metric else head.metric_key}"
+        + (f" x{head.weight:g}" if head.weight != 1 else "")
+        + (f" loss {_name_of(head.loss)}" if head.loss is not None else "")
+        for name, head in data.heads.by_output.items()
+    )
 
 
 def _name_of(value: Any) -> str:

@@ -151,7 +151,7 @@ class LatencyMeter:
     def __init__(
         self,
         reference: bytes,
-        input_shape: tuple[int, int, int],
+        input_shape: tuple[int, ...],
         config: LatencyConfig | None = None,
         *,
         teacher_latency_ms: float | None = None,

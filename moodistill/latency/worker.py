@@ -103,7 +103,7 @@ class TimedModel:
         if first.type == "tensor(uint8)":
             images = (images * 64 + 128).clip(0, 255).astype(np.uint8)
         self._feed = {first.name: images}
-        self._outputs = [self._session.get_outputs()[0].name]
+        self._outputs = [one.name for one in self._session.get_outputs()]
         self.repeats = 1
         self.warm_up()
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from moodistill.onnx.modules import constant_pad, convert
+from moodistill.onnx.maps import border_pad, constant_pad, resize
+from moodistill.onnx.modules import convert
 from moodistill.onnx.ops import Shape, UnsupportedOperation
 from moodistill.onnx.values import Values
 
@@ -46,13 +47,24 @@ _AS_MODULE: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid"), (nn.Sigmoid, ())),
     **dict.fromkeys((torch.tanh, F.tanh, "tanh"), (nn.Tanh, ())),
     **dict.fromkeys(
-        (F.dropout, F.dropout2d, F.alpha_dropout), (nn.Identity, ("p", "training", "inplace"))
+        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
+        (nn.Identity, ("p", "training", "inplace")),
     ),
     F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
     F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size", "return_indices")),
     F.max_pool2d: (nn.MaxPool2d, (*_POOL, "dilation", "ceil_mode", "return_indices")),
     torch.max_pool2d: (nn.MaxPool2d, (*_POOL, "dilation", "ceil_mode")),
     F.avg_pool2d: (nn.AvgPool2d, (*_POOL, "ceil_mode", "count_include_pad", "divisor_override")),
+    F.max_pool1d: (nn.MaxPool1d, (*_POOL, "dilation", "ceil_mode", "return_indices")),
+    torch.max_pool1d: (nn.MaxPool1d, (*_POOL, "dilation", "ceil_mode")),
+    F.max_pool3d: (nn.MaxPool3d, (*_POOL, "dilation", "ceil_mode", "return_indices")),
+    torch.max_pool3d: (nn.MaxPool3d, (*_POOL, "dilation", "ceil_mode")),
+    F.avg_pool1d: (nn.AvgPool1d, (*_POOL, "ceil_mode", "count_include_pad")),
+    F.avg_pool3d: (nn.AvgPool3d, (*_POOL, "ceil_mode", "count_include_pad", "divisor_override")),
+    F.adaptive_avg_pool1d: (nn.AdaptiveAvgPool1d, ("output_size",)),
+    F.adaptive_max_pool1d: (nn.AdaptiveMaxPool1d, ("output_size", "return_indices")),
+    F.adaptive_avg_pool3d: (nn.AdaptiveAvgPool3d, ("output_size",)),
+    F.adaptive_max_pool3d: (nn.AdaptiveMaxPool3d, ("output_size", "return_indices")),
     **dict.fromkeys((torch.flatten, "flatten"), (nn.Flatten, ("start_dim", "end_dim"))),
 }
 # Inference does nothing here either; told by name, since torchvision loads slowly.
@@ -233,17 +245,56 @@ def _squeeze(call: _Call, input: Any, dim: Any) -> str:
 def _mean(call: _Call, input: Any, dim: Any = None, keepdim: Any = False) -> str:
     shape = call.values.shape(input)
     axes = sorted(_axis(d, len(shape) + 1) for d in _several(dim))
-    if len(shape) != 3 or axes != [2, 3]:
+    if len(shape) < 2 or axes != [*range(2, len(shape) + 1)]:
         raise UnsupportedOperation(f"the mean of {len(shape) + 1}-D input over {dim}")
-    value = call.emit("GlobalAveragePool", call.values.value(input), (shape[0], 1, 1))
+    out = (shape[0], *[1] * (len(shape) - 1))
+    value = call.emit("GlobalAveragePool", call.values.value(input), out)
     return value if keepdim else call.values.ops.reshape(value, call.name, shape[:1])
 
 
 def _pad(call: _Call, input: Any, pad: Any, mode: Any = "constant", value: Any = None) -> str:
+    values = call.values
+    borders = {"reflect": "reflect", "replicate": "edge"}
+    if mode in borders:
+        x = values.value(input)
+        return border_pad(values.ops, x, call.name, _several(pad), borders[mode])
     if mode != "constant":
         raise UnsupportedOperation(f"padding of mode {mode}")
-    values = call.values
     return constant_pad(values.ops, values.value(input), call.name, _several(pad), value or 0.0)
+
+
+def _interpolate(
+    call: _Call, input: Any, size: Any = None, scale_factor: Any = None, mode: Any = "nearest",
+    align_corners: Any = None, recompute_scale_factor: Any = None, antialias: Any = False,
+) -> str:  # fmt: skip
+    values, made = call.values, None
+    if not antialias:
+        size = None if size is None else [values.size(one) for one in _several(size)]
+        axes = len(values.shape(input)) - 1
+        size = size * axes if size is not None and len(size) == 1 else size
+        made = resize(
+            values.ops, values.value(input), call.name, size, scale_factor, mode, align_corners,
+            recompute_scale_factor,
+        )  # fmt: skip
+    if made is None:
+        raise UnsupportedOperation(f"interpolate by mode {mode} from {values.shape(input)}")
+    return made
+
+
+def _instance_norm(
+    call: _Call, input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None,
+    bias: Any = None, use_input_stats: Any = True, momentum: Any = 0.1, eps: Any = 1e-5,
+) -> str:  # fmt: skip
+    if running_mean is not None or not use_input_stats:
+        raise UnsupportedOperation("instance_norm with stored statistics")
+    values = call.values
+    channels = values.shape(input)[0]
+    scale = torch.ones(channels) if weight is None else values.constant(weight)
+    shift = torch.zeros(channels) if bias is None else values.constant(bias)
+    x = values.value(input)
+    return values.ops.like(
+        "InstanceNormalization", x, call.name, scale, shift, epsilon=float(eps)
+    )  # fmt: skip
 
 
 def _copy(call: _Call, input: Any, **_: Any) -> str:
@@ -262,6 +313,8 @@ _CALLS: dict[Any, Callable[..., str]] = {
     **dict.fromkeys((torch.mean, "mean"), _mean),
     **dict.fromkeys((torch.clone, "clone", "contiguous"), _copy),
     F.pad: _pad,
+    F.interpolate: _interpolate,
+    F.instance_norm: _instance_norm,
 }
 
 

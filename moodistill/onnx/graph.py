@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moodistill.heads.outputs import outputs_of
 from moodistill.onnx.calls import converted_call, converted_module
 from moodistill.onnx.ops import INPUT, Shape, UnsupportedOperation
 from moodistill.onnx.values import Values
@@ -32,9 +33,9 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 class OnnxGraph:
-    """The student's operations from `INPUT` to `OUTPUT`, pruned and folded.
+    """The student's operations from `INPUT` to its outputs, pruned and folded.
 
-    Shapes are of one image, without the batch axis.
+    Shapes are of one image, without the batch axis; `outputs` has those of the outputs by name.
     """
 
     def __init__(self, student: fx.GraphModule, input_shape: Shape) -> None:
@@ -43,11 +44,11 @@ class OnnxGraph:
         self._student = student
         self._values = values = Values(input_shape)
         live = live_nodes(student.graph)
-        result = None
+        result: dict[str, Any] = {}
         for node in student.graph.nodes:
             values.visited.add(node)
             if node.op == "output":
-                result = node.args[0]
+                result = outputs_of(node.args[0])
             elif node.op == "placeholder":
                 if values.of:
                     raise UnsupportedOperation("a second input")
@@ -61,9 +62,9 @@ class OnnxGraph:
                     # A method like clamp_ acts on its input even if nobody reads its result.
                     if node in live or self._in_place(node):
                         raise
-        output = values.value(result)
-        self.output_shape = values.ops.shapes[output]
-        self.ops = values.ops.finished(output)
+        results = {name: values.value(value) for name, value in result.items()}
+        self.outputs = {name: values.ops.shapes[value] for name, value in results.items()}
+        self.ops = values.ops.finished(results)
 
     def _in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module":

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-INPUT, OUTPUT = "input", "logits"
+INPUT = "input"
 # Kinds whose output may share its input's memory in torch.
 VIEWS = ("Flatten", "Reshape", "Transpose", "Slice", "Identity")
 
@@ -52,7 +52,7 @@ class OpList:
         **attributes: Any,
     ) -> str:
         """Add an operation and return its value; a tensor that is None is left out."""
-        output = f"{name}.{len(self.ops)}"  # the dot keeps it apart from INPUT and OUTPUT
+        output = f"{name}.{len(self.ops)}"  # the dot keeps it apart from inputs and outputs
         inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
         arrays = tuple(_array(t) for t in tensors if t is not None)
         self.ops[output] = OnnxOp(kind, inputs, output, arrays, front, attributes)
@@ -82,8 +82,11 @@ class OpList:
             value = self.ops[value].inputs[0]
         return value
 
-    def finished(self, result: str) -> list[OnnxOp]:
-        """The operations that the result needs, without copies; it comes last, as `OUTPUT`."""
+    def finished(self, results: Mapping[str, str]) -> list[OnnxOp]:
+        """The operations that the results need, without copies.
+
+        `results` are values by the names that the network's outputs are to have.
+        """
         same: dict[str, str] = {}
         ops = []
         for op in self.ops.values():
@@ -92,10 +95,21 @@ class OpList:
                 same[op.output] = op.inputs[0]
             else:
                 ops.append(op)
-        result = same.get(result, result)
-        if result == INPUT:
-            return [OnnxOp("Identity", (INPUT,), OUTPUT)]
-        return _fold(_pruned(ops, result))
+        wanted = {name: same.get(value, value) for name, value in results.items()}
+        ops = _fold(_pruned(ops, set(wanted.values())), set(wanted.values()))
+        named: dict[str, str] = {}
+        for name, value in wanted.items():
+            if value == INPUT or value in named:  # given twice, or what goes in
+                ops.append(OnnxOp("Identity", (value,), name))
+            else:
+                named[value] = name
+        return [
+            replace(
+                op, inputs=tuple(named.get(name, name) for name in op.inputs),
+                output=named.get(op.output, op.output),
+            )
+            for op in ops
+        ]  # fmt: skip
 
 
 def _array(value: Any) -> np.ndarray:
@@ -105,29 +119,33 @@ def _array(value: Any) -> np.ndarray:
     return array
 
 
-def _pruned(ops: list[OnnxOp], result: str) -> list[OnnxOp]:
-    needed, kept = {result}, []
+def _pruned(ops: list[OnnxOp], results: set[str]) -> list[OnnxOp]:
+    needed, kept = set(results), []
     for op in reversed(ops):
         if op.output in needed:
             needed.update(op.inputs)
             kept.append(op)
-    kept[0] = replace(kept[0], output=OUTPUT)
     return kept[::-1]
 
 
-def _fold(ops: list[OnnxOp]) -> list[OnnxOp]:
+def _fold(ops: list[OnnxOp], results: set[str]) -> list[OnnxOp]:
     """Batch normalisation folded into the convolution or linear layer it alone reads."""
-    users = Counter(name for op in ops for name in op.inputs)
+    users = Counter([*(name for op in ops for name in op.inputs), *results])
     kept: dict[str, OnnxOp] = {}
     for op in ops:
         layer = kept.get(op.inputs[0]) if op.kind == "BatchNormalization" else None
-        if layer and layer.kind in ("Conv", "Gemm") and users[layer.output] == 1:
+        layers = ("Conv", "Gemm", "ConvTranspose")
+        grouped = layer and layer.kind == "ConvTranspose" and layer.attributes["group"] > 1
+        if layer and layer.kind in layers and users[layer.output] == 1 and not grouped:
             del kept[layer.output]
             scale, shift, mean, variance = (t.astype(np.float64) for t in op.tensors)
             factor = scale / np.sqrt(variance + op.attributes["epsilon"])
             weight, *bias = layer.tensors
             shift = shift + ((bias[0] if bias else 0.0) - mean) * factor
-            weight = weight * factor.astype(np.float32).reshape(-1, *[1] * (weight.ndim - 1))
+            # The outputs are the first axis of a weight, the second of a transposed one.
+            ahead = [1] if layer.kind == "ConvTranspose" else []
+            spread = (*ahead, -1, *[1] * (weight.ndim - 1 - len(ahead)))
+            weight = weight * factor.astype(np.float32).reshape(spread)
             tensors = (weight, shift.astype(np.float32))
             op = replace(layer, output=op.output, tensors=tensors)
         kept[op.output] = op

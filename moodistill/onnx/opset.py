@@ -29,6 +29,11 @@ FIRST = {
     "Celu": 12,
     "QuantizeLinear": 13,  # a scale for each channel
     "DequantizeLinear": 13,
+    "ConvTranspose": LOWEST,
+    "DepthToSpace": LOWEST,
+    "Resize": 13,  # where regions may be left out
+    "Softmax": 13,  # over one axis alone
+    "LogSoftmax": 13,
     "HardSwish": 14,
     "LayerNormalization": 17,
 }  # fmt: skip

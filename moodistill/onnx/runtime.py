@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 
 from moodistill.data.images import ImageData, Split
+from moodistill.heads.outputs import OUTPUT
 
 BATCH = 10  # a thread each: small batches stay in its cache
 
@@ -28,11 +29,14 @@ def pixels(images: np.ndarray) -> np.ndarray:
 
 def outputs(
     model: bytes, data: ImageData, split: Split, threads: int, batch: int = BATCH
-) -> Iterator[np.ndarray]:
-    """The model's first output `(n, classes)` batch by batch, in order.
+) -> Iterator[dict[str, np.ndarray]]:
+    """The model's outputs `(n, ...)` by name, batch by batch and in order.
+
+    An only output is called `OUTPUT`, whatever its name in the file is.
 
     Models that take uint8 pixels get them; of those that take floats, the ones whose input is
-    called `pixels` get 0 to 255 and all others normalised images. Each of `threads` threads runs
+    called `pixels` get 0 to 255, those with `values` arrays as they are in the data, and all others
+    normalised inputs. Each of `threads` threads runs
     whole batches: a third faster than all of them on one batch, and the sums within a batch do
     not depend on their number. A model without a free batch axis gets batches of its own size, the
     last one filled up with repeated images.
@@ -42,7 +46,10 @@ def outputs(
     fixed = first.shape[0] if isinstance(first.shape[0], int) else None
     batch = fixed or batch
 
-    def answer(start: int) -> np.ndarray:
+    names = [one.name for one in run.get_outputs()]
+    keys = names if len(names) > 1 else [OUTPUT]
+
+    def answer(start: int) -> dict[str, np.ndarray]:
         images = split.images[start : start + batch]
         count = len(images)
         if fixed is not None:
@@ -51,9 +58,12 @@ def outputs(
             feed = pixels(images)
         elif first.name == "pixels":
             feed = pixels(images).astype(np.float32)
+        elif first.name == "values":
+            feed = images
         else:
             feed = data.normalise(images).numpy()
-        return np.asarray(run.run(None, {first.name: feed})[0])[:count]
+        found = run.run(names, {first.name: feed})
+        return {key: np.asarray(one)[:count] for key, one in zip(keys, found, strict=True)}
 
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(answer, range(0, len(split), batch))
@@ -61,5 +71,4 @@ def outputs(
 
 def onnx_accuracy(model: bytes, data: ImageData, split: Split, threads: int) -> float:
     """The data's metric of an ONNX file on `split`: accuracy unless another is given."""
-    found = np.concatenate(list(outputs(model, data, split, threads)))
-    return data.score(found, split.labels)
+    return data.score(outputs(model, data, split, threads), split)

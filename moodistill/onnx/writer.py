@@ -24,9 +24,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
 
 from moodistill.errors import UserError
+from moodistill.heads.outputs import outputs_of
 from moodistill.onnx.graph import OnnxGraph, live_nodes
 from moodistill.onnx.modules import NO_OPS
-from moodistill.onnx.ops import INPUT, OUTPUT, Shape, UnsupportedOperation
+from moodistill.onnx.ops import INPUT, Shape, UnsupportedOperation
 from moodistill.onnx.opset import FIRST, HIGHEST, LOWEST
 
 OPSETS = range(LOWEST, HIGHEST + 1)
@@ -39,6 +40,7 @@ _TENSOR_NAMES = {
     "Slice": ("starts", "ends", "axes"),
     "Reshape": ("shape",),
     "Pad": ("pads", "value"),
+    "Resize": ("scales",),
     "PRelu": ("slope",),
 }
 
@@ -134,10 +136,21 @@ def _to_model(graph: OnnxGraph, opset: int) -> onnx.ModelProto:
         nodes.append(helper.make_node(op.kind, inputs, [op.output], **op.attributes))
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
-        for name, shape in ((INPUT, graph.input_shape), (OUTPUT, graph.output_shape))
+        for name, shape in ((INPUT, graph.input_shape), *graph.outputs.items())
     ]
     student = helper.make_graph(nodes, "student", ends[:1], ends[1:], tensors)
     return helper.make_model(student, opset_imports=[helper.make_opsetid("", opset)])
+
+
+class _Listed(nn.Module):
+    """A network whose outputs come in a tuple, for torch's exporter."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(outputs_of(self.network(x)).values())
 
 
 def _export_with_torch(
@@ -145,18 +158,19 @@ def _export_with_torch(
 ) -> onnx.ModelProto:
     """torch's own export, freed of everything that tells where it was made."""
     buffer = io.BytesIO()
+    names = list(outputs_of(next(iter(reversed(student.graph.nodes))).args[0]))
     try:
         # It would print the whole of a graph that it cannot export, whatever its `verbose` is.
         silent = mock.patch.object(torch._C, "_jit_onnx_log", lambda *_: None, create=True)
         with warnings.catch_warnings(), _without_fast_attention(), silent:
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                copy.deepcopy(student).cpu().eval(),
+                _Listed(copy.deepcopy(student).cpu().eval()),
                 (torch.zeros(2, *input_shape),),
                 buffer,  # type: ignore[arg-type]
                 input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+                output_names=names,
+                dynamic_axes={name: {0: "batch"} for name in (INPUT, *names)},
                 opset_version=opset,
                 dynamo=False,
             )

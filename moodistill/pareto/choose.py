@@ -50,19 +50,20 @@ class GivesUp:
 
     Attributes:
         accuracy_points: teacher minus student, in percentage points (negative: the student is
-            better).
+            better); of the metric that accuracies are.
         times_fewer_parameters, times_faster: teacher over student.
     """
 
     accuracy_points: float
     times_fewer_parameters: float
     times_faster: float
+    metric: str = "accuracy"
 
     def __str__(self) -> str:
         """One phrase, for a terminal."""
         change = "lost" if self.accuracy_points >= 0 else "gained"
         return (
-            f"{abs(self.accuracy_points):.2f} accuracy points {change}, "
+            f"{abs(self.accuracy_points):.2f} {self.metric} points {change}, "
             f"{self.times_fewer_parameters:.2f}x fewer parameters, {self.times_faster:.2f}x faster"
         )
 
@@ -114,7 +115,9 @@ def choose(rows: Sequence[FrontRow], constraints: Constraints | None = None) -> 
     """
     constraints = constraints or Constraints()
     fitting = _fitting(rows, constraints)
-    return _choice(rows, min(fitting, key=_preference), "the most accurate", fitting, constraints)
+    best = min(fitting, key=_preference)
+    title = "the most accurate" if best.metric == "accuracy" else f"the best by {best.metric}"
+    return _choice(rows, best, title, fitting, constraints)
 
 
 def knee(rows: Sequence[FrontRow], constraints: Constraints | None = None) -> Choice:
@@ -199,8 +202,14 @@ def _candidates(rows: Sequence[FrontRow]) -> list[FrontRow]:
     return found
 
 
-def _rules(constraints: Constraints) -> str:
-    return " and ".join(_LIMITS[k].rule.format(v) for k, v in constraints.active().items())
+def _rules(constraints: Constraints, metric: str) -> str:
+    return " and ".join(_rule(k, v, metric) for k, v in constraints.active().items())
+
+
+def _rule(name: str, value: float, metric: str) -> str:
+    """A limit in words; that of accuracy by the metric's name."""
+    rule = _LIMITS[name].rule.format(value)
+    return rule.replace("accuracy", metric) if name == "min_accuracy" else rule
 
 
 def _keeps(row: FrontRow, name: str, value: float) -> bool:
@@ -214,14 +223,13 @@ def _fitting(rows: Sequence[FrontRow], constraints: Constraints) -> list[FrontRo
     fitting = [row for row in pool if all(_keeps(row, k, v) for k, v in active.items())]
     if fitting:
         return fitting
+    metric = pool[0].metric
     noun = "finalist" if pool[0].stage == "distilled" else "searched student"
     hopeless = [k for k, v in active.items() if not any(_keeps(row, k, v) for row in pool)]
     if hopeless:
-        lines = [
-            f"no {noun} has {_LIMITS[k].rule.format(active[k])}; {_best(pool, k)}" for k in hopeless
-        ]
+        lines = [f"no {noun} has {_rule(k, active[k], metric)}; {_best(pool, k)}" for k in hopeless]
     else:
-        lines = [f"no {noun} has {_rules(constraints)} together"]
+        lines = [f"no {noun} has {_rules(constraints, metric)} together"]
         for name in active:
             others = [
                 row
@@ -238,9 +246,11 @@ def _best(pool: Sequence[FrontRow], name: str) -> str:
     limit = _LIMITS[name]
     row = min(pool, key=lambda r: (limit.sign * getattr(r, limit.field), *_preference(r)))
     text = limit.best.format(getattr(row, limit.field))
+    if row.metric != "accuracy":
+        text = text.replace("the most accurate has", f"the highest {row.metric} is")
     if name == "min_accuracy":
         return f"{text} at {row.latency_ms:.4g} ms and {row.parameters:,} parameters"
-    return f"{text} at accuracy {row.validation_accuracy:.4f}"
+    return f"{text} at {row.metric} {row.validation_accuracy:.4f}"
 
 
 def _choice(
@@ -255,7 +265,7 @@ def _choice(
         raise UserError("the front has no teacher row; expected one to compare students with")
     pool = _candidates(rows)
     noun = "finalists" if pool[0].stage == "distilled" else "searched students"
-    rules = _rules(constraints)
+    rules = _rules(constraints, student.metric)
     among = f"{len(fitting)} of {len(pool)} {noun}" + (f" with {rules}" if rules else "")
     return Choice(
         student,
@@ -264,5 +274,6 @@ def _choice(
             accuracy_points=100 * (teacher.validation_accuracy - student.validation_accuracy),
             times_fewer_parameters=teacher.parameters / student.parameters,
             times_faster=student.teacher_latency_ms / student.latency_ms,
+            metric=student.metric,
         ),
     )

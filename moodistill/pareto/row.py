@@ -40,6 +40,7 @@ class FrontRow:
         latency_samples: timings behind `latency_ms`.
         memory_bytes: weights and largest activations at batch 1, computed (of the float student).
         on_devices: where a run timed its front on several devices, ms on each.
+        metric: what the three accuracies are, `accuracy` or the name of another metric.
     """
 
     student: str
@@ -63,6 +64,7 @@ class FrontRow:
     latency_samples: int = 0
     memory_bytes: int = 0
     on_devices: Mapping[str, float] = field(default_factory=dict)
+    metric: str = "accuracy"
 
     @property
     def validation_accuracy(self) -> float:
@@ -73,7 +75,10 @@ class FrontRow:
         return known
 
 
-COLUMNS = {one.name: str(one.type) for one in fields(FrontRow) if one.name != "on_devices"}
+METRIC = "metric"  # a column that tables of earlier versions lack
+COLUMNS = {
+    one.name: str(one.type) for one in fields(FrontRow) if one.name not in ("on_devices", METRIC)
+}
 
 
 def fault(name: str, value: Any) -> str | None:

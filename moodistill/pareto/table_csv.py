@@ -12,7 +12,7 @@ from typing import Any
 
 from moodistill.errors import UserError
 from moodistill.io.atomic import write_atomic
-from moodistill.pareto.row import COLUMNS, FrontRow, check_front, fault
+from moodistill.pareto.row import COLUMNS, METRIC, FrontRow, check_front, fault
 
 ON_DEVICE = "latency_ms_on_"  # and the device's name: the column of one of several devices
 
@@ -21,11 +21,11 @@ def write_csv(path: Path, rows: Sequence[FrontRow]) -> None:
     """Write the rows atomically; `on_devices` becomes a column `latency_ms_on_<device>` each."""
     table = io.StringIO(newline="")
     devices = list(dict.fromkeys(device for row in rows for device in row.on_devices))
-    header = [*COLUMNS, *(ON_DEVICE + device for device in devices)]
+    header = [*COLUMNS, METRIC, *(ON_DEVICE + device for device in devices)]
     csv.writer(table, lineterminator="\n").writerow(header)
     for row in rows:
         # float() first: the repr of a NumPy scalar is not a number.
-        values = [getattr(row, name) for name in COLUMNS]
+        values = [getattr(row, name) for name in (*COLUMNS, METRIC)]
         values += [row.on_devices.get(device) for device in devices]
         cells = [repr(float(v)) if isinstance(v, float) else v for v in values]
         # csv leaves a lone carriage return unquoted and then reads it as the end of a line.
@@ -71,7 +71,7 @@ def _row(cells: dict[str, str], where: str) -> FrontRow:
         if name.startswith(ON_DEVICE) and text
     }
     values = {name: _cell(name, cells[name], where) for name in COLUMNS}
-    return FrontRow(**values, on_devices=devices)
+    return FrontRow(**values, on_devices=devices, metric=cells.get(METRIC) or "accuracy")
 
 
 def _cell(name: str, text: str, where: str) -> Any:

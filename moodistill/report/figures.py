@@ -26,7 +26,8 @@ def plot_front(rows: Sequence[FrontRow], path: Path, title: str) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     _panel(left, rows, "latency_ms", "latency (ms, log scale)")
     _panel(right, rows, "parameters", "parameters (log scale)")
-    left.set_ylabel("validation accuracy (%)")
+    metric = rows[0].metric if rows else "accuracy"
+    left.set_ylabel(f"validation {metric} (%)")
     handles, labels = left.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
@@ -174,8 +175,9 @@ def front_table(rows: Sequence[FrontRow]) -> str:
     ranked = sorted(
         rows, key=lambda row: (order.index(row.stage), -row.validation_accuracy, row.latency_ms)
     )
+    metric = rows[0].metric if rows else "accuracy"
     lines = [
-        ("student", "stage", "accuracy", "test accuracy", "parameters", "x fewer parameters",
+        ("student", "stage", metric, f"test {metric}", "parameters", "x fewer parameters",
          "latency ms", "x faster"),
     ]  # fmt: skip
     for row in ranked:

@@ -85,6 +85,7 @@ def report_data(
         "title": f"moodistill: {config.get('model', folder.name)}",
         "subtitle": f"{len(evaluations)} students searched, {config.get('preset', '')} preset, "
         f"{run.get('status', 'unknown')}. Latency on {device_line}.",
+        "metric": teacher.metric,
         "teacher": _row(teacher),
         "students": [_row(row) for row in students],
         "history": [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moodistill.data.images import fraction_right
 from moodistill.io.atomic import write_json_atomic
 from moodistill.io.cache_dir import cache_key, cached
 from moodistill.io.records import parse_json
@@ -53,7 +52,7 @@ def measure_teacher(known: Accuracies, context: TeacherContext, cache_dir: Path)
         return {name: found[name] for name in splits}
 
     key = cache_key(context.teacher_digest, network_digest(teacher), data.digest)
-    path = cache_dir / f"accuracy-{key}.json" if data.metric is fraction_right else None
+    path = cache_dir / f"accuracy-{key}.json" if data.by_accuracy else None
     found = cached(path, read, measure, lambda values, to: write_json_atomic(to, values))
     for name, value in found.items():
         known.add(name, value)

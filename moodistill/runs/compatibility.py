@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moodistill.config import RunConfig
-from moodistill.data.images import ImageData, fraction_right, metric_name
+from moodistill.data.images import ImageData, metric_name
 from moodistill.errors import UserError
 from moodistill.runs.backend import HERE
 from moodistill.storage.searched import Searched
@@ -27,24 +27,25 @@ EARLIER_METRICS = {"moodistill.data.fraction_right": "moodistill.data.images.fra
 def least_accuracy(context: TeacherContext, config: RunConfig) -> float:
     """Two fifths of the way from chance to the teacher, a fraction.
 
-    From below, distillation brings no student to where it is of use. Where chance lies for another
-    metric than accuracy is not known: 0.
+    From below, distillation brings no student to where it is of use. Chance is one class of all
+    for accuracy, 0 for other metrics that are known by name, which an answer that is always the
+    same gets (about). Where it lies for a metric of the user's is not known: 0 is returned.
 
     Raises:
         UserError: if the teacher itself has learnt next to nothing.
     """
     data = context.data
-    if data.metric is not fraction_right:
+    if not data.meaning.known_metric:
         return 0.0
-    chance = 1.0 / len(data.labels)
+    chance = 1.0 / len(data.labels) if data.by_accuracy else 0.0
     images = data.validation.head(config.recipe.validation_images)
     reached = accuracy(context.graph.module, data, images)
-    expected = chance + 0.2 * (1.0 - chance)
+    expected = chance + (0.2 if data.by_accuracy else 0.05) * (1.0 - chance)
     if reached < expected:
         raise UserError(
-            f"the teacher itself reaches {reached:.4f} on the validation images, expected at least "
-            f"{expected:.4f}: are weights, size, mean, std and the order of the classes those that "
-            "it was trained with?"
+            f"the teacher itself reaches {data.metric_label} {reached:.4f} on the validation "
+            f"images, expected at least {expected:.4f}: are weights, size, mean, std and the "
+            "order of the classes those that it was trained with?"
         )
     return round(chance + 0.4 * (reached - chance), 4)
 

@@ -40,7 +40,9 @@ from moodistill.student.evaluator import make_student
 from moodistill.student.file import load_student
 from moodistill.student.network import Student
 from moodistill.teacher.graph import trace
+from moodistill.teacher.meaning import fitted_data
 from moodistill.teacher.task import Task
+from moodistill.teacher.weights import load_weights
 
 # What the card says of it.
 DEVICE_KEYS = {"cpu", "onnxruntime", "provider", "threads", "batch"}
@@ -113,9 +115,13 @@ def _read_distilled(
             run,
         )
     data, stored = task.load_data(data_dir), read_run(run)
-    check_data(run, stored, data)
     opaque = RunConfig.read(run).rules.opaque
-    check_network(run, stored, trace(task.build().eval(), data.input_shape, opaque))
+    graph = trace(task.build().eval(), data.input_shape, opaque)
+    data = fitted_data(
+        data, graph, lambda: load_weights(task.build(), task.weights, task.weights_key)
+    )
+    check_data(run, stored, data)
+    check_network(run, stored, graph)
     student = load_student(path, task.build(), data.input_shape)[0]
     return Rebuilt(student, evaluation, data, finalist)
 
@@ -198,6 +204,7 @@ def _check_target(out: Path) -> None:
 def _current_row(name: str, rebuilt: Rebuilt, row: FrontRow | None, teacher: FrontRow) -> FrontRow:
     """The student's row in the table, with what has been reached since it was written."""
     row = row or searched_row(name, rebuilt.evaluation, teacher.teacher_latency_ms)
+    row = replace(row, metric=teacher.metric)
     finalist = rebuilt.finalist
     if finalist is not None:
         row = replace(

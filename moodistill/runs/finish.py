@@ -122,8 +122,9 @@ def _distil(session: Session, chosen: Mapping[str, Evaluation]) -> list[str]:
                 failed.append(f"{name} was not distilled ({result})")
                 reporter.say(failed[-1])
                 continue
+            metric = session.context.data.metric_label
             reporter.say(
-                f"{name}: validation accuracy {result.accuracy_before:.4f} -> "
+                f"{name}: validation {metric} {result.accuracy_before:.4f} -> "
                 f"{result.accuracy:.4f} after {result.budget['steps']} steps",
                 student=name,
                 accuracy_before=result.accuracy_before,
@@ -178,7 +179,9 @@ def score_front(session: Session, searched: Searched, confirmed: Confirmed) -> N
         for name, one in exported_front(searched, confirmed.latencies).items()
         if name not in finalists and one.genome_hash not in known.known
     ]
-    with session.reporter.stage("accuracy of the front", len(todo), "student") as stage:
+    with session.reporter.stage(
+        f"{session.context.data.metric_label} of the front", len(todo), "student"
+    ) as stage:
         for place, one in enumerate(todo):
             known.add(one.genome_hash, _whole_accuracy(session, one))
             stage.update(place + 1)

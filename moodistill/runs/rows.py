@@ -39,6 +39,7 @@ def make_rows(
         teacher_latency_ms: the scale of all latencies.
     """
     finalists, latencies = read_finalists(folder, searched), confirmed.latencies
+    metric = str(read_run(folder).get("metric_label", "accuracy"))
 
     def row(name: str, one: Evaluation) -> front.FrontRow:
         assert one.latency is not None
@@ -48,6 +49,7 @@ def make_rows(
             accuracy=known.get(one.genome_hash),
             search_latency_ms=one.latency.latency_ms,
             on_devices=confirmed.on_devices(name),
+            metric=metric,
         )
         return _distilled(made, finalists[name]) if name in finalists else made
 

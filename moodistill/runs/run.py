@@ -236,6 +236,7 @@ def _record(
         "network_digest": network_digest(context.graph.module),
         "data_digest": context.data.digest,
         "metric": metric_name(context.data),
+        "metric_label": context.data.metric_label,
         "genome_bits": context.layout.length,
         "teacher_latency_ms": timing.teacher_latency_ms,
         "teacher_latencies_ms": timing.teacher_latencies_ms,

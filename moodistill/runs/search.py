@@ -29,7 +29,8 @@ def announce(session: Session) -> None:
     )
     floor = config.search.limits.min_accuracy
     if floor and not session.students:
-        session.reporter.say(f"students below accuracy {floor:.4f} are infeasible (min_accuracy)")
+        metric = session.context.data.metric_label
+        session.reporter.say(f"students below {metric} {floor:.4f} are infeasible (min_accuracy)")
     whole = session.context.graph.describe_uncut()
     if whole:
         session.reporter.say(f"left whole: {whole}")
@@ -107,7 +108,8 @@ def _surrogate(progress: Progress) -> str:
 
 def _best_so_far(session: Session) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a small table: some of the front, spread over its latencies."""
-    header = ["student", "accuracy", "parameters", "latency ms", "x faster"]
+    metric = session.context.data.metric_label
+    header = ["student", metric, "parameters", "latency ms", "x faster"]
     searched = session.searched()
     if searched is None or not searched.students or searched.teacher.latency is None:
         return header, []

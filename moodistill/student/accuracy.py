@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from moodistill.data.images import ImageData, Split, fraction_right
+from moodistill.data.images import ImageData, Split
 from moodistill.onnx.runtime import onnx_accuracy
 from moodistill.onnx.writer import to_onnx
 from moodistill.student.evaluator import Recipe
@@ -25,7 +25,7 @@ def inherited_accuracy(
     `searched`, its accuracy there, is of the first `recipe.validation_images` of them: where the
     metric is the fraction that is right, only the others are looked at.
     """
-    if data.metric is not fraction_right:
+    if not data.by_accuracy:
         return student_accuracy(module, data, data.validation)
     others = data.validation.behind(recipe.validation_images)
     if not len(others):

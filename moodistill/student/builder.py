@@ -16,6 +16,7 @@ from torch import fx
 from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.resolve import resolve
 from moodistill.genome.structure import Structure
+from moodistill.heads.outputs import given_as, outputs_of
 from moodistill.student.channelwise import write_channelwise, write_mixing, write_norm
 from moodistill.student.draft import Draft
 from moodistill.student.layers import write_layer
@@ -46,7 +47,9 @@ def build_student(
         if step.name not in structure.live:
             continue
         if step.kind == "output":
-            draft.graph.output(draft.tensors.ordered(draft.values[step.inputs[0]]))
+            given = outputs_of(step.node.args[0])
+            made = {name: opaque.whole(node) for name, node in given.items()}
+            draft.graph.output(given_as(made))
         elif step.kind == "opaque":
             draft.values[step.name] = opaque.write(step)
         elif step.kind in _ON_ONE_VALUE:

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from moodistill.genome.layout import GenomeLayout
+from moodistill.heads.heads import Heads
+from moodistill.heads.outputs import outputs_of
 from moodistill.student.builder import build_student
 from moodistill.student.inherit import InheritConfig, Walk
 from moodistill.student.network import Student
@@ -45,7 +47,7 @@ class ChangeErrors:
         graph, layout: of the teacher.
         samples: of a few calibration images.
         images: `(n, C, H, W)` normalised images that the error is measured on.
-        config: how weights are inherited.
+        heads: what the outputs mean.
     """
 
     @torch.no_grad()
@@ -55,10 +57,10 @@ class ChangeErrors:
         layout: GenomeLayout,
         samples: TeacherSamples,
         images: torch.Tensor,
-        config: InheritConfig | None = None,
+        heads: Heads,
     ) -> None:
         self.graph, self.layout, self.samples = graph, layout, samples
-        self.config = config or InheritConfig()
+        self.heads, self.config = heads, InheritConfig()
         whole = build_student(graph, layout, layout.teacher())
         self.units = {unit.target: unit for unit in whole.units}
         self.nodes = {node.name: node for node in whole.module.graph.nodes}
@@ -68,7 +70,7 @@ class ChangeErrors:
         # Values of all nodes, on the images of the solve and on those of the error.
         self.calibrated = _values(whole, samples.images.contiguous(memory_format=layout_), {})
         self.held = _values(whole, self.images, {})
-        self.answers = self.held["output"]
+        self.answers = outputs_of(self.held["output"])
 
     @torch.no_grad()
     def error(self, genome: np.ndarray) -> float:
@@ -80,7 +82,8 @@ class ChangeErrors:
             known = {name: self.calibrated[name] for name in touched.same}
             walk.run(known, touched.solved, touched.last)
         known = {name: self.held[name] for name in touched.same}
-        return divergence(_values(student, self.images, known)["output"], self.answers)
+        found = outputs_of(_values(student, self.images, known)["output"])
+        return divergence(self.heads, found, self.answers)
 
     def _touched(self, student: Student) -> _Touched:
         """Follow a change to the units that are solved: those that it alters, or its first readers.

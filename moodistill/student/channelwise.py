@@ -10,10 +10,16 @@ from torch import fx, nn
 
 from moodistill.errors import UserError
 from moodistill.student.draft import Draft, part_path
-from moodistill.student.slicing import GroupedSlice, NormSlice, slice_grouped, slice_norm
+from moodistill.student.slicing import (
+    GroupedSlice,
+    NormSlice,
+    check_whole,
+    slice_grouped,
+    slice_norm,
+)
 from moodistill.student.values import Tensor, Value
 from moodistill.teacher.kernels import Conv
-from moodistill.teacher.operations import JOINS
+from moodistill.teacher.operations import JOINS, SHUFFLES
 from moodistill.teacher.steps import Step
 
 
@@ -58,7 +64,7 @@ def write_channelwise(draft: Draft, step: Step, value: Value) -> Value:
 def _cut_module(
     draft: Draft, step: Step, tensor: Tensor, channels: np.ndarray, path: str
 ) -> nn.Module:
-    """The part of a grouped convolution or PReLU that works on these channels of its input."""
+    """The part of a grouped convolution, shuffle or PReLU that works on these input channels."""
     module = draft.module(step)
     if isinstance(module, Conv):
         outputs = draft.tensors.channels(step, tensor.keys)
@@ -66,6 +72,9 @@ def _cut_module(
         made = slice_grouped(module, part, step.name)
         draft.grouped.append(part)
         return made
+    if type(module) in SHUFFLES:
+        check_whole(module, channels, step.name)
+        return copy.deepcopy(module)
     assert isinstance(module, nn.PReLU)
     cut = nn.PReLU(len(channels))
     cut.weight = nn.Parameter(module.weight.detach()[channels].clone())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +14,20 @@ from torch import nn
 from moodistill.data.images import ImageData
 from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout
+from moodistill.heads.outputs import outputs_of
 from moodistill.io.cache import default_cache_dir
 from moodistill.io.tensorfile import file_digest
 from moodistill.student.builder import build_student
 from moodistill.teacher.blocks import LayerRules, build_layout
 from moodistill.teacher.graph import TeacherGraph, trace
-from moodistill.teacher.plain import logits_of
+from moodistill.teacher.meaning import fitted_data
 from moodistill.teacher.samples import CalibrationConfig, TeacherSamples, collect_samples
 from moodistill.teacher.task import Task
 from moodistill.teacher.weights import load_weights
 
 CHECKED = 8  # images that the traced network is compared on
 MOST_APART = 1e-3
+Outputs = Mapping[str, torch.Tensor]  # by name
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def load_context(
     teacher = load_weights(task.build(), path, task.weights_key, say)
     data = task.load_data(data_dir)
     graph = trace(teacher, data.input_shape, rules.opaque if rules else ())
+    data = fitted_data(data, graph, lambda: teacher)
     if check is not None:
         check(teacher, data)
     digest = weights_digest(task)
@@ -74,12 +77,7 @@ def load_context(
         graph, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
     )
     layout = build_layout(graph, samples, rules)
-    answers = check_graph(teacher, graph, layout, data.calibration(CHECKED))
-    if answers.shape[1] != len(data.labels):
-        raise UserError(
-            f"{type(teacher).__name__} gives {answers.shape[1]} logits, the data have "
-            f"{len(data.labels)} classes ({', '.join(data.labels)[:80]}): expected one for each"
-        )
+    check_graph(teacher, graph, layout, data.calibration(CHECKED))
     return TeacherContext(task, graph, samples, layout, data, digest)
 
 
@@ -94,20 +92,19 @@ def weights_digest(task: Task) -> str:
 @torch.no_grad()
 def check_graph(
     teacher: nn.Module, graph: TeacherGraph, layout: GenomeLayout, images: torch.Tensor
-) -> torch.Tensor:
-    """Compare a network with the student of its own genome, on some images; returns its logits.
+) -> None:
+    """Compare a network with the student of its own genome, on some images, output by output.
 
     Tracing follows operations, not memory: what a network does by side effects (in-place work on
     views, hooks) may be lost, and would be lost in every student.
 
     Raises:
-        UserError: if their logits differ, or an image's logits hang on the others in its batch.
+        UserError: if their outputs differ, or an image's outputs hang on the others in its batch.
     """
-    expected = logits_of(teacher.eval()(images.clone()))
+    expected = outputs_of(teacher.eval()(images.clone()))
     student = build_student(graph, layout, layout.teacher()).module
-    found = student(images.clone())
-    scale = float(expected.abs().max().clamp_min(1.0))
-    apart = float((found - expected).abs().max()) / scale
+    found = outputs_of(student(images.clone()))
+    apart = _apart(found, expected, expected)
     if not apart < MOST_APART:
         raise UserError(
             f"{type(teacher).__name__} computes something else once it is traced (logits differ by "
@@ -116,14 +113,25 @@ def check_graph(
         )
     if graph.whole and len(images) > 1:
         # What is not understood may compute with the other images of a batch.
-        alone = float((student(images[:1].clone()) - found[:1]).abs().max()) / scale
+        one = outputs_of(student(images[:1].clone()))
+        alone = _apart(one, {name: values[:1] for name, values in found.items()}, expected)
         if not alone < MOST_APART:
             raise UserError(
                 f"{type(teacher).__name__} mixes images: for one image its logits differ by "
                 f"{alone:.2g} of the largest from those in a batch; left whole in it are: "
                 f"{graph.describe_uncut()}"
             )
-    return expected
+
+
+def _apart(found: Outputs, wanted: Outputs, whole: Outputs) -> float:
+    """The largest difference of outputs by name, relative to the largest of `whole`."""
+    if found.keys() != wanted.keys():
+        return float("inf")
+    return max(
+        float((found[name].float() - values.float()).abs().max())
+        / float(whole[name].float().abs().max().clamp_min(1.0))
+        for name, values in wanted.items()
+    )
 
 
 def default_threads() -> int:

@@ -75,9 +75,13 @@ class Draft:
         return replace(value, tensors=tensors)
 
     def call(self, path: str, source: fx.Node, step: Step) -> fx.Node:
-        """A call of a module with weights; its node knows the pixels of the output, `area`."""
+        """A call of a module with weights.
+
+        Its node knows the pixels of the output, `area`, and of the input, `reads`.
+        """
         node = self.graph.call_module(path, (source,))
         node.meta["area"] = step.form.area
+        node.meta["reads"] = self.teacher.step(step.inputs[0]).form.area
         return node
 
     def constant(

@@ -23,11 +23,12 @@ from moodistill.student.builder import build_student
 from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
 from moodistill.student.network import Student
-from moodistill.teacher.answers import logits_of
+from moodistill.teacher.answers import answers_of
 from moodistill.teacher.divergence import divergence
-from moodistill.teacher.kernels import Layer
+from moodistill.teacher.kernels import Layer, Transposed
 
 Measure = Callable[[bytes, str], Latency]
+MOST_ANSWER_BYTES = 64 * 2**20  # of the teacher's outputs that students are compared with
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ def count_macs(student: Student) -> int:
         if node.op == "call_module":
             module = student.module.get_submodule(str(node.target))
             if isinstance(module, Layer):
-                total += sum(p.numel() for p in module.parameters()) * int(node.meta["area"])
+                bias = 0 if module.bias is None else module.bias.numel()
+                # Of a transposed convolution every input pixel meets all taps.
+                place = "reads" if isinstance(module, Transposed) else "area"
+                total += module.weight.numel() * int(node.meta[place])
+                total += bias * int(node.meta["area"])
     return total
 
 
@@ -147,18 +152,34 @@ class Evaluator:
 
     def _compared(self, model: bytes) -> tuple[float, float]:
         """The metric of a student's file, and the error of its outputs against the teacher's."""
-        data = self.context.data
-        found = np.concatenate(list(outputs(model, data, self.validation, torch.get_num_threads())))
-        error = divergence(torch.from_numpy(found), self._teacher_answers)
-        return data.score(found, self.validation.labels), error
+        data, teacher = self.context.data, self._teacher_answers
+        batches = list(outputs(model, data, self.validation, torch.get_num_threads()))
+        found = {
+            name: torch.from_numpy(
+                np.concatenate([batch[name] for batch in batches])[: len(wanted)]
+            )
+            for name, wanted in teacher.items()
+        }
+        return data.score(batches, self.validation), divergence(data.meaning, found, teacher)
 
     @cached_property
-    def _teacher_answers(self) -> torch.Tensor:
-        """What the teacher gives for the images that students are scored on."""
-        context = self.context
-        return torch.from_numpy(
-            logits_of(context.graph.module, context.data, self.validation.images)
-        )
+    def _teacher_answers(self) -> dict[str, torch.Tensor]:
+        """What the teacher gives for images that students are scored on, by output.
+
+        For the first ones alone where outputs are large.
+        """
+        context, images = self.context, self.validation.images
+        batches: list[dict[str, np.ndarray]] = []
+        size = 0
+        for batch in answers_of(context.graph.module, context.data, images):
+            batches.append(batch)
+            size += sum(array.nbytes for array in batch.values())
+            if size > MOST_ANSWER_BYTES:
+                break
+        return {
+            name: torch.from_numpy(np.concatenate([batch[name] for batch in batches]))
+            for name in batches[0]
+        }
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def save_student(
 
 
 def load_student(
-    path: Path, teacher: nn.Module, input_shape: tuple[int, int, int]
+    path: Path, teacher: nn.Module, input_shape: tuple[int, ...]
 ) -> tuple[Student, np.ndarray]:
     """The student and its genome; `teacher` gives the architecture, its weights are not used.
 

@@ -2,59 +2,61 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-from torch import nn
 
-from moodistill.teacher.kernels import padding_of
+from moodistill.teacher.kernels import Conv, padding_of
 
 
-def output_size(layer: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
-    """`(H, W)` of the output of a convolution from that of its input."""
+def output_size(layer: Conv, size: Sequence[int]) -> tuple[int, ...]:
+    """The size of a convolution's output from that of its input, such as `(H, W)`."""
     if layer.padding == "same":
-        return size
-    sizes = [
+        return tuple(size)
+    return tuple(
         (length + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
         for length, pad, dilation, kernel, stride in zip(
             size, padding_of(layer), layer.dilation, layer.kernel_size, layer.stride, strict=True
         )
-    ]
-    return sizes[0], sizes[1]
+    )
 
 
-def sample_patches(source: torch.Tensor, layer: nn.Conv2d, positions: torch.Tensor) -> torch.Tensor:
+def sample_patches(source: torch.Tensor, layer: Conv, positions: torch.Tensor) -> torch.Tensor:
     """Patches of a map at some places of a convolution's output.
 
     Args:
-        source: `(N, C, H, W)`; fastest where its channels lie together.
+        source: `(N, C, *size)`; fastest where its channels lie together.
         layer: the convolution that would read it (of any width: only its geometry counts).
-        positions: `(n,)` flat indices into its output `(N, H', W')`.
+        positions: `(n,)` flat indices into its output `(N, *size)`.
 
     Returns:
         `(n, taps * C)`, tap by tap; zero where a tap lies in the padding.
     """
-    _, channels, height, width = source.shape
-    rows, columns = output_size(layer, (height, width))
-    image, place = positions // (rows * columns), positions % (rows * columns)
-    pad_y, pad_x = padding_of(layer)
-    reach_y = torch.arange(layer.kernel_size[0]) * layer.dilation[0] - pad_y
-    reach_x = torch.arange(layer.kernel_size[1]) * layer.dilation[1] - pad_x
-    y = (place // columns * layer.stride[0])[:, None, None] + reach_y[:, None]  # (n, h, 1)
-    x = (place % columns * layer.stride[1])[:, None, None] + reach_x  # (n, 1, w)
-    outside = (y < 0) | (y >= height) | (x < 0) | (x >= width)
-    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
-    pixel = ((image[:, None, None] * height + y) * width + x).flatten()
+    _, channels, *size = source.shape
+    given = output_size(layer, size)
+    axes = len(size)
+    pixel = (positions // math.prod(given)).view(-1, *[1] * axes)  # (n, 1, ...), one axis a tap's
+    outside = torch.zeros(1, dtype=torch.bool)
+    for axis, length in enumerate(size):
+        place = positions // math.prod(given[axis + 1 :]) % given[axis]
+        reach = torch.arange(layer.kernel_size[axis]) * layer.dilation[axis]
+        at = place[:, None] * layer.stride[axis] + reach - padding_of(layer)[axis]
+        at = at.view(len(positions), *[1] * axis, -1, *[1] * (axes - axis - 1))
+        outside = outside | (at < 0) | (at >= length)
+        pixel = pixel * length + at.clamp(0, length - 1)
     # One gather of whole pixels: no copy first where the channels of a pixel lie together.
-    taps = source.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, pixel)
+    taps = source.movedim(1, -1).reshape(-1, channels).index_select(0, pixel.flatten())
     taps[outside.flatten()] = 0.0
     return taps.view(len(positions), -1)
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """A kernel `(O, C, h, w)` as a matrix `(O, taps * C)` for patches."""
+    """A kernel `(O, C, *taps)` as a matrix `(O, taps * C)` for patches."""
     return weight.flatten(2).transpose(1, 2).flatten(1)
 
 
 def as_kernel(matrix: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The inverse of `as_matrix`; `shape` is `(O, C, h, w)`."""
+    """The inverse of `as_matrix`; `shape` is `(O, C, *taps)`."""
     outputs, channels, *size = shape
     return matrix.reshape(outputs, -1, channels).transpose(1, 2).reshape(outputs, channels, *size)

@@ -58,17 +58,17 @@ class OpaqueWriter:
     def write(self, step: Step) -> Value:
         """The value of an operation, or module, that is left whole."""
         draft, source = self.draft, step.node
-        arguments, keywords = fx.node.map_arg((source.args, source.kwargs), self._whole)
+        arguments, keywords = fx.node.map_arg((source.args, source.kwargs), self.whole)
         if source.op == "call_module":
             if step.target not in draft.modules:
                 draft.modules[step.target] = opaque_copy(draft.module(step))
             node = draft.graph.call_module(step.target, arguments, keywords)
-            node.meta["area"] = step.form.area
+            node.meta["area"] = node.meta["reads"] = step.form.area
         else:
             node = draft.graph.create_node(source.op, source.target, arguments, keywords)
         return Value((Tensor(node, draft.tensors.natural(step)),), step, step.form)
 
-    def _whole(self, source: fx.Node) -> fx.Node:
+    def whole(self, source: fx.Node) -> fx.Node:
         """The student's node for one of the teacher: a whole value, a constant, a size."""
         if source not in self._nodes:
             if source in self._step_of:
@@ -76,6 +76,6 @@ class OpaqueWriter:
             elif source.op == "get_attr":
                 made = self.draft.constant(str(source.target), f"{source.target}_whole")
             else:
-                made = self.draft.graph.node_copy(source, self._whole)
+                made = self.draft.graph.node_copy(source, self.whole)
             self._nodes[source] = made
         return self._nodes[source]

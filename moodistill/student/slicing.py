@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moodistill.errors import UserError
-from moodistill.teacher.kernels import Conv, Layer, padding_of
+from moodistill.teacher.kernels import Conv, Layer, Transposed, padding_of, weight_of
 from moodistill.teacher.operations import NORMS
 from moodistill.teacher.plain import copied
 
@@ -106,6 +106,11 @@ def slice_layer(layer: Layer, unit: Unit) -> dict[str, nn.Module]:
         made[unit.target] = _conv_like(layer, width, first, groups, unit.taps, bias and alone)
         if unit.expand is not None:
             made[unit.expand] = nn.utils.skip_init(type(layer), first, len(outputs), 1, bias=bias)
+    elif isinstance(layer, Transposed):
+        made[unit.target] = nn.utils.skip_init(
+            type(layer), width, len(outputs), layer.kernel_size, layer.stride, layer.padding,
+            layer.output_padding, 1, bias, layer.dilation,
+        )  # fmt: skip
     else:
         features = width * unit.repeat
         made[unit.target] = nn.utils.skip_init(nn.Linear, features, first, bias and alone)
@@ -113,7 +118,7 @@ def slice_layer(layer: Layer, unit: Unit) -> dict[str, nn.Module]:
             made[unit.expand] = nn.utils.skip_init(nn.Linear, first, len(outputs), bias)
     blocks = []
     for outs, ins in zip(unit.outputs, unit.inputs, strict=True):
-        rows = tapped(layer.weight.detach()[torch.from_numpy(outs)], unit.taps)
+        rows = tapped(weight_of(layer).detach()[torch.from_numpy(outs)], unit.taps)
         if unit.through:
             shape = (len(outs), len(ins) * unit.repeat, *rows.shape[2:])
             blocks.append(torch.zeros(shape))
@@ -138,7 +143,7 @@ def write_weights(
     """
     first = last = _layer(modules, unit.target)
     if unit.expand is None:
-        first.weight.copy_(weight)
+        weight_of(first).copy_(weight)
     else:
         last = _layer(modules, unit.expand)
         reduce, expand = low_rank(weight.flatten(1), last.weight.shape[1])
@@ -201,6 +206,15 @@ def slice_grouped(layer: Conv, part: GroupedSlice, name: str) -> Conv:
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach()[index])
     return made
+
+
+def check_whole(shuffle: nn.Module, channels: np.ndarray, name: str) -> None:
+    """Refuse channels of a pixel shuffle that are not those of whole outputs, in order."""
+    reads = shuffle.upscale_factor**2 if isinstance(shuffle, nn.PixelShuffle) else 1
+    outputs = channels.reshape(-1, reads)[:, 0] // reads
+    wanted = (outputs[:, None] * reads + np.arange(reads)).reshape(-1)
+    if not np.array_equal(channels, wanted):
+        raise UserError(f"{name}: the channels that it joins are out of order: not supported")
 
 
 def opaque_copy(module: nn.Module) -> nn.Module:

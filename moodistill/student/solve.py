@@ -14,6 +14,7 @@ Sources: least squares for channel pruning (He et al. 2017), Gram-based compensa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ from moodistill.student.patches import as_kernel, as_matrix, output_size, sample
 from moodistill.student.regression import reduce_rank, regress, solve_exactly
 from moodistill.student.slicing import Unit, low_rank, tapped
 from moodistill.teacher.graph import TeacherGraph
-from moodistill.teacher.kernels import Conv, Layer, padding_of
+from moodistill.teacher.kernels import Conv, Layer, Transposed, padding_of, weight_of
 from moodistill.teacher.samples import TeacherSamples, as_map, sample_pixels, sample_positions
 
 Mode = Literal["slice", "student", "patches"]
@@ -101,11 +102,10 @@ def solve_unit(
     module = _layer(student.module, unit.target)
     layer = graph.layer_module(unit.layer)
     step = next(step for step in graph.layers if step.target == unit.layer)
-    unknowns = module.weight[0].numel()
+    unknowns = weight_of(module)[0].numel()
     if config.mode == "patches" and unit.layer in samples.outputs and unknowns <= config.widest:
-        assert isinstance(module, nn.Conv2d)
-        rows, columns = output_size(module, (source.shape[2], source.shape[3]))
-        if rows * columns != step.form.area:
+        assert isinstance(module, Conv)
+        if math.prod(output_size(module, source.shape[2:])) != step.form.area:
             return None
         free = _takes_constant(unit, student)
         return _on_patches(unit, module, source, layer, samples, free, config)
@@ -127,7 +127,7 @@ def _takes_constant(unit: Unit, student: Student) -> bool:
 
 def _on_patches(
     unit: Unit,
-    module: nn.Conv2d,
+    module: Conv,
     source: torch.Tensor,
     layer: Layer,
     samples: TeacherSamples,
@@ -135,10 +135,10 @@ def _on_patches(
     config: InheritConfig,
 ) -> Solution:
     """From what the teacher's convolution gave, on whole patches; `free` to take a constant."""
-    count, channels, height, width = source.shape
-    rows, columns = output_size(module, (height, width))
+    count, channels, *size = source.shape
     drawn = samples.config
-    positions = sample_positions(count, rows * columns, drawn.patches, drawn.seed)
+    area = math.prod(output_size(module, size))
+    positions = sample_positions(count, area, drawn.patches, drawn.seed)
     patches = sample_patches(source, module, positions)
     given = samples.outputs[unit.layer]
     matrices, constants = [], []
@@ -178,7 +178,10 @@ def _on_pixels(
     target = samples.inputs[unit.layer]
     # Only a layer without padding may take the constant of the estimate into its bias: at a
     # padded border some taps see no input and no constant either.
-    padded = isinstance(module, Conv) and any(p != 0 for p in padding_of(module))
+    # So do some taps of a transposed convolution, at most of its places.
+    padded = isinstance(module, Transposed) or (
+        isinstance(module, Conv) and any(p != 0 for p in padding_of(module))
+    )
     centred = not padded and layer.bias is not None
     # Past a bypassed linear layer behind a flatten every feature is a channel of its own; else the
     # positions of a flatten share one estimate.
@@ -194,7 +197,7 @@ def _on_pixels(
             config,
         )  # fmt: skip
         start += width
-        weight = tapped(layer.weight[torch.from_numpy(outputs)], unit.taps)
+        weight = tapped(weight_of(layer)[torch.from_numpy(outputs)], unit.taps)
         matrices.append(_fold(weight, estimate, target.shape[1], repeat).flatten(1))
         if centred:
             taps = weight.reshape(len(weight), target.shape[1], -1).sum(2)
@@ -226,7 +229,8 @@ def write_solution(unit: Unit, student: nn.Module, solution: Solution) -> bool:
         return False
     if basis is not None:
         last.weight.copy_(basis.reshape(last.weight.shape))
-    first.weight.copy_(solution.weight(matrix, first.weight.shape))
+    stored = weight_of(first)
+    stored.copy_(solution.weight(matrix, stored.shape))
     if last.bias is not None and bias is not None:
         last.bias.copy_(bias)
     return True

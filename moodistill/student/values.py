@@ -136,6 +136,8 @@ class Tensors:
         """The whole value as one tensor in the teacher's order of channels."""
         node = self.gather(value, value.keys)
         order = np.argsort(self.channels(value.of, value.keys))
+        repeat = value.form.repeat
+        order = (order[:, None] * repeat + np.arange(repeat)).reshape(-1)
         if np.array_equal(order, np.arange(len(order))):
             return node
         name = f"{node.name}_order"

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import nn
 
 from moodistill.data.images import ImageData
-from moodistill.teacher import plain
+from moodistill.heads.outputs import outputs_of
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, data: ImageData, images: np.ndarray) -> np.ndarray:
-    """Logits `(N, classes)` of `model` (in eval mode) for uint8 `(N, H, W, C)`."""
+def answers_of(
+    model: nn.Module, data: ImageData, images: np.ndarray
+) -> Iterator[dict[str, np.ndarray]]:
+    """Outputs `(n, ...)` by name of `model` (in eval mode) for inputs, batch by batch."""
     device = next(model.parameters()).device
     batch = data.at_once(500)
-    answers = []
     for start in range(0, len(images), batch):
         prepared = data.normalise(images[start : start + batch]).to(device)
-        answers.append(plain.logits_of(model(prepared)).cpu().numpy())
-    return np.concatenate(answers)
+        found = outputs_of(model(prepared))
+        yield {name: tensor.float().cpu().numpy() for name, tensor in found.items()}
+
+
+def logits_of(model: nn.Module, data: ImageData, images: np.ndarray) -> np.ndarray:
+    """Logits `(N, classes)` of a classifier with one output (in eval mode) for inputs."""
+    return np.concatenate([next(iter(b.values())) for b in answers_of(model, data, images)])

@@ -17,7 +17,7 @@ from torch import nn
 from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout, Group, Node
 from moodistill.teacher.graph import TeacherGraph
-from moodistill.teacher.kernels import Conv, ranks_of, rings_of
+from moodistill.teacher.kernels import Conv, ranks_of, rings_of, weight_of
 from moodistill.teacher.samples import TeacherSamples
 from moodistill.teacher.steps import Step
 
@@ -195,7 +195,7 @@ def _energy(graph: TeacherGraph, samples: TeacherSamples, layer: Step) -> np.nda
 
     Both sides are the channels of the masks, group by group.
     """
-    weight = graph.layer_module(layer.target).weight.detach()
+    weight = weight_of(graph.layer_module(layer.target)).detach()
     source = graph.step(layer.inputs[0])
     squared = weight.pow(2).reshape(len(weight), source.form.channels, -1).sum(2)
     full = (squared * samples.inputs[layer.name].var(0, unbiased=False)).double().numpy()

@@ -9,11 +9,13 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from moodistill.errors import UserError
+from moodistill.heads.outputs import outputs_of
 from moodistill.teacher import operations as ops
 from moodistill.teacher.moves import Mover
 from moodistill.teacher.rearrange import REARRANGING_CALLS, REARRANGING_MODULES, Form, map_form
@@ -43,24 +45,29 @@ class Reader(Mover):
             raise UserError(f"{self._called(node)} ({self._place(node)}) reads no input")
 
     def _output(self, node: fx.Node) -> None:
-        given: Any = node.args[0]
-        if isinstance(given, fx.Node) and given in self.raw:
-            self._hold(given, node)
-        source = self.of.get(given) if isinstance(given, fx.Node) else None
-        if source is None or source.form.kind != "vector":
-            value = given.meta.get("value") if isinstance(given, fx.Node) else given
-            form = f"{(1, *value.shape[1:])}" if isinstance(value, torch.Tensor) else (
-                type(value).__name__
-            )  # fmt: skip
-            obstacles = f"; left whole: {self.obstacles()}" if self.whole else ""
-            raise UserError(
-                "the network's output is not one tensor of logits (N, classes) but, for one "
-                f"image, {form}: give a wrapper that returns the logits{obstacles}"
-            )
-        if self._called(source.node).lower() == "softmax":
-            raise self._forbid(source.node, "gives probabilities; return the logits before it")
-        self.channels.freeze(source.channels, "the network's output")
-        self._add(node, "output", source.form, source.channels, (source,))
+        """What the network gives: its channels stay, in their order."""
+        sources = []
+        for name, given in outputs_of(node.args[0]).items():
+            if isinstance(given, fx.Node) and given in self.raw:
+                self._hold(given, node)
+            source = self.of.get(given) if isinstance(given, fx.Node) else None
+            if source is None or not is_tensor(source.node):
+                value = given.meta.get("value") if isinstance(given, fx.Node) else given
+                what = f"a constant {tuple(value.shape)}" if isinstance(value, torch.Tensor) else (
+                    f"a {type(value).__name__}"
+                )  # fmt: skip
+                raise UserError(
+                    f"the network's output {name} is {what}; expected tensors that hang on the "
+                    "input: give a wrapper that returns these alone"
+                )
+            self._shape(source.node)
+            self.channels.freeze(source.channels, "the network's output")
+            sources.append(source)
+        if not sources:
+            raise UserError("the network gives no tensor; expected one or several")
+        channels = np.concatenate([source.channels for source in sources])
+        form = sources[0].form if len(sources) == 1 else Form("vector", len(channels), (1, 1))
+        self._add(node, "output", form, channels, tuple(sources))
 
     def _operation(self, node: fx.Node) -> None:
         """Read a node, or leave it whole."""
@@ -116,6 +123,10 @@ class Reader(Mover):
             self._pass(node, "norm", source)
         elif isinstance(module, ops.MIXING):
             self._mixing(node, module, source)
+        elif type(module) in ops.SHUFFLES and form.kind == "map":
+            self._grouped(node, min(form.channels, self._shape(node)[0]), source)
+        elif type(module) in ops.SOFTMAX:
+            self._softmax(node, module, source)
         elif isinstance(module, ops.ACTIVATIONS):
             self._pass(node, "activation", source)
         elif isinstance(module, nn.PReLU):
@@ -133,11 +144,14 @@ class Reader(Mover):
         name = str(node.target)
         shape = self._shape(node)
         kind = source.form.kind
-        conv = type(layer) in ops.CONVS
+        axes = {**ops.CONVS, **ops.TRANSPOSED}.get(type(layer))
+        conv = axes is not None
         if conv:
+            if type(layer) in ops.TRANSPOSED and layer.groups > 1:
+                raise self._refuse(node, f"with {layer.groups} groups")
             if layer.padding_mode != "zeros":
                 raise NotUnderstood(f"{name}: padding_mode {layer.padding_mode!r} is not supported")
-            if kind != "map" or len(source.form.size) != ops.CONVS[type(layer)]:
+            if kind != "map" or len(source.form.size) != axes:
                 raise self._refuse(node, f"on a {kind} value of shape {source.shape}")
             form = map_form(shape)
         elif kind == "map":
@@ -151,7 +165,7 @@ class Reader(Mover):
         else:
             form = map_form(shape)
         if conv and layer.groups > 1:
-            self._grouped(node, layer, source, form)
+            self._grouped(node, layer.groups, source)
             return
         first = self.calls.get(name)
         if first is None:
@@ -168,11 +182,12 @@ class Reader(Mover):
         self.channels.tie(first.channels, made)
         self._add(node, "layer", form, made, (source,), name=f"{name} ({node.name})", again=True)
 
-    def _grouped(self, node: fx.Node, layer: Any, source: Step, form: Form) -> None:
+    def _grouped(self, node: fx.Node, groups: int, source: Step) -> None:
         """Each group's inputs and outputs stay or go together."""
+        form = map_form(self._shape(node))
         made = self.channels.new(str(node.target), form.channels)
-        inputs = source.channels.reshape(layer.groups, -1)
-        outputs = made.reshape(layer.groups, -1)
+        inputs = source.channels.reshape(groups, -1)
+        outputs = made.reshape(groups, -1)
         self.channels.tie(inputs[:, 0], outputs[:, 0])
         for channels in (inputs, outputs):
             if channels.shape[1] > 1:
@@ -194,6 +209,17 @@ class Reader(Mover):
         self._once(node, source)
         self.channels.freeze(source.channels, f"{kind} {node.target} mixes its channels")
         self._add(node, "mixing", form, source.channels, (source,))
+
+    def _softmax(self, node: fx.Node, module: Any, source: Step) -> None:
+        """Over the channels: they stay, since each has a part in all others' outcome."""
+        rank = len(source.shape) + 1
+        kind = type(module).__name__
+        if source.form.kind not in ("map", "vector", "last") or module.dim is None or (
+            module.dim % rank != source.form.axis % rank
+        ):  # fmt: skip
+            raise self._refuse(node, f"over axis {module.dim} of {source.shape}")
+        self.channels.freeze(source.channels, f"{kind} {node.target} mixes its channels")
+        self._add(node, "mixing", source.form, source.channels, (source,))
 
     # Functions and methods
 

@@ -7,15 +7,17 @@ order) still answers, only badly. So one that looks wrong is tried with other pr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from moodistill.data.images import ImageData, Split, fraction_right
+from moodistill.data.images import ImageData, Split
+from moodistill.data.targets import one_of
 from moodistill.errors import UserError
-from moodistill.teacher.answers import logits_of
+from moodistill.heads.outputs import OUTPUT
+from moodistill.teacher.answers import answers_of, logits_of
 from moodistill.teacher.preparations import Preparation, other_preparations
 
 MOST = 2000  # validation images, spread evenly: enough for the first word
@@ -58,6 +60,9 @@ class TeacherCheck:
         remedy: what makes it better, None if nothing was looked for or found.
         or_else: what explains it as well: where colours are classes, BGR is another order of them.
         tried: how many other preparations were looked at.
+        metric: its name.
+        by_output: of several outputs the metric of each, by its name and the output's.
+        unlabelled: whether all targets are the teacher's own outputs.
     """
 
     accuracy: float
@@ -69,12 +74,22 @@ class TeacherCheck:
     remedy: Remedy | None = None
     or_else: Remedy | None = None
     tried: int = 0
+    metric: str = "accuracy"
+    by_output: dict[str, float] = field(default_factory=dict)
+    unlabelled: bool = False
 
     def lines(self) -> list[str]:
         """What is said of it, the accuracy first."""
-        if not self.by_class:
+        if self.unlabelled:
             return [
-                f"the teacher's metric is {self.accuracy:.4f} on {self.count:,} validation images"
+                f"students are compared with the teacher's own outputs on {self.count:,} "
+                f"validation images ({self.metric}): the data give no targets"
+            ]
+        if not self.by_class:
+            parts = ", ".join(f"{name} {found:.4f}" for name, found in self.by_output.items())
+            return [
+                f"the teacher's {self.metric} is {self.accuracy:.4f} on {self.count:,} "
+                f"validation images{f' ({parts})' if parts else ''}"
             ]
         below = {name: recall for name, recall in self.by_class.items() if recall < 1}
         worst = sorted(below, key=lambda name: below[name])[:WORST]
@@ -116,49 +131,70 @@ def check_teacher(
         expected: the accuracy that it should have, in (0, 1].
 
     Raises:
-        UserError: if it falls short of `expected` by more than two points, or has another number of
-            classes than the data.
+        UserError: if it falls short of `expected` by more than two points.
     """
     if expected is not None and not 0 < expected <= 1:
         raise UserError(
             f"the expected accuracy is {expected:g}; give a fraction of at most 1, such as 0.93"
         )
     split = _spread(data.validation, MOST)
-    logits = logits_of(teacher, data, split.images)
-    some = _spread(data.train, TRIED)
-    training = data.score(logits_of(teacher, data, some.images), some.labels)
-    found = TeacherCheck(data.score(logits, split.labels), len(split), {}, training)
-    short = expected is not None and found.accuracy < expected - SHORT
-    if data.metric is fraction_right:
-        if logits.ndim != 2 or logits.shape[1] != len(data.labels):
-            given = f"{logits.shape[1]} logits" if logits.ndim == 2 else f"shape {logits.shape[1:]}"
-            raise UserError(
-                f"{type(teacher).__name__} gives {given}, the data have {len(data.labels)} classes "
-                f"({', '.join(data.labels)[:80]}): expected one for each"
-            )
-        found = _with_classes(found, data, logits, split.labels)
-        order = _better_order(logits, split.labels)
-        doubts = _doubts(found, data, order is not None)
-        if _better_as_bgr(teacher, data):
-            doubts = (*doubts, "it is better on images in BGR")
-        if doubts or short:
-            found = replace(found, doubts=doubts)
-            found = _with_remedy(
-                found, teacher, data, _order_remedy(order, logits, split.labels, data.labels)
-            )
+    if not data.by_accuracy or not data.pictures:
+        found = _measured(teacher, data, split)
+        short = expected is not None and found.accuracy < expected - SHORT
+    else:
+        found, short = _looked_into(teacher, data, split, expected)
     if short:
         why = f": {found.finding}" if found.tried else ""
         raise UserError(
-            f"the teacher reaches {found.accuracy:.4f} on the validation images, more than "
-            f"{SHORT:g} below the expected {expected:g}{why}"
+            f"the teacher reaches {found.metric} {found.accuracy:.4f} on the validation images, "
+            f"more than {SHORT:g} below the expected {expected:g}{why}"
         )
     return found
+
+
+def _measured(teacher: nn.Module, data: ImageData, split: Split) -> TeacherCheck:
+    """The metric alone: what else may be wrong is known of classifiers of images only."""
+    heads = data.meaning
+    answers = answers_of(teacher, data, split.images)
+    by_output = heads.each(answers, split.targets)
+    total = sum(head.weight for head in heads.scored.values())
+    reached = sum(by_output[name] * head.weight for name, head in heads.scored.items()) / total
+    unlabelled = heads.of_teacher == tuple(heads.by_output)
+    several = {f"{heads.by_output[name].metric_name} of {name}": found
+               for name, found in by_output.items()} if len(by_output) > 1 else {}  # fmt: skip
+    return TeacherCheck(
+        reached, len(split), {}, float("nan"), metric=data.metric_label, by_output=several,
+        unlabelled=unlabelled,
+    )  # fmt: skip
+
+
+def _looked_into(
+    teacher: nn.Module, data: ImageData, split: Split, expected: float | None
+) -> tuple[TeacherCheck, bool]:
+    """A classifier of images, and what is wrong if it looks so; whether it falls short."""
+    logits = logits_of(teacher, data, split.images)
+    labels = one_of(split.targets)
+    some = _spread(data.train, TRIED)
+    training = data.score(answers_of(teacher, data, some.images), some)
+    reached = data.score([{OUTPUT: logits}], split)
+    found = TeacherCheck(reached, len(split), {}, training)
+    short = expected is not None and found.accuracy < expected - SHORT
+    found = _with_classes(found, data, logits, labels)
+    order = _better_order(logits, labels)
+    doubts = _doubts(found, data, order is not None)
+    if _better_as_bgr(teacher, data):
+        doubts = (*doubts, "it is better on images in BGR")
+    if doubts or short:
+        found = replace(found, doubts=doubts)
+        remedy = _order_remedy(order, logits, labels, data.labels)
+        found = _with_remedy(found, teacher, data, remedy)
+    return found, short
 
 
 def _spread(split: Split, count: int) -> Split:
     """Some images of a split, evenly from all of it."""
     index = np.linspace(0, len(split) - 1, min(count, len(split))).astype(int)
-    return Split(split.images[index], split.labels[index])
+    return split.ordered(index)
 
 
 def _with_classes(
@@ -232,7 +268,7 @@ def _right(
     images = split.images
     if way is not None:
         data, images = way.data(data), way.pictures(images)
-    return logits_of(teacher, data, images).argmax(1) == split.labels
+    return logits_of(teacher, data, images).argmax(1) == one_of(split.targets)
 
 
 def _order_remedy(

@@ -16,15 +16,20 @@ import numpy as np
 from torch import fx, nn
 
 from moodistill.errors import UserError
+from moodistill.heads.outputs import outputs_of
 from moodistill.teacher.channel_flow import Reader
 from moodistill.teacher.channel_groups import Grouping
 from moodistill.teacher.kernels import Layer
-from moodistill.teacher.operations import SUPPORTED
+from moodistill.teacher.operations import SUPPORTED, called
 from moodistill.teacher.recorder import ReadAgain
 from moodistill.teacher.steps import Step
 from moodistill.teacher.tracing import flat_graph
 
 NAMED = 4  # layers for one reason why they cannot be cut
+_GIVES = {
+    "softmax": "probabilities", "sigmoid": "probabilities", "logsoftmax": "log_probabilities",
+    "logsigmoid": "log_probabilities",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +80,23 @@ class TeacherGraph:
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             parts.append(f"{', '.join(names[:NAMED])}{more} ({why})" if names else why)
         return "; ".join(parts)
+
+    @property
+    def outputs(self) -> dict[str, Step]:
+        """The steps that are the network's outputs, by name."""
+        by_node = {step.node: step for step in self.steps}
+        given = outputs_of(self.steps[-1].node.args[0])
+        return {name: by_node[node] for name, node in given.items()}
+
+    def gives(self) -> dict[str, str]:
+        """Of outputs whose last operation is a Softmax, Sigmoid or their logarithm, what it is."""
+        found = {}
+        for name, step in self.outputs.items():
+            module = step.node.op == "call_module"
+            called_name = called(self.module, step.node.target, module).lower().replace("_", "")
+            if called_name in _GIVES:
+                found[name] = _GIVES[called_name]
+        return found
 
     def layer_module(self, name: str) -> Layer:
         """The teacher's conv or linear layer at a module path."""

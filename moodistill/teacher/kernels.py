@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from moodistill.genome.ranks import rank_levels
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-Layer = Conv | nn.Linear
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Layer = Conv | Transposed | nn.Linear
+
+
+def weight_of(layer: Layer) -> torch.Tensor:
+    """A layer's weight as `(outputs, inputs, *kernel)`, whatever order it is stored in."""
+    return layer.weight.transpose(0, 1) if isinstance(layer, Transposed) else layer.weight
 
 
 def padding_of(conv: Conv) -> tuple[int, ...]:

@@ -10,11 +10,17 @@ from torch import nn
 from torch.nn import functional as F
 
 CONVS: dict[type, int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # and the axes of their size
+# Their weights have inputs first, outputs second.
+TRANSPOSED: dict[type, int] = {
+    nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3,
+}  # fmt: skip
 # Exactly these: what is derived from them may do more.
-LAYERS = (*CONVS, nn.Linear)
+LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Norms over the channels of one image: they read all of a value's channels at once.
 MIXING = (nn.LayerNorm, nn.GroupNorm)
+SHUFFLES = (nn.PixelShuffle, nn.PixelUnshuffle)
+SOFTMAX = (nn.Softmax, nn.LogSoftmax)  # as they are: what is derived from them may do more
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh,
     nn.GELU, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh,

@@ -6,8 +6,6 @@ What cannot be made plain is refused here, all of it in one line.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -108,16 +106,6 @@ def refuse_unready(network: nn.Module) -> None:
             f"{f' and {len(aware) - 4} more' if len(aware) > 4 else ''}; give the float network "
             "(INT8 twins of the finalists are made here)"
         )
-
-
-def logits_of(output: Any) -> Any:
-    """The logits in what a network gives: the output itself, or its entry `logits`."""
-    if isinstance(output, torch.Tensor):
-        return output
-    if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]
-    found = getattr(output, "logits", None)
-    return output if found is None else found
 
 
 def _hooked(module: nn.Module) -> list[str]:

@@ -176,7 +176,7 @@ class Recorder:
                 module = self.module.get_submodule(str(user.target))
                 if isinstance(module, nn.Linear | nn.LayerNorm):
                     return Form("last", shape[-1], shape[:-1])
-                if type(module) in ops.CONVS or isinstance(module, ops.NORMS):
+                if type(module) in (*ops.CONVS, *ops.TRANSPOSED) or isinstance(module, ops.NORMS):
                     return map_form(shape)
         return map_form(shape) if len(shape) == 3 else whole
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from moodistill.errors import UserError
 from moodistill.io.cache import read_cached, save_cached
 from moodistill.io.cache_dir import cache_key, cached
 from moodistill.teacher.graph import TeacherGraph
+from moodistill.teacher.kernels import Conv
 from moodistill.teacher.weights import network_digest
 
 FEW_PIXELS = 8000  # sampled however large the network is
@@ -95,25 +97,30 @@ def sample_positions(count: int, area: int, most: int, seed: int) -> torch.Tenso
 
 
 def output_positions(values: torch.Tensor, config: CalibrationConfig) -> torch.Tensor:
-    """Flat indices into a layer's output `(N, C, H, W)` or one of its size."""
-    count, _, height, width = values.shape
-    return sample_positions(count, height * width, config.patches, config.seed)
+    """Flat indices into a layer's output `(N, C, *size)` or one of its size."""
+    count, _, *size = values.shape
+    return sample_positions(count, math.prod(size), config.patches, config.seed)
 
 
 def sample_pixels(values: torch.Tensor, repeat: int, config: CalibrationConfig) -> torch.Tensor:
     """Sampled rows `(pixels, channels)` of a map `(n, C, H, W)` or features `(n, C * repeat)`."""
     if values.ndim == 2:
         values = values.unflatten(1, (-1, repeat))
-    if values.ndim == 3:
-        values = values.unsqueeze(2)
-    if values.ndim == 5:
-        values = values.flatten(3)
+    values = _with_two_axes(values)
     count, _, height, width = values.shape
     return _at(values, sample_positions(count, height * width, config.pixels, config.seed))
 
 
+def _with_two_axes(values: torch.Tensor) -> torch.Tensor:
+    """A map of any size as `(N, C, H, W)`, its places in the same order."""
+    if values.ndim == 3:
+        return values.unsqueeze(2)
+    return values.flatten(3) if values.ndim == 5 else values
+
+
 def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `(n, C)` of a map `(N, C, H, W)` at flat indices into `(N, H, W)`."""
+    """Rows `(n, C)` of a map `(N, C, *size)` at flat indices into `(N, *size)`."""
+    values = _with_two_axes(values)
     _, _, height, width = values.shape
     image, place = index // (height * width), index % (height * width)
     # Not flattened first: a map whose channels lie together would be copied as a whole.
@@ -214,4 +221,4 @@ def _broken(inputs: Samples, outputs: Samples) -> str:
 
 def reads_patches(layer: torch.nn.Module) -> bool:
     """Whether a layer reads more than one pixel at a time."""
-    return isinstance(layer, torch.nn.Conv2d) and layer.kernel_size != (1, 1)
+    return isinstance(layer, Conv) and set(layer.kernel_size) != {1}

@@ -14,11 +14,13 @@ from types import ModuleType
 
 from torch import nn
 
+from moodistill.data.array_files import holds_arrays, load_arrays
 from moodistill.data.cut import Cut
 from moodistill.data.folders import load_image_folder
 from moodistill.data.images import ImageData
 from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
+from moodistill.heads.heads import Heads
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,16 @@ class OwnTask:
 
     Attributes:
         weights: path of the teacher's weights.
-        data: folder of images, one folder a class (see `data.folders.load_image_folder`).
+        data: folder of images, one folder a class (see `data.folders.load_image_folder`), or
+            arrays (see `data.array_files.load_arrays`).
         size: `(height, width)` that images are brought to.
         channels: 1, 3 or 4.
         mean, std: that the teacher was trained with; None measures them.
         weights_key: which set of weights to take of a file that holds several.
         resize, interpolation, channel_order, exif, shorter_side, fill: how images are prepared;
             see `Preparation`.
+        heads: what the network's outputs mean, as `Heads.parse` takes it; empty for a classifier,
+            or, of data without labels, fidelity.
         cut: path of the file that says which image is in which split; None cuts anew.
         module_folder: that the module of the network's builder is imported from; None for one that
             is installed, and for a file.
@@ -114,6 +119,7 @@ class OwnTask:
     exif: bool = True
     shorter_side: int | None = None
     fill: int = 0
+    heads: tuple[str, ...] = ()
     cut: str | None = None
     module_folder: str | None = None
 
@@ -130,15 +136,18 @@ class OwnTask:
         )  # fmt: skip
 
     def load(self) -> ImageData:
-        """The images, prepared.
+        """The images, prepared, or arrays as they are.
 
         Raises:
-            UserError: as `load_image_folder` does.
+            UserError: as `load_image_folder` and `load_arrays` do.
         """
+        heads = Heads.parse(self.heads) if self.heads else None
+        if holds_arrays(Path(self.data)):
+            return load_arrays(Path(self.data), mean=self.mean, std=self.std, heads=heads)
         return load_image_folder(
             Path(self.data), channels=self.channels, mean=self.mean, std=self.std,
             cut=None if self.cut is None else Cut.read(Path(self.cut)),
-            **asdict(self.preparation),
+            heads=heads, **asdict(self.preparation),
         )  # fmt: skip
 
 

@@ -148,6 +148,12 @@ def _group_norm(num_groups, weight=None, bias=None, eps=1e-5):  # type: ignore
     return _with(nn.GroupNorm(num_groups, len(weight), eps, weight is not None), weight, bias)
 
 
+def _softmax(dim, _stacklevel=3, dtype=None, kind=nn.Softmax):  # type: ignore
+    if dtype not in (None, torch.float32):
+        raise ValueError("another precision")
+    return kind(dim)
+
+
 def _with(module: nn.Module, weight: Any, bias: Any) -> nn.Module:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
@@ -164,6 +170,13 @@ _MODULES: dict[Any, tuple[str, Callable[..., nn.Module]]] = {
     F.linear: ("linear", _linear),
     F.layer_norm: ("norm", _layer_norm),
     F.group_norm: ("norm", _group_norm),
+    F.pixel_shuffle: ("shuffle", lambda upscale_factor: nn.PixelShuffle(upscale_factor)),
+    F.pixel_unshuffle: ("shuffle", lambda downscale_factor: nn.PixelUnshuffle(downscale_factor)),
+    **dict.fromkeys((F.softmax, torch.softmax, "softmax"), ("softmax", _softmax)),
+    **dict.fromkeys(
+        (F.log_softmax, torch.log_softmax, "log_softmax"),
+        ("softmax", partial(_softmax, kind=nn.LogSoftmax)),
+    ),
 }
 
 
@@ -172,7 +185,7 @@ def _calls_to_modules(module: fx.GraphModule) -> None:
     graph = module.graph
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _MODULES:
+        if node.op not in ("call_function", "call_method") or node.target not in _MODULES:
             continue
         suffix, make = _MODULES[node.target]
         if node.target is F.batch_norm:

@@ -25,9 +25,9 @@ from torch.fx.proxy import Attribute
 from torch.nn import functional as F
 
 from moodistill.errors import UserError
+from moodistill.heads.outputs import given_as, outputs_of
 from moodistill.teacher.decompose import REPLACED_CALLS, REPLACED_MODULES
-from moodistill.teacher.operations import ACTIVATION_CALLS, ACTIVATIONS, NORMS
-from moodistill.teacher.plain import logits_of
+from moodistill.teacher.operations import ACTIVATION_CALLS, ACTIVATIONS, LAYERS, NORMS
 from moodistill.teacher.rearrange import PICTURES
 
 INPLACE_CALLS = (
@@ -140,7 +140,7 @@ class ValueTracer(fx.Tracer):
         self._batch = picture.size(0)
 
         def forward(root: nn.Module, picture: Any) -> Any:
-            return logits_of(root_fn(root, picture))
+            return given_as(outputs_of(root_fn(root, picture)))
 
         return forward, [self.root, picture]
 
@@ -321,7 +321,7 @@ class ValueTracer(fx.Tracer):
 
 
 _SAME_SHAPE = {F.batch_norm, *ACTIVATION_CALLS} - {"float"}
-_OWN_SHAPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_OWN_SHAPES = LAYERS
 
 
 def holds_tensor(value: Any) -> bool:

@@ -18,8 +18,9 @@ from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout
 from moodistill.genome.resolve import resolve
 from moodistill.genome.structure import Structure
+from moodistill.heads.outputs import outputs_of
 from moodistill.teacher.graph import TeacherGraph
-from moodistill.teacher.kernels import Conv
+from moodistill.teacher.kernels import Conv, Transposed, weight_of
 from moodistill.teacher.steps import Step
 
 
@@ -27,17 +28,23 @@ from moodistill.teacher.steps import Step
 def masked_logits(
     graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray, images: torch.Tensor
 ) -> torch.Tensor:
-    """Logits `(N, classes)` of the masked teacher for `images` `(N, C, H, W)`.
+    """The first output, logits `(N, classes)`, of the masked teacher for `images` `(N, C, H, W)`.
 
     Raises:
         UserError: if the genome bypasses layers; what is read past them has no masked twin.
     """
+    return next(iter(masked_outputs(graph, layout, genome, images).values()))
+
+
+@torch.no_grad()
+def masked_outputs(
+    graph: TeacherGraph, layout: GenomeLayout, genome: np.ndarray, images: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """All outputs of the masked teacher by name; see `masked_logits`."""
     structure = resolve(layout, genome)
     if structure.bypassed:
         raise UserError(f"{', '.join(sorted(structure.bypassed))} bypassed: no masked teacher")
-    result = _Masked(graph, layout, structure).run(images)
-    assert isinstance(result, torch.Tensor)
-    return result
+    return outputs_of(_Masked(graph, layout, structure).run(images))
 
 
 class _Masked(fx.Interpreter):
@@ -87,12 +94,16 @@ class _Masked(fx.Interpreter):
         connected = self.structure.connected[step.name][np.ix_(rows, columns)]
         kept = np.array([self._keeps(source, c) for c in range(source.form.channels)])
         mask = torch.from_numpy(connected & kept[None, :])
-        weight = layer.weight.detach()
+        weight = weight_of(layer).detach()
         if isinstance(layer, nn.Linear):
             weight = weight * mask.repeat_interleave(source.form.repeat, dim=1)
         else:
             mask = mask.reshape(*mask.shape, *[1] * len(layer.kernel_size))
-            weight = self._tapped(step, weight * mask)
+            weight = weight * mask
+            if isinstance(layer, Transposed):
+                cut = {"weight": weight.transpose(0, 1)}
+                return torch.func.functional_call(layer, cut, (values,))
+            weight = self._tapped(step, weight)
         if step.target in self.structure.ranks:
             own = np.array([self._keeps(step, c) for c in range(step.form.channels)])
             weight = _approximated(weight, own, self.structure.ranks[step.target])

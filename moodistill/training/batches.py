@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from moodistill.data.images import ImageData
+from moodistill.data.targets import one_of
 from moodistill.teacher.task import TrainConfig
 from moodistill.training.augment import alternating_flips, augment, cutout
 
@@ -49,4 +50,4 @@ class TrainBatches:
             width = max(1, round(self.sizes[step] * self.data.input_shape[2] / self.full))
             shape = (self.sizes[step], width)
             images = F.interpolate(images, shape, mode="bilinear", antialias=True)
-        return images, torch.from_numpy(train.labels[index])
+        return images, torch.from_numpy(one_of(train.targets)[index])

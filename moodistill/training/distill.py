@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from moodistill.data.images import ImageData
 from moodistill.errors import UserError
+from moodistill.heads.losses import Tensors, distillation_loss
+from moodistill.heads.outputs import OUTPUT, outputs_of
 from moodistill.io.cache import read_cached, save_cached
 from moodistill.io.cache_dir import cache_key, read_or_none
 from moodistill.teacher.weights import network_digest
-from moodistill.training.augment import augment
 from moodistill.training.checkpoint import Checkpoint
 from moodistill.training.precision import mixed_precision
+from moodistill.training.views import view
 
 CHECKPOINT_SECONDS = 60.0
+MOST_BYTES = 2**30  # of the teacher's outputs that are kept; others are computed anew
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class DistillConfig:
 
 
 class SoftTargets:
-    """Augmented training batches and the teacher's logits of them, cached on disk by batch."""
+    """Augmented training batches and the teacher's outputs of them, cached on disk by batch."""
 
     def __init__(
         self,
@@ -85,25 +87,39 @@ class SoftTargets:
         self.path = cache_dir / f"logits-{self.key}.safetensors" if cache_dir else None
         self.logits: dict[str, torch.Tensor] = read_or_none(self.path, read_cached) or {}
         self.saved = len(self.logits)
+        self.names = tuple(data.meaning.by_output)
+        self.kept_bytes = sum(tensor.nbytes for tensor in self.logits.values())
 
-    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images `(B, C, H, W)` and labels `(B,)` of view batch `index`; always the same."""
+    def batch(self, index: int) -> tuple[torch.Tensor, Tensors]:
+        """Images `(B, C, H, W)` and targets by name of view batch `index`; always the same."""
         rng = np.random.default_rng([self.config.seed, index])
         count, size = len(self.data.train), self.config.batch_size
         chosen = rng.choice(count, size, replace=count < size)
-        images = augment(self.data.train.images[chosen], self.config.pad, self.config.flip, rng)
-        labels = torch.from_numpy(self.data.train.labels[chosen])
-        return self.data.normalise(images), labels
+        targets = {name: array[chosen] for name, array in self.data.train.targets.items()}
+        pixels = self.data.train.images[chosen]
+        return view(self.data, pixels, targets, self.config.pad, self.config.flip, rng)
 
     @torch.no_grad()
-    def soft(self, index: int, images: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits `(B, classes)` of view batch `index`."""
-        key = str(index)
-        if key not in self.logits:
-            device = next(self.teacher.parameters()).device
-            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision()):
-                self.logits[key] = self.teacher(images.to(device)).float().cpu()
-        return self.logits[key]
+    def soft(self, index: int, images: torch.Tensor) -> Tensors:
+        """The teacher's outputs `(B, ...)` by name of view batch `index`."""
+        start = f"{index}."
+        known = {
+            name: self.logits[key]
+            for name in self.names
+            if (key := str(index) if name == OUTPUT else start + name) in self.logits
+        }
+        if known and len(known) == len(self.names):
+            return known
+        device = next(self.teacher.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision()):
+            given = outputs_of(self.teacher(images.to(device)))
+        found = {name: tensor.float().cpu() for name, tensor in given.items()}
+        size = sum(tensor.nbytes for tensor in found.values())
+        if self.kept_bytes + size <= MOST_BYTES:  # maps of all views would not fit into memory
+            self.kept_bytes += size
+            for name, tensor in found.items():
+                self.logits[str(index) if name == OUTPUT else start + name] = tensor
+        return found
 
     def save(self) -> None:
         """Write what has been computed, so that the next finalist or run has it."""
@@ -132,7 +148,10 @@ def distill(
         FloatingPointError: if the loss is not finite.
     """
     # Convolutions train up to a third faster on images whose channels lie together.
-    model = copy.deepcopy(student).train().to(memory_format=torch.channels_last)
+    model = copy.deepcopy(student).train()
+    if len(targets.data.input_shape) == 3:
+        model = model.to(memory_format=torch.channels_last)
+    heads = targets.data.meaning
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     parameters: list[dict[str, Any]] = [
@@ -159,8 +178,11 @@ def distill(
             images, labels = targets.batch(index)
             soft = targets.soft(index, images)
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                logits = model(images.contiguous(memory_format=torch.channels_last)).float()
-            loss = _loss(logits, soft, labels, config)
+                given = outputs_of(model(_laid_out(images)))
+            found = {name: tensor.float() for name, tensor in given.items()}
+            loss = distillation_loss(
+                heads, found, soft, labels, config.temperature, config.hard
+            )  # fmt: skip
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"the distillation loss became {loss.item()} at step {step}"
@@ -175,20 +197,15 @@ def distill(
                 momentum = _momentum(model, optimizer)
                 Checkpoint(signature, step + 1, model.state_dict(), momentum).save(checkpoint)
                 saved = time.monotonic()
-    return model.eval().to(memory_format=torch.contiguous_format)
+    model = model.eval()
+    if len(targets.data.input_shape) == 3:
+        model = model.to(memory_format=torch.contiguous_format)
+    return model
 
 
-def _loss(
-    logits: torch.Tensor, soft: torch.Tensor, labels: torch.Tensor, config: DistillConfig
-) -> torch.Tensor:
-    """Divergence from the soft targets `(B, classes)`, and cross-entropy with labels `(B,)`."""
-    scale = config.temperature
-    divergence = F.kl_div(
-        F.log_softmax(logits / scale, 1), F.log_softmax(soft / scale, 1),
-        log_target=True, reduction="batchmean",
-    )  # fmt: skip
-    hard = F.cross_entropy(logits, labels)
-    return (1 - config.hard) * scale**2 * divergence + config.hard * hard
+def _laid_out(images: torch.Tensor) -> torch.Tensor:
+    """Images with their channels together; signals and volumes as they are."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
 def _momentum(model: nn.Module, optimizer: torch.optim.SGD) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from moodistill.io.atomic import write_json_atomic
 from moodistill.io.measuring import training_step
 from moodistill.io.tensorfile import save_atomic
 from moodistill.progress import Reporter, make_reporter
-from moodistill.teacher.answers import logits_of
+from moodistill.teacher.answers import answers_of
 from moodistill.teacher.task import Task, TrainConfig
 from moodistill.teacher.weights import half_precision
 from moodistill.training.batches import TrainBatches
@@ -32,7 +32,7 @@ CHECKPOINT_SECONDS = 300.0
 
 def accuracy(model: nn.Module, data: ImageData, split: Split) -> float:
     """The data's metric of `model` (in eval mode) on `split`: accuracy unless another is given."""
-    return data.score(logits_of(model, data, split.images), split.labels)
+    return data.score(answers_of(model, data, split.images), split)
 
 
 def train_teacher(
@@ -55,6 +55,14 @@ def train_teacher(
     _check_device(device)
     if config is None:
         raise UserError(f"{task.name} does not say how it is trained: its TASK has train=None")
+    only = data.meaning.only
+    if not data.pictures or only is None or only.kind != "classification" or only.gives not in (
+        None, "logits",
+    ):  # fmt: skip
+        raise UserError(
+            f"{task.name} is no classifier of images with logits as its output; train it with code "
+            "of your own, and give its weights"
+        )
     with torch.random.fork_rng(devices=[]):  # the caller's draws are not touched
         torch.manual_seed(config.seed)
         # Convolutions run up to a tenth faster on images whose channels lie together.

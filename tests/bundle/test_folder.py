@@ -67,7 +67,7 @@ def test_every_form_answers_like_torch(digits, bare, kind, softmax):
     assert session.get_inputs()[0].type == ("tensor(uint8)" if kind == "uint8" else "tensor(float)")
     assert session.get_outputs()[0].name == ("probabilities" if softmax else "logits")
     if softmax:
-        assert np.allclose(next(outputs(model, data, split, 1)).sum(1), 1, atol=1e-5)
+        assert np.allclose(next(outputs(model, data, split, 1))["logits"].sum(1), 1, atol=1e-5)
 
 
 def test_raw_pixels_are_what_the_model_takes(digits, bare):

@@ -37,7 +37,7 @@ from moodistill.teacher.task import OwnTask
 
 # What `search` takes beside the settings: what to search in, which a problem file gives elsewhere.
 DATA = {"teacher", "train", "validation", "test", "labels", "mean", "std", "metric",
-        "preparation"}  # fmt: skip
+        "preparation", "heads", "inputs"}  # fmt: skip
 NOT_IN_CONFIG = {"own": OwnTask, "places": Places, "cluster": ClusterConfig}
 # One value of each type, as options and as TOML.
 VALUES = {

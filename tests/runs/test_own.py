@@ -191,7 +191,7 @@ def test_a_metric_that_is_no_number_is_said_and_named(folder):
     data = load_image_folder(folder, metric=partial(fixed, value=float("nan")))
     assert metric_name(data).endswith("fixed(value=nan)")
     with pytest.raises(UserError, match=r"fixed\(value=nan\) gives nan; expected a number from 0"):
-        data.score(np.zeros((2, 2)), np.zeros(2))
+        data.score([{"logits": np.zeros((2, 2))}], Split(np.zeros((2, 1, 1, 1)), np.zeros(2, int)))
     one, two = (metric_name(replace(data, metric=Always(value))) for value in (1.0, fixed))
     assert one == f"{__name__}.Always(value=1.0)" and two.endswith(
         f"Always(value={__name__}.fixed)"

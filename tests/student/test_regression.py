@@ -39,6 +39,25 @@ def test_a_patch_times_the_kernel_is_the_convolution(layer, lie):
     assert torch.equal(as_kernel(as_matrix(layer.weight), tuple(layer.weight.shape)), layer.weight)
 
 
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv1d(5, 7, 5, stride=2, padding=3, dilation=2), (23,)),
+        (nn.Conv3d(5, 7, (3, 1, 2), stride=(1, 2, 1), padding=(1, 0, 1)), (4, 5, 6)),
+    ],
+    ids=str,
+)
+def test_patches_of_signals_and_volumes(layer, size):
+    source = random(3, 5, *size)
+    with torch.no_grad():
+        expected = layer(source)
+        assert tuple(expected.shape[2:]) == output_size(layer, size)
+        positions = torch.arange(expected[:, 0].numel())
+        found = sample_patches(source, layer, positions) @ as_matrix(layer.weight).T + layer.bias
+    torch.testing.assert_close(found, expected.movedim(1, -1).reshape(-1, 7), atol=1e-5, rtol=1e-5)
+    assert torch.equal(as_kernel(as_matrix(layer.weight), tuple(layer.weight.shape)), layer.weight)
+
+
 @pytest.mark.parametrize("width", [40, 700])
 def test_the_gram_matrix_is_the_product(width):
     rows = random(900, width)

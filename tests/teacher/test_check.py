@@ -192,7 +192,9 @@ def test_less_than_is_expected_is_refused(data, teacher):
     blind = Blind(teacher, 4).eval()
     less = check_teacher(blind, data).accuracy
     check_teacher(blind, data, less + 0.019)
-    with pytest.raises(UserError, match=f"reaches {less:.4f} .*below the expected {reached:g}: "):
+    with pytest.raises(
+        UserError, match=f"reaches accuracy {less:.4f} .*below the expected {reached:g}: "
+    ):
         check_teacher(blind, data, reached)
     for wrong in (93.0, 0.0, -1.0):
         with pytest.raises(UserError, match="give a fraction"):

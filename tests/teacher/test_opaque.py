@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from moodistill.api import _copies_of
 from moodistill.config import RunConfig, new_config, refuse_older
 from moodistill.errors import UserError
+from moodistill.heads.outputs import outputs_of
 from moodistill.io.tensorfile import save_atomic
 from moodistill.onnx.writer import to_onnx
 from moodistill.settings import Settings
@@ -25,7 +26,7 @@ from moodistill.student.file import load_student, save_student
 from moodistill.student.inherit import inherit
 from moodistill.teacher.blocks import LayerRules, build_layout
 from moodistill.teacher.graph import trace
-from moodistill.teacher.plain import copied, logits_of
+from moodistill.teacher.plain import copied
 from moodistill.teacher.samples import CalibrationConfig, collect_samples
 from moodistill.teacher.weights import load_weights
 
@@ -342,7 +343,7 @@ def test_values_of_two_batches_fold_what_does_not_depend_on_them():
     graph = trace(Wrapped(), SHAPE)
     called = {str(n.target) for n in graph.module.graph.nodes if n.op != "call_module"}
     assert not any(word in name for name in called for word in ("assert", "dim", "eq"))
-    assert logits_of(Wrapped()(torch.zeros(1, *SHAPE))).shape == (1, 5)
+    assert outputs_of(Wrapped()(torch.zeros(1, *SHAPE)))["logits"].shape == (1, 5)
 
 
 def test_what_touches_what_is_left_whole_is_frozen_and_the_rest_is_not():
