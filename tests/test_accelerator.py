@@ -128,7 +128,7 @@ def test_low_rank_on_the_device(device):
 
 def test_errors_of_single_changes_are_the_same(contexts, device):
     images = contexts[0].data.normalise(contexts[0].data.validation.images[:40])
-    found = [ChangeErrors(c.graph, c.layout, c.samples, images) for c in contexts]
+    found = [ChangeErrors(c.graph, c.layout, c.samples, images, c.data.meaning) for c in contexts]
     for genome in genomes(contexts[0].layout, 2):
         one, other = (errors.error(genome) for errors in found)
         assert other == pytest.approx(one, rel=1e-6 if device.type == NAME else 0.05) and one > 0

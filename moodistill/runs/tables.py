@@ -84,7 +84,7 @@ def change_errors(
         samples = samples.to(context.device)
     data = context.data
     images = data.normalise(data.validation.head(HELD_IMAGES).images[:])
-    measure = ChangeErrors(context.graph, context.layout, samples, images)
+    measure = ChangeErrors(context.graph, context.layout, samples, images, data.meaning)
     found: Errors = {}
     for count, change in enumerate(single_changes(context.layout, step, kept), 1):
         found.setdefault(change.gene, {})[change.level] = measure.error(change.genome)
