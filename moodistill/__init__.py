@@ -66,4 +66,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "int8":  # version 0.1.0 had it without an import of its own
+        return import_module("moodistill.int8")
     raise AttributeError(f"module 'moodistill' has no attribute {name!r}")

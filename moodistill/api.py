@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from moodistill.accelerator import AUTO
 from moodistill.bundle.int8 import Int8Config
 from moodistill.bundle.model import ShipOptions
 from moodistill.config import Budget, RunConfig, new_config, refuse_changes
@@ -37,15 +38,16 @@ from moodistill.pareto import choose
 from moodistill.pareto import table as front
 from moodistill.pareto.objectives import Limits
 from moodistill.pareto.table import SUFFIX, FrontRow
-from moodistill.progress import Mode, make_reporter
+from moodistill.progress import Mode, Reporter, make_reporter
 from moodistill.runs.backend import Places
 from moodistill.runs.export import export_student, rebuild_student
+from moodistill.runs.moved import moved_config
 from moodistill.runs.run import resume_run, start_run
 from moodistill.settings import Settings, flat
 from moodistill.storage.folder import RUN_FILE
 from moodistill.teacher.blocks import LayerRules
 from moodistill.teacher.plain import copied, refuse_unready
-from moodistill.teacher.task import Task, load_task
+from moodistill.teacher.task import Task
 from moodistill.teacher.weights import read_state
 
 TEACHER_FILE = "teacher.safetensors"
@@ -111,7 +113,7 @@ class RunStudent:
         """
         options = ShipOptions(input, softmax, opset, batch)
         return export_student(
-            self.run.folder, self.row.student, Path(out), None, options, int8, self.run.task
+            self.run.folder, self.row.student, Path(out), options, int8, task=self.run.task
         ).path
 
     def _repr_html_(self) -> str:
@@ -190,6 +192,8 @@ def search(
     generations: int | None = None,
     finalists: int | None = None,
     distill_steps: int | None = None,
+    calibration_images: int | None = None,
+    score_images: int | None = None,
     population: int | None = None,
     seed: int | None = None,
     objectives: Sequence[str] | None = None,
@@ -203,6 +207,8 @@ def search(
     int8: Int8Config | None = None,
     rules: LayerRules | None = None,
     flip: bool | None = None,
+    device: str = AUTO,
+    images_in_memory: bool | None = None,
     progress: Mode = "auto",
 ) -> Run:
     """Search for a front of smaller networks than `teacher`; carries on a run that `out` holds.
@@ -237,6 +243,8 @@ def search(
         preset: `quick` (the default of a new run), `standard` or `thorough`; the next three replace
             its numbers.
         generations, finalists, distill_steps: of the search and of its finalists.
+        calibration_images: training images that every student is solved on (512).
+        score_images: validation images that every student is scored on (1,000).
         population: students a generation (32).
         seed: of the search (0).
         objectives: `accuracy` and some of `parameters`, `latency`, `macs`, `size`, `memory` (the
@@ -252,6 +260,10 @@ def search(
         int8: whether and when finalists get an INT8 twin.
         rules: layers to leave alone, modules not to look into, and bounds of widths.
         flip: whether finalists are distilled on mirrored images, too (yes); not for text.
+        device: that students are solved, scored and distilled on: `cpu`, `cuda`, `cuda:N`, `mps`
+            or `xpu`; `auto` takes an accelerator that is there. Latency is measured on the CPU.
+        images_in_memory: whether datasets are held in memory, or read whenever an image is needed;
+            None holds them where they take at most a quarter of it.
         progress: `auto`, `plain`, `json` or `quiet`.
 
     Raises:
@@ -259,11 +271,18 @@ def search(
             others; one line says why.
     """
     refuse_unready(teacher)
-    data = _image_data(
-        train, validation, test, labels, mean, std, metric, preparation, heads, inputs
-    )  # fmt: skip
+    reporter = make_reporter(progress)
+    try:
+        data = _image_data(
+            train, validation, test, labels, mean, std, metric, preparation, heads, inputs,
+            images_in_memory, reporter,
+        )  # fmt: skip
+    except BaseException:
+        reporter.close()  # it may have shown how far the reading of the images is
+        raise
     settings = Settings(
         preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
+        calibration_images=calibration_images, score_images=score_images,
         population=population, seed=seed, objectives=_tuple(objectives), algorithm=algorithm,
         screen=screen, seeded=seeded, connections=_tuple(connections), simd_step=simd_step,
         flip=flip,
@@ -277,18 +296,17 @@ def search(
         weights=weights,
         train=None,
     )
-    reporter = make_reporter(progress)
     if (folder / RUN_FILE).is_file():
         refuse_changes(RunConfig.read(folder), settings, folder)
         _refuse_another(teacher, weights)
-        resume_run(folder, Budget.of(settings), Places(), reporter, task)
+        resume_run(folder, Budget.of(settings), Places(device=device), reporter, task)
         return Run(folder, task)
     save_atomic({k: v.clone() for k, v in teacher.state_dict().items()}, weights)
     latency = latency or LatencyConfig()
     check_provider(latency.provider)
     if simd_step is None:
         settings = replace(settings, simd_step=probe_simd(latency, default_cache_dir()).step)
-    start_run(new_config(task.name, settings), folder, Places(), reporter, task)
+    start_run(new_config(task.name, settings), folder, Places(device=device), reporter, task)
     return Run(folder, task)
 
 
@@ -315,15 +333,45 @@ def _refuse_another(teacher: nn.Module, weights: Path) -> None:
         )
 
 
-def open_run(folder: str | Path, task: Task | None = None) -> Run:
-    """A run made before; `task` None loads the one that it was started with by name.
+def open_run(
+    folder: str | Path,
+    task: Task | None = None,
+    *,
+    network: str | None = None,
+    weights: str | Path | None = None,
+    data: str | Path | None = None,
+    data_dir: str | Path | None = None,
+) -> Run:
+    """A run made before on the command line, or, with its `task`, by `search`.
+
+    Whether what is given is the run's is told by digests when it is first used.
+
+    Args:
+        folder: the run's, wherever it lies now.
+        task: None loads the one that it was started with.
+        network: where that was a file or a module: the `MODULE:CALLABLE`, `FILE.py:CALLABLE` or
+            problem file, if it lies elsewhere now.
+        weights: file of the teacher's weights, likewise.
+        data: folder of images of your own, likewise.
+        data_dir: folder of a problem's data.
 
     Raises:
-        UserError: if the folder is no run, or its task cannot be loaded by name.
+        UserError: if the folder is no run, or something that its task needs is not there.
     """
     folder = Path(folder)
     config = RunConfig.read(folder)
-    return Run(folder, task or load_task(config.model, config.own))
+    places = Places(network, _path(data), _path(weights), data_dir=_path(data_dir))
+    if task is not None:
+        if places != Places():
+            raise UserError("a task names its network, weights and data itself; give it alone")
+        return Run(folder, task)
+    task = moved_config(folder, config, places).task()
+    load, there = task.load_data, places.data_dir
+    return Run(folder, task if there is None else replace(task, load_data=lambda _: load(there)))
+
+
+def _path(place: str | Path | None) -> Path | None:
+    return None if place is None else Path(place)
 
 
 def _copies_of(teacher: nn.Module) -> Callable[[], nn.Module]:
@@ -342,6 +390,8 @@ def _image_data(
     preparation: Preparation | None,
     heads: Any = None,
     inputs: str | None = None,
+    in_memory: bool | None = None,
+    reporter: Reporter | None = None,
 ) -> ImageData:
     if inputs not in (None, "pictures", "arrays"):
         raise UserError(f"inputs is {inputs!r}; expected pictures or arrays")
@@ -364,7 +414,7 @@ def _image_data(
         if inputs != "arrays":
             return from_datasets(
                 train, validation, test, labels=labels, mean=mean, std=std, metric=metric,
-                preparation=preparation, heads=heads,
+                preparation=preparation, heads=heads, in_memory=in_memory, reporter=reporter,
             )  # fmt: skip
         splits = {name: arrays_of(one, name) for name, one in given.items()}
     else:

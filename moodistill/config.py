@@ -16,12 +16,13 @@ from moodistill.genome.layout import FORMER_CONNECTIONS
 from moodistill.io.fields import convert, missing_fields
 from moodistill.latency.meter import LatencyConfig
 from moodistill.pareto.objectives import check_objectives
+from moodistill.progress import Reporter
 from moodistill.settings import SETTINGS, Settings
 from moodistill.storage.folder import RUN_FILE, read_run
 from moodistill.student.evaluator import Recipe
 from moodistill.teacher.blocks import LayerRules
 from moodistill.teacher.samples import CalibrationConfig
-from moodistill.teacher.task import OwnTask
+from moodistill.teacher.task import OwnTask, Task, load_task
 from moodistill.training.distill import DistillConfig
 
 
@@ -45,6 +46,9 @@ BUDGET = ("preset", "generations", "finalists", "distill_steps")
 EARLIER: dict[str, Any] = {
     "search.connections": tuple(FORMER_CONNECTIONS),
     "rules.opaque": (),
+    "own.module_folder": None,
+    "weights": None,
+    "weights_key": None,
     "search.seeded": 0.0,
 }
 
@@ -78,7 +82,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's result but the machine; stored in `run.json`."""
+    """Everything that decides a run's result but the machine; stored in `run.json`.
+
+    `weights` (a path) and `weights_key` are of a problem's teacher, if they are not the problem's;
+    those of an `own` teacher are in it.
+    """
 
     model: str
     preset: str
@@ -91,6 +99,8 @@ class RunConfig:
     int8: Int8Config = Int8Config()
     own: OwnTask | None = None
     rules: LayerRules = field(default_factory=LayerRules)
+    weights: str | None = None
+    weights_key: str | None = None
 
     @staticmethod
     def from_dict(stored: Any, source: str = "run.json") -> RunConfig:
@@ -116,6 +126,35 @@ class RunConfig:
         if config.own is None or not cut.is_file():
             return config
         return replace(config, own=replace(config.own, cut=str(cut)))
+
+    def task(self, in_memory: bool | None = None, reporter: Reporter | None = None) -> Task:
+        """The task that it names, with the weights that it names.
+
+        Args:
+            in_memory: whether own images are held, as `load_image_folder` takes it.
+            reporter: is told how far their reading is.
+
+        Raises:
+            UserError: if there is none.
+        """
+        task = load_task(self.model, self.own, in_memory, reporter)
+        if self.own is not None:
+            return task
+        return replace(
+            task,
+            weights=task.weights if self.weights is None else Path(self.weights),
+            weights_key=self.weights_key or task.weights_key,
+        )
+
+    def with_weights(self, weights: Path | None, key: str | None) -> RunConfig:
+        """The same with other weights of the teacher, or another set of a file; None keeps them."""
+        if self.own is not None:
+            own = self.own
+            path = own.weights if weights is None else str(weights.resolve())
+            own = replace(own, weights=path, weights_key=key or own.weights_key)
+            return replace(self, own=own)
+        given = self.weights if weights is None else str(weights.resolve())
+        return replace(self, weights=given, weights_key=key or self.weights_key)
 
     def with_budget(self, budget: Budget) -> RunConfig:
         """The same run with other generations and another finalists' budget."""
@@ -249,9 +288,10 @@ def _with_earlier(stored: Any) -> Any:
         return stored
     full = {k: dict(v) if isinstance(v, Mapping) else v for k, v in stored.items()}
     for path, value in EARLIER.items():
-        part, _, name = path.partition(".")
-        if isinstance(full.get(part), dict):
-            full[part].setdefault(name, value)
+        part, _, name = path.rpartition(".")
+        owner = full.get(part) if part else full
+        if isinstance(owner, dict):
+            owner.setdefault(name, value)
     search, recipe = full.get("search", {}), full.get("recipe", {})
     twice = isinstance(search, dict) and isinstance(recipe, dict) and "simd_step" in recipe
     if twice and recipe["simd_step"] == search.get("simd_step"):
@@ -277,6 +317,7 @@ def _shown(value: Any) -> str:
 # May be zero.
 _FROM_ZERO = {
     "seed", "min_accuracy", "ridge", "scarce", "hard", "momentum", "weight_decay", "pad",
+    "seeded",
 }  # fmt: skip
 
 

@@ -56,6 +56,20 @@ class Stage:
         self.reporter.update(self, done, facts)
 
 
+class Percents:
+    """Tells a stage of many small steps at most about a hundred times how far it is."""
+
+    def __init__(self, stage: Stage, total: int) -> None:
+        self.stage, self.total = stage, total
+        self._told = 0
+
+    def update(self, done: int) -> None:
+        """`done` units are finished."""
+        if done >= self.total or done - self._told >= self.total / 100:
+            self._told = done
+            self.stage.update(done)
+
+
 class QuietReporter(Reporter):
     """Nothing: errors and results are printed by the command itself."""
 

@@ -150,7 +150,7 @@ class Settings:
     )
     weights_key: str | None = _setting(
         NETWORK, "which weights of a file that holds several; an average (EMA) if not given",
-        "own.weights_key", metavar="KEY",
+        "places.weights_key", metavar="KEY",
     )  # fmt: skip
     heads: tuple[str, ...] | None = _setting(
         NETWORK, "what an output means: classification, segmentation, multilabel, regression or "
@@ -165,6 +165,10 @@ class Settings:
     data_dir: Path | None = _setting(
         NETWORK, "folder of a problem's data", "places.data_dir", "$MOODISTILL_DATA, then data/"
     )
+    images_in_memory: bool | None = _setting(
+        NETWORK, "hold all of your own images in memory; otherwise they are read when needed",
+        "places.images_in_memory", "while they take at most a quarter of it",
+    )  # fmt: skip
     preset: str | None = _setting(BUDGET, "quick, standard or thorough", "preset", "quick")
     population: int | None = _setting(
         BUDGET, "students per generation", "search.population", 32, least=1
@@ -182,6 +186,14 @@ class Settings:
         "the preset's",
         least=1,
     )
+    calibration_images: int | None = _setting(
+        BUDGET, "training images that every student is solved on", "calibration.images", 512,
+        metavar="N", least=1,
+    )  # fmt: skip
+    score_images: int | None = _setting(
+        BUDGET, "validation images that every student is scored on", "recipe.validation_images",
+        1000, metavar="N", least=1,
+    )  # fmt: skip
     screen: int | None = _setting(
         BUDGET, "a surrogate pre-selects 1 in N offspring; 1 disables it",
         "search.screen", 24, metavar="N",
@@ -224,7 +236,7 @@ class Settings:
     )  # fmt: skip
     connections: tuple[str, ...] | None = _setting(
         LAYERS, "kinds to search: some of kernels, ranks, merges, bypasses, blocks; or none",
-        "search.connections", ("merges", "bypasses"), metavar="KIND,KIND",
+        "search.connections", ("kernels", "ranks", "merges", "bypasses"), metavar="KIND,KIND",
     )  # fmt: skip
     keep: tuple[str, ...] | None = _setting(
         LAYERS,
@@ -272,6 +284,10 @@ class Settings:
     tensorboard: Path | None = _setting(
         OUTPUT, "write curves for TensorBoard to this folder (extra: tensorboard)", metavar="DIR"
     )
+    device: str | None = _setting(
+        MACHINES, "what students are solved, scored and trained on: auto (an accelerator that is "
+        "there), cpu, cuda, cuda:N, mps or xpu", "places.device", "auto",
+    )  # fmt: skip
     torch_threads: int | None = _setting(
         MACHINES, "threads for everything but latency", "places.threads", least=1
     )

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from moodistill.data.digits import load_digits
+from moodistill.data.images import ImageData
+from moodistill.errors import UserError
 from moodistill.teacher.task import Task, TrainConfig
 
 
@@ -44,10 +46,19 @@ class DigitsNet(nn.Module):
         return self.output(self.relu(self.hidden(x)))
 
 
+def load_data(data_dir: Path | None) -> ImageData:
+    """The digits that come with scikit-learn."""
+    if data_dir is not None:
+        raise UserError(
+            f"`data_dir` is {data_dir}, but scikit-learn brings the digits; leave it out"
+        )
+    return load_digits()
+
+
 TASK = Task(
     name="digits",
     build=DigitsNet,
-    load_data=lambda data_dir: load_digits(),
+    load_data=load_data,
     weights=Path(__file__).parent / "teachers" / "digits.safetensors",
     train=TrainConfig(phases=((12, 32),), batch_size=64, lr=0.1, pad=2, flip=False),
 )

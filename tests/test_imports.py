@@ -77,6 +77,11 @@ def test_every_public_name_is_there():
     assert found == [[name, "False"] for name in moodistill.__all__]
 
 
+def test_a_script_of_an_earlier_version_finds_what_has_moved():
+    code = "import moodistill\nprint(moodistill.int8.Int8Config is moodistill.Int8Config)"
+    assert fresh(code).strip() == "True"
+
+
 def test_modules_are_named_where_they_are_imported():
     """Imports by a computed name, which the linter does not see, in two places only."""
     dynamic = set()

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, TINY
@@ -14,6 +15,7 @@ from moodistill.errors import UserError
 from moodistill.progress import (
     JsonReporter,
     LiveReporter,
+    Percents,
     QuietReporter,
     Reporter,
     TensorBoardReporter,
@@ -129,3 +131,12 @@ def test_tensorboard_that_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="tensorboard"):
         TensorBoardReporter(Reporter(io.StringIO()), tmp_path)
+
+
+def test_a_stage_of_very_many_steps_is_told_by_percents():
+    told = []
+    stage = SimpleNamespace(update=told.append)
+    bar = Percents(stage, 1000)
+    for done in range(1, 1001):
+        bar.update(done)
+    assert told == list(range(10, 1001, 10))

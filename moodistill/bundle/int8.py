@@ -99,7 +99,7 @@ def quantise_student(
     if found is not None and found.float_sha256 == digest:
         return found
     threads = torch.get_num_threads()
-    small = data.validation.head(1000)
+    small = data.validation.head(1000).held()
 
     def score(model: bytes) -> float:
         return onnx_accuracy(model, data, small, threads)

@@ -79,7 +79,8 @@ def checked_onnx(
     options = options or ShipOptions()
     bare = to_onnx(student, data.input_shape, options.opset or OPSET)
     model = ship(bare, data, origin, options)
-    parity = compare(model, student, data, data.validation.head(images), options.softmax)
+    checked = data.validation.head(images).held()
+    parity = compare(model, student, data, checked, options.softmax)
     if not parity.passed:
         raise UserError(
             f"the model was not written: ONNX Runtime differs from torch by "

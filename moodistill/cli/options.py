@@ -6,9 +6,17 @@ import argparse
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+from moodistill.errors import UserError
 from moodistill.settings import GROUPS, SETTINGS, Setting, Settings
+
+if TYPE_CHECKING:
+    from moodistill.runs.backend import Places
+
+
+# Where a run's network, weights and images are: all this may have moved since.
+PLACES = ("model", "teacher", "weights", "data", "data_dir")
 
 
 def number(text: str) -> float:
@@ -42,6 +50,28 @@ def given_settings(arguments: argparse.Namespace) -> Settings:
     values = {name: getattr(arguments, name, None) for name in SETTINGS}
     return Settings(**{name: _value(SETTINGS[name], value)
                        for name, value in values.items() if value is not None})  # fmt: skip
+
+
+def given_places(settings: Settings) -> Places:
+    """Where the network, weights and images of a run that was made before are now."""
+    from moodistill.runs.backend import Places
+
+    if settings.teacher is not None and settings.model is not None:
+        raise UserError("`teacher` and `model` both name a network; give one of them")
+    network = absolute(settings.teacher or settings.model)
+    return Places(network=network, data=settings.data, **settings.part("places"))
+
+
+def absolute(model: str | None) -> str | None:
+    """A model with the whole path of its file: a run is carried on from anywhere."""
+    from moodistill.teacher.task import builder_of
+
+    if model is None:
+        return None
+    file, builder = builder_of(model)
+    if not file.endswith(".py"):
+        return model
+    return f"{Path(file).resolve()}{':' if builder else ''}{builder}"
 
 
 def with_flags(message: str) -> str:

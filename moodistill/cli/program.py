@@ -131,6 +131,7 @@ def _description(command: Command, program: str) -> dict[str, Any]:
 
 
 def _call(command: Callable[[argparse.Namespace], None], parsed: argparse.Namespace) -> int:
+    _make_streams_safe()
     try:
         with _signals():
             command(parsed)
@@ -149,6 +150,16 @@ def _call(command: Callable[[argparse.Namespace], None], parsed: argparse.Namesp
             "call it again (a run: with --resume)"
         )
     return 0
+
+
+def _make_streams_safe() -> None:
+    """Let a name that the terminal cannot show, or a stream that is closed, end nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _refuse(message: str) -> int:

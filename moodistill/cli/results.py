@@ -8,10 +8,11 @@ import shlex
 import time
 from pathlib import Path
 
-from moodistill.cli.options import number
+from moodistill.cli.options import PLACES, add_setting, given_places, given_settings, number
 from moodistill.errors import UserError
 from moodistill.pareto import choose
 from moodistill.pareto import table as front
+from moodistill.settings import SETTINGS
 
 
 def _weights(text: str) -> dict[str, float]:
@@ -72,8 +73,9 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("student", metavar="STUDENT", help="a student's id from pareto.csv")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
-    parser.add_argument("--data-dir", type=Path, help="folder of a problem's data")
-    parser.add_argument("--weights", type=Path, help="the teacher's weights, if the run had others")
+    moved = parser.add_argument_group("what lies elsewhere than when the run was made")
+    for name in PLACES:
+        add_setting(moved, SETTINGS[name])
     parser.add_argument("--softmax", action="store_true", help="probabilities instead of logits")
     parser.add_argument("--int8", action="store_true", help="quantised, if that is faster here")
     parser.add_argument(
@@ -98,8 +100,8 @@ def export_command(arguments: argparse.Namespace) -> None:
     kind = "float32" if arguments.float32 else "normalised" if arguments.bare else "uint8"
     options = ShipOptions(kind, arguments.softmax, arguments.opset, arguments.fixed_batch)
     done = export_student(
-        arguments.run, arguments.student, arguments.out, arguments.data_dir,
-        options, arguments.int8, weights=arguments.weights,
+        arguments.run, arguments.student, arguments.out, options, arguments.int8,
+        given_places(given_settings(arguments)),
     )  # fmt: skip
     size = done.path.stat().st_size
     if done.parity is None:

@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moodistill.cli.options import add_setting, add_settings, given_settings
+from moodistill.cli.options import (
+    absolute,
+    add_setting,
+    add_settings,
+    given_places,
+    given_settings,
+)
 from moodistill.errors import UserError
 from moodistill.settings import SETTINGS, Settings, read_settings
 
@@ -25,15 +31,10 @@ if TYPE_CHECKING:
     from moodistill.teacher.task import OwnTask, Task
 
 # Of these a run that is carried on has its own.
-NETWORK = (
-    "teacher", "data", "size", "channels", "resize", "shorter_side", "fill", "interpolation",
-    "channel_order", "exif", "mean", "std", "weights_key", "heads",
-)  # fmt: skip
-
-
 IMAGES = (
     "size", "channels", "resize", "shorter_side", "fill", "interpolation", "channel_order", "exif",
 )  # fmt: skip
+PREPARED = (*IMAGES, "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -140,34 +141,44 @@ def _resume(arguments: argparse.Namespace, work: Work) -> Path:
     folder, settings = arguments.resume, work.settings
     if settings.out is not None:
         raise UserError("--resume continues in its own folder; leave out --out")
-    for name in NETWORK:
+    for name in PREPARED:
         if getattr(settings, name) is not None:
             raise UserError(f"--resume takes `{name}` from its run; leave it out")
     config = RunConfig.read(folder)
-    refuse_changes(config, replace(settings, model=_absolute(settings.model)), folder)
+    # Network, weights and images may lie elsewhere: whether they are others is told by digests.
+    refuse_changes(config, replace(settings, model=None), folder)
     if arguments.student and (settings.generations or settings.finalists):
         raise UserError("--student does not search; leave out --generations and --finalists")
     students = tuple(dict.fromkeys(s.removesuffix(SUFFIX) for s in arguments.student or ()))
     budget = Budget.of(settings, students)
     with _hint(folder, bool(students)):
-        return resume_run(folder, budget, work.places, work.reporter, cluster=work.cluster)
+        places = given_places(settings)
+        return resume_run(folder, budget, places, work.reporter, cluster=work.cluster)
 
 
 def _start(arguments: argparse.Namespace, work: Work) -> Path:
     from moodistill.config import new_config
     from moodistill.runs.run import start_run
-    from moodistill.teacher.task import load_task
+    from moodistill.teacher.task import builder_of, module_folder
 
     settings, base = work.settings, work.base
     if arguments.student:
         raise UserError("--student takes the students of a finished run: give --resume RUN too")
-    own = _own_task(settings, base)
-    model = _absolute(settings.teacher or settings.model) or (base.model if base else None)
+    model = absolute(settings.teacher or settings.model) or (base.model if base else None)
     if model is None:
         raise UserError("which network? give --model vgg16, resnet18, digits or a problem file")
-    task = load_task(model, own)
-    config = new_config(model, _device_settings(work, task), own, base)
-    stem = model.rpartition(":")[2] if own else Path(model).stem  # of a file's path its name
+    if settings.int8_twins is False and settings.int8_max_loss is not None:
+        raise UserError("`int8_max_loss` is of INT8 twins, which --no-int8 leaves out")
+    own = _own_task(settings, base)
+    if own is not None and settings.teacher is not None:
+        own = replace(own, module_folder=module_folder(model))
+    if base is not None and model != base.model:  # its weights are of the other network
+        base = replace(base, weights=None, weights_key=None)
+    named = new_config(model, Settings(), own, base)
+    named = named.with_weights(settings.weights, settings.weights_key)
+    task = named.task(work.places.images_in_memory, work.reporter)
+    config = new_config(model, _device_settings(work, task), named.own, named)
+    stem = builder_of(model)[1] or Path(model).stem  # of a file's path its name
     out = settings.out or Path("results") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     with _hint(out):
         return start_run(config, out, work.places, work.reporter, task, work.cluster)
@@ -208,49 +219,55 @@ def _hint(folder: Path, same: bool = False) -> Iterator[None]:
         raise
 
 
-def _absolute(model: str | None) -> str | None:
-    """A model with the whole path of its file: a run is carried on from anywhere."""
-    file, separator, builder = (model or "").partition(":")
-    return f"{Path(file).resolve()}{separator}{builder}" if file.endswith(".py") else model
-
-
 def _own_task(settings: Settings, base: RunConfig | None) -> OwnTask | None:
     """The task of `teacher`, `weights` and `data`, None if it is a problem's."""
     from moodistill.data.array_files import holds_arrays
-    from moodistill.teacher.task import OwnTask
+    from moodistill.teacher.task import OwnTask, builder_of
 
     given = settings.part("own")
     if settings.size is not None:
         if len(settings.size) > 2:
             raise UserError(f"`size` is {settings.size}; expected one number, or height and width")
         given["size"] = (settings.size[0], settings.size[-1])
-    for name in ("data", "weights"):
-        if getattr(settings, name) is not None:
-            given[name] = str(getattr(settings, name).resolve())
+    if settings.data is not None:
+        given["data"] = str(settings.data.resolve())
     if settings.teacher is not None and settings.model is not None:
         raise UserError("`teacher` and `model` both name a network; give one of them")
     if settings.model is None and base is not None and base.own is not None:
+        _refuse_data_dir(settings)
         own = replace(base.own, cut=None) if "data" in given else base.own  # others: cut anew
         return replace(own, **given)
     if settings.teacher is not None:
+        if not builder_of(settings.teacher)[1]:
+            raise UserError(
+                f"`teacher` is {settings.teacher}; expected MODULE:CALLABLE or FILE.py:CALLABLE, "
+                "which gives the network"
+            )
+        _refuse_data_dir(settings)
         for name in ("weights", "data"):
-            if name not in given:
+            if getattr(settings, name) is None:
                 raise UserError(f"`teacher` needs `{name}`; see docs/own_network.md")
         unused = [name for name in IMAGES if getattr(settings, name) is not None]
         if unused and holds_arrays(Path(given["data"])):
             raise UserError(f"`{unused[0]}` is for images, {given['data']} holds arrays; omit it")
-        return OwnTask(**given)
-    unused = [name for name in NETWORK if getattr(settings, name) is not None]
+        return OwnTask(weights=str(settings.weights), **given)
+    of_others = ("data", "heads", *PREPARED)
+    unused = [name for name in of_others if getattr(settings, name) is not None]
     if unused:
         raise UserError(f"`{unused[0]}` is for a network of your own; give it with `teacher`")
     return None
+
+
+def _refuse_data_dir(settings: Settings) -> None:
+    if settings.data_dir is not None:
+        raise UserError("`data_dir` is for a problem's data; give images of your own as `data`")
 
 
 def resume_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resume`."""
     parser.add_argument("resume", type=Path, metavar="RUN", help="a run's folder")
     _common_arguments(parser)
-    add_settings(parser, leave_out=("model", "out", *NETWORK))
+    add_settings(parser, leave_out=("out", *PREPARED))
 
 
 def resume_command(arguments: argparse.Namespace) -> None:
@@ -262,13 +279,13 @@ def teacher_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `teacher`."""
     parser.add_argument("--model", required=True, help="a problem's name or file")
     parser.add_argument("--out", type=Path, help="weights file (default: the problem's own)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    for name in ("data_dir", "torch_threads"):
+    for name in ("data_dir", "device", "torch_threads"):
         add_setting(parser, SETTINGS[name])
 
 
 def teacher_command(arguments: argparse.Namespace) -> None:
     """Train a teacher; run it again to carry on after an interruption."""
+    from moodistill.accelerator import AUTO, find_device
     from moodistill.student.context import use_threads
     from moodistill.teacher.task import load_task
     from moodistill.training.teacher import train_teacher
@@ -278,7 +295,8 @@ def teacher_command(arguments: argparse.Namespace) -> None:
     out = arguments.out or task.weights
     if out.exists():
         raise UserError(f"{out} exists; name another file with --out, or move it away")
-    report = train_teacher(task, task.load_data(arguments.data_dir), out, arguments.device)
+    device = find_device(arguments.device or AUTO)
+    report = train_teacher(task, task.load_data(arguments.data_dir), out, device)
     print(
         f"wrote {out}: validation accuracy {report['validation_accuracy']:.4f}, "
         f"test accuracy {report['test_accuracy']:.4f}"

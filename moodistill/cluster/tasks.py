@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moodistill.accelerator import device_count, find_device
 from moodistill.errors import UserError
 from moodistill.latency.meter import LatencyConfig, LatencyError, LatencyMeter
 from moodistill.pareto.evaluation import Evaluation, Latency
@@ -23,10 +25,13 @@ from moodistill.teacher.weights import is_other_network, network_digest
 from moodistill.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from moodistill.config import RunConfig
     from moodistill.student.context import TeacherContext
 
 STUDENTS = "student"  # the resource of a worker that scores students; of each it has one
+OWN_DEVICE = "MOODISTILL_DEVICE"  # by which a worker elsewhere says what it computes on
 DEVICE = "latency:"  # and of one that times models, followed by the device's name
 
 
@@ -43,8 +48,10 @@ class ScoreSetup:
         config: the run's configuration as JSON.
         teacher_digest, data_digest: of the driver's teacher and data.
         network_digest: of its traced network.
-        data_dir, weights: where to look for them, as on the driver; None for the defaults.
+        data_dir: where to look for a problem's data, as on the driver; None for the default.
         threads: torch's.
+        images_in_memory: whether a folder's images are held; None decides by their number.
+        device: that students are computed on; each worker takes its own of that kind.
     """
 
     version: str
@@ -53,8 +60,9 @@ class ScoreSetup:
     data_digest: str
     network_digest: str
     data_dir: str | None
-    weights: str | None
     threads: int
+    images_in_memory: bool | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -88,17 +96,16 @@ def _check_version(version: str) -> None:
 def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
     from moodistill.config import RunConfig
     from moodistill.student.context import load_context, use_threads
-    from moodistill.teacher.task import load_task
 
     _check_version(setup.version)
     use_threads(setup.threads)
     config = RunConfig.from_dict(json.loads(setup.config))
-    data_dir, weights = (
-        Path(path) if path is not None else None for path in (setup.data_dir, setup.weights)
-    )
+    data_dir = None if setup.data_dir is None else Path(setup.data_dir)
     try:
-        task = load_task(config.model, config.own)
-        context = load_context(task, data_dir, weights, config.calibration, rules=config.rules)
+        task = config.task(setup.images_in_memory)
+        context = load_context(
+            task, data_dir, config.calibration, rules=config.rules, device=_device(setup)
+        )
     except UserError as error:
         raise WorkerMismatch(f"{_name()}: {error}") from error
     network = network_digest(context.graph.module)
@@ -116,11 +123,57 @@ def _prepared(setup: ScoreSetup) -> tuple[TeacherContext, RunConfig]:
     return context, config
 
 
+def _device(setup: ScoreSetup) -> torch.device:
+    """This worker's device.
+
+    Raises:
+        UserError: if it has none of the run's kind.
+    """
+    from distributed import get_worker
+
+    try:
+        name = get_worker().name
+    except ValueError:  # called outside a worker
+        name = None
+    place = name if isinstance(name, int) else None
+    return find_device(device_here(setup.device, place, os.environ.get(OWN_DEVICE)))
+
+
+def device_here(asked: str, place: int | None, own: str | None) -> str:
+    """The name of a worker's device.
+
+    Args:
+        asked: of the run, such as `cuda`; with a number (`cuda:1`) all workers share that one.
+        place: of the worker among those that were started beside the driver, from 0: they take
+            the devices of this machine in turn. None for a worker elsewhere.
+        own: what that worker says of itself (`MOODISTILL_DEVICE`).
+
+    Raises:
+        UserError: if it says another kind than the run's: their answers differ a little.
+    """
+    kind, _, number = asked.partition(":")
+    if own:
+        if own.partition(":")[0] != kind:
+            raise UserError(
+                f"{OWN_DEVICE} is {own}, the run computes on {kind}; expected a device of that kind"
+            )
+        return own
+    count = device_count(kind)
+    if place is None or number or not count:
+        return asked
+    return f"{kind}:{place % count}"
+
+
 def score(setup: ScoreSetup, genome: bytes) -> Scored:
     """Score a packed genome, latency aside."""
+    evaluator = _evaluator(setup)
+    return evaluator.score(evaluator.context.layout.unpack(genome))
+
+
+@lru_cache(maxsize=1)
+def _evaluator(setup: ScoreSetup) -> Evaluator:
     context, config = _prepared(setup)
-    evaluator = Evaluator(context, config.recipe, None, config.search.simd_step)
-    return evaluator.score(context.layout.unpack(genome))
+    return Evaluator(context, config.recipe, None, config.search.simd_step)
 
 
 def distil(setup: ScoreSetup, evaluation: Evaluation, name: str) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -131,7 +132,7 @@ def _problem(
         near = _alike(name, classes)
         there = ", ".join(f"{n} in {places[split]}" for split, n in counts.items() if n)
         return f"class {name!r} has {there} and none in {', '.join(places[s] for s in absent)}" + (
-            f" (is it {near!r}?)" if near else ""
+            f" (is it {near}?)" if near else ""
         )
     least = least_pictures(wanted)
     home = counts.get("train", counts.get("", 0))
@@ -145,9 +146,18 @@ def _problem(
 
 def _alike(name: str, classes: Sequence[str]) -> str:
     """Another class that may be meant by a name; empty if none is like it."""
-    others = {other.casefold(): other for other in classes if other != name}
-    near = difflib.get_close_matches(name.casefold(), others, n=1, cutoff=0.8)
-    return others[near[0]] if near else ""
+    others = {_folded(other): other for other in classes if other != name}
+    near = difflib.get_close_matches(_folded(name), others, n=1, cutoff=0.8)
+    if not near:
+        return ""
+    other = others[near[0]]
+    if unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name):
+        return f"{ascii(other)}, which looks the same: macOS writes such letters in two parts"
+    return repr(other)
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def keep_cut(
@@ -163,7 +173,7 @@ def keep_cut(
         raise UserError(
             f"{folder} lacks {len(missing)} of the {len(cut.places())} images that the run was "
             f"started with ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); "
-            "expected all of them: put them back"
+            "expected all of them: put them back, or give the folder that holds them as `data`"
         )
     classes = sorted({class_of(file, places) for file in cut.places()})
     # In the order of `cut_anew`: the images' digest depends on it.

@@ -60,7 +60,7 @@ def load_arrays(
         splits, names = _of_table(path, heads)
     else:
         splits, names = _of_folder(path)
-    if all(_are_pictures(split.images) for split in splits.values()):
+    if all(_are_pictures(split.images[:]) for split in splits.values()):
         return from_splits(path.stem, splits, names, mean, std, metric, heads=heads)
     return from_arrays(path.resolve().name, splits, names, mean, std, metric, heads)
 

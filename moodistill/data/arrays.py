@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from moodistill.data.digests import content
 from moodistill.data.images import AT_ONCE, ImageData, Metric, Split, fraction_right
 from moodistill.data.targets import (
     arranged,
     class_names,
-    content,
     meaning_of,
     sample_of,
     stacked,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from moodistill.data.dataset_images import DatasetImages, stream_dataset
+from moodistill.data.digests import pictures_digest
 from moodistill.data.images import ImageData, Metric, Split, fraction_right
+from moodistill.data.memory import are_held
 from moodistill.data.preparation import Preparation
+from moodistill.data.streamed import Images, StreamedImages, batches, digest_each
 from moodistill.data.table import DataTable, count_classes, equal_pictures
 from moodistill.data.targets import (
     arranged,
     class_names,
-    content,
     meaning_of,
     one_label,
     one_of,
@@ -26,6 +28,7 @@ from moodistill.data.targets import (
 )  # fmt: skip
 from moodistill.data.transforms import checked_preparation, files_of
 from moodistill.errors import UserError
+from moodistill.progress import Reporter
 
 
 def from_datasets(
@@ -39,9 +42,15 @@ def from_datasets(
     name: str = "own",
     metric: Metric = fraction_right,
     preparation: Preparation | None = None,
+    in_memory: bool | None = None,
+    reporter: Reporter | None = None,
     heads: Any = None,
 ) -> ImageData:
-    """Map-style datasets of `(image, label)`, or of images alone, held in memory.
+    """Map-style datasets of `(image, label)`, or of images alone.
+
+    Images are held in memory, or, where they take more than a quarter of it, read from the datasets
+    whenever they are needed, by several processes. Then every start reads all of them once, and an
+    image must be the same each time it is read.
 
     Images are PIL images, uint8 arrays `(H, W)` or `(H, W, C)`, or tensors `(C, H, W)`: uint8, or
     floats in [0, 1] (so before any normalisation), all of one size.
@@ -57,6 +66,8 @@ def from_datasets(
         mean, std, metric: as in `load_image_folder`.
         name: of the data.
         preparation: how `validation` and `test` prepare the images of files.
+        in_memory: whether the images are held; None decides by how much memory they take.
+        reporter: is told how far the reading of all images is; None is quiet.
         heads: what the network's outputs mean, as `Heads.of` takes it; None is a classifier, or,
             without labels, fidelity to the teacher. The labels may then be arrays, or dicts or
             tuples of arrays for several outputs.
@@ -66,11 +77,11 @@ def from_datasets(
             the datasets.
     """
     given = {"train": train, "validation": validation, "test": test}
-    splits = {
-        part: _collect(one, part, heads is not None)
-        for part, one in given.items()
-        if one is not None
-    }
+    described = heads is not None
+    sources = {k: _source(one, k, described) for k, one in given.items() if one is not None}
+    bytes_each = int(np.prod(sources["train"].shape))
+    held = are_held(sum(map(len, sources.values())), bytes_each, in_memory)
+    splits = {k: _collect(s) if held else _streamed(s, reporter) for k, s in sources.items()}
     held_out = [splits[part] for part in ("validation", "test") if part in splits]
     preparation = checked_preparation(validation, held_out, preparation)
     if preparation is None:  # then nothing can be compared with the files
@@ -130,11 +141,7 @@ def from_splits(
                 f"the preparation gives images of size {preparation.size}, the data are "
                 f"{images.shape[1:3]}: give the size of the data"
             )
-    # With the normalisation, on which everything that is cached of a teacher depends.
-    made_of = f"{content(splits)} {mean} {std}"
-    if preparation not in (None, Preparation(size=images.shape[1:3])):
-        made_of += f" {preparation}"
-    digest = hashlib.sha256(made_of.encode()).hexdigest()
+    digest = pictures_digest(splits, mean, std, preparation)
     if meaning is None or meaning.plain_classes:
         table = _counted(table or DataTable(name, tuple(names), {}), splits, folder)
     else:
@@ -154,7 +161,7 @@ def _counted(table: DataTable, splits: Mapping[str, Split], folder: Path | None)
     """The table with the images of each class and split, and those that are equal."""
     named = {
         part: (
-            split.images,
+            digest_each(split.images),
             one_of(split.targets),
             [os.path.relpath(file, folder) if folder else file for file in split.files],
         )
@@ -172,42 +179,51 @@ def _counted(table: DataTable, splits: Mapping[str, Split], folder: Path | None)
     )
 
 
-def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+def _statistics(images: Images) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of uint8 `(N, H, W, C)`, in [0, 1].
 
-    From how often each byte occurs: exact, and without a copy as floats.
+    From the sums of the bytes and of their squares: exact, so the same held and streamed.
     """
-    found = []
-    values = np.arange(256) / 255.0
-    for channel in range(images.shape[-1]):
-        counts = sum(
-            np.bincount(part[..., channel].ravel(), minlength=256)
-            for part in np.array_split(images, max(1, len(images) // 1000))
-        )
-        shares = counts / np.sum(counts)
-        mean = float(shares @ values)
-        found.append(
-            (round(mean, 4), max(1e-3, round(float(shares @ (values - mean) ** 2) ** 0.5, 4)))
-        )
-    return [mean for mean, _ in found], [std for _, std in found]
+    if isinstance(images, StreamedImages):
+        sums = images.known.sums.sum(0)
+    else:
+        values = np.arange(256)
+        counts = np.zeros((images.shape[-1], 256), np.int64)
+        for pixels in batches(images, 1000):
+            for channel, found in enumerate(counts):
+                found += np.bincount(pixels[..., channel].ravel(), minlength=256)
+        sums = np.stack([counts @ values, counts @ values**2])
+    total = len(images) * images.shape[1] * images.shape[2] * 255
+    means = [int(one) / total for one in sums[0]]
+    squares = [int(one) / (total * 255) for one in sums[1]]
+    deviations = [max(0.0, s - m * m) ** 0.5 for m, s in zip(means, squares, strict=True)]
+    return [round(m, 4) for m in means], [max(1e-3, round(d, 4)) for d in deviations]
 
 
-def _collect(dataset: Any, part: str, described: bool) -> Split:
-    """A split of images; targets as arrays where heads are given, else one label an image."""
-    images, labels = [], []
-    for index in range(len(dataset)):
-        picture, label = sample_of(dataset[index])
-        where = f"{part} image {index}"
-        images.append(_pixels(picture, where))
-        labels.append(label if described or label is None else one_label(label, where))
-        if images[-1].shape != images[0].shape:
-            raise UserError(
-                f"{part} image {index} is {images[-1].shape}, the first {images[0].shape}; "
-                "resize them in the dataset"
-            )
-    if not images:
+def _source(dataset: Any, part: str, described: bool) -> DatasetImages:
+    """The images of a dataset; targets as arrays where heads are given, else one label an image."""
+    if not len(dataset):
         raise UserError(f"the {part} dataset is empty; expected images")
-    return Split(np.stack(images), stacked(labels, part), files_of(dataset))
+
+    def convert(item: Any, where: str) -> tuple[np.ndarray, Any]:
+        picture, label = sample_of(item)
+        if not described and label is not None:
+            label = one_label(label, where)
+        return _pixels(picture, where), label
+
+    return DatasetImages(dataset, part, convert)
+
+
+def _collect(source: DatasetImages) -> Split:
+    items = [source.item(index) for index in range(len(source))]
+    images = np.stack([pixels for pixels, _ in items])
+    labels = stacked([label for _, label in items], source.part)
+    return Split(images, labels, files_of(source.dataset))
+
+
+def _streamed(source: DatasetImages, reporter: Reporter | None) -> Split:
+    images, labels = stream_dataset(source, reporter)
+    return Split(images, stacked(labels, source.part), files_of(source.dataset))
 
 
 def _pixels(picture: Any, where: str) -> np.ndarray:

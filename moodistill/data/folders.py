@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
+import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +15,14 @@ from moodistill.data.arrangement import class_of, cut_anew, keep_cut, sorted_out
 from moodistill.data.cut import Cut
 from moodistill.data.datasets import from_splits
 from moodistill.data.images import ImageData, Metric, Split, fraction_right
-from moodistill.data.pixels import MODES, read_picture
+from moodistill.data.kept_index import FolderImages, FolderIndex, quiet_pillow, read_or_reason
+from moodistill.data.memory import are_held
+from moodistill.data.pixels import MODES
 from moodistill.data.preparation import Preparation
+from moodistill.data.streamed import Images, StreamedImages
 from moodistill.data.table import DataTable
 from moodistill.errors import UserError
+from moodistill.progress import QuietReporter, Reporter
 
 LATER = "not there when the run began"
 NAMED = 200  # damaged files that a message names
@@ -40,8 +44,14 @@ def load_image_folder(
     fill: int = 0,
     heads: Any = None,
     cut: Cut | None = None,
+    in_memory: bool | None = None,
+    reporter: Reporter | None = None,
 ) -> ImageData:
-    """Images in one folder a class, prepared alike and held in memory as uint8.
+    """Images in one folder a class, prepared alike, as uint8.
+
+    They are held in memory, or, where they take more than a quarter of it, read from their files
+    whenever they are needed. Then the first start reads all of them once and keeps in the cache
+    what it must know of them; later starts read the files that have changed since.
 
     Either `folder/{train,validation,test}/<class>/...` (also val, valid, dev, training, testing, in
     any case; a split that is not there is cut from `train`), or `folder/<class>/...`. Images may
@@ -59,10 +69,12 @@ def load_image_folder(
         metric: in place of accuracy.
         resize, interpolation, channel_order, exif, shorter_side, fill: see `Preparation`.
         cut: of a run, which keeps its own; None cuts anew.
+        in_memory: whether the images are held; None decides by how much memory they take.
+        reporter: is told how far the reading of all images is; None is quiet.
 
     Raises:
-        UserError: if the folder has no such form, a class is not in every split, or images are
-            damaged; all of them are named.
+        UserError: if the folder has no such form, a class is not in every split, images are
+            damaged (all of them are named), or they are to be held and do not fit.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -78,13 +90,31 @@ def load_image_folder(
     classes, parts = (
         cut_anew(folder, places, by_class) if cut is None else keep_cut(folder, places, cut)
     )
+    for name in classes:
+        if any(unicodedata.category(one) in ("Cc", "Cs") for one in name):
+            raise UserError(
+                f"{folder}: the class {name!r} has a line break, a control character or bytes that "
+                "are no UTF-8 in its name; rename its folder"
+            )
     if cut is not None:
         known = cut.places()
         for files in by_class.values():
             for file in files:
                 if file not in known:
                     passed.setdefault(LATER, []).append(file)
-    splits, seen = _read_all(folder, places, classes, parts, channels, preparation)
+    count, (height, width) = sum(map(len, parts.values())), preparation.size
+    held = are_held(count, height * width * channels, in_memory)
+    reader = _Reader(folder, channels, preparation)
+    images, seen = reader.hold(parts) if held else reader.stream(parts, reporter)
+    number = {name: place for place, name in enumerate(classes)}
+    splits = {
+        split: Split(
+            images[split],
+            np.array([number[class_of(file, places)] for file in files], np.int64),
+            tuple(os.path.abspath(folder / file) for file in files),
+        )
+        for split, files in parts.items()
+    }
     table = _table(folder, classes, passed, seen, preparation)
     return from_splits(
         folder.resolve().name, splits, classes, mean, std, metric, preparation, table,
@@ -92,52 +122,59 @@ def load_image_folder(
     )  # fmt: skip
 
 
-def _read_all(
-    folder: Path,
-    places: Mapping[str, str],
-    classes: Sequence[str],
-    parts: Mapping[str, Sequence[str]],
-    channels: int,
-    preparation: Preparation,
-) -> tuple[dict[str, Split], list[dict[str, Any]]]:
-    """The splits, and what was seen of each image; damaged ones are named all at once."""
-    from PIL import Image
+class _Reader:
+    """Reads the images of a folder; damaged ones are named all at once."""
 
-    settings = preparation.settings()
+    def __init__(self, folder: Path, channels: int, preparation: Preparation) -> None:
+        self.folder, self.channels, self.settings = folder, channels, preparation.settings()
+        self.shape = (*preparation.size, channels)
 
-    def read(file: str) -> tuple[np.ndarray, dict[str, Any]] | str:
-        try:
-            return read_picture(folder / file, channels, settings)
-        except Exception as error:  # Pillow's plugins raise what they like at damaged files
-            reason = " ".join(str(error).replace(str(folder / file), "it").split())
-            if isinstance(error, Image.DecompressionBombError):
-                reason = "larger than Pillow opens, shrink it; " + reason.split(",")[0]
-            return f"{file} ({reason or type(error).__name__})"
+    def hold(
+        self, parts: Mapping[str, Sequence[str]]
+    ) -> tuple[dict[str, Images], list[dict[str, Any]]]:
+        """The images `(N, H, W, C)` of each split, and what was seen of each file."""
+        images: dict[str, np.ndarray] = {}
+        seen, damaged = [], []
 
-    splits, seen, damaged = {}, [], []
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        # Pillow warns of odd metadata and of large images; what it cannot read it raises.
-        warnings.filterwarnings("ignore", module="PIL")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for split, files in parts.items():
-            images = []
-            for found in pool.map(read, files):
-                if isinstance(found, str):
-                    damaged.append(found)
-                    continue
-                images.append(found[0])
-                seen.append(found[1])
-            labels = [classes.index(class_of(file, places)) for file in files]
-            if not damaged:
-                paths = tuple(os.path.abspath(folder / file) for file in files)
-                splits[split] = Split(np.stack(images), np.array(labels, np.int64), paths)
-    if damaged:
-        more = f", and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
-        raise UserError(
-            f"{folder} holds {len(damaged)} file(s) that are no readable image: "
-            f"{', '.join(damaged[:NAMED])}{more}; mend or delete them"
-        )
-    return splits, seen
+        def read(file: str) -> tuple[np.ndarray, dict[str, Any]] | str:
+            return read_or_reason(self.folder, file, self.channels, self.settings)
+
+        with quiet_pillow(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            for split, files in parts.items():
+                images[split] = np.empty((len(files), *self.shape), np.uint8)
+                for place, found in enumerate(pool.map(read, files)):
+                    if isinstance(found, str):
+                        damaged.append(found)
+                        continue
+                    images[split][place] = found[0]
+                    seen.append(found[1])
+        self._refuse(damaged)
+        return dict(images), seen
+
+    def stream(
+        self, parts: Mapping[str, Sequence[str]], reporter: Reporter | None
+    ) -> tuple[dict[str, Images], list[dict[str, Any]]]:
+        """As `hold`, with images that are read when they are needed."""
+        index = FolderIndex(self.folder, self.channels, self.settings)
+        files = [file for part in parts.values() for file in part]
+        known, stamp = index.update(files, reporter or QuietReporter())
+        self._refuse(index.damaged)
+        source = FolderImages(self.folder, files, stamp, self.shape, self.settings)
+        images: dict[str, Images] = {}
+        start = 0
+        for split, part in parts.items():
+            numbers = np.arange(start, start + len(part))
+            images[split] = StreamedImages(source, known.part(numbers), numbers)
+            start += len(part)
+        return images, known.facts()
+
+    def _refuse(self, damaged: Sequence[str]) -> None:
+        if damaged:
+            more = f", and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
+            raise UserError(
+                f"{self.folder} holds {len(damaged)} file(s) that are no readable image: "
+                f"{', '.join(damaged[:NAMED])}{more}; mend or delete them"
+            )
 
 
 def _table(

@@ -1,4 +1,4 @@
-"""Images in memory, in three splits, and the metric that scores answers to them.
+"""Images in three splits, in memory or streamed, and the metric that scores answers to them.
 
 Splits (documented in docs/method.md): the teacher trains on `train`, the search scores students on
 `validation`, and `test` chooses nothing: finalists are tested when they are done.
@@ -20,6 +20,7 @@ import torch
 
 from moodistill.data.cut import Cut
 from moodistill.data.preparation import Preparation
+from moodistill.data.streamed import Images, StreamedImages, chosen
 from moodistill.data.table import DataTable
 from moodistill.heads.head import Head
 from moodistill.heads.heads import Arrays, Heads
@@ -40,13 +41,16 @@ def fraction_right(logits: np.ndarray, labels: np.ndarray) -> float:
 class Split:
     """Images `(N, H, W, C)` uint8 and labels `(N,)` int64, and the files that they are of.
 
+    `images[...]` gives pixels in any case; parts of streamed images are picked without reading.
+
     Attributes:
+        images: an array, or streamed.
         labels: or other targets `(N, ...)`, by name where a network has several outputs; an empty
             dict where there are none.
         files: paths, one an image; empty if there are none or they are not known.
     """
 
-    images: np.ndarray
+    images: Images
     labels: Targets
     files: tuple[str, ...] = ()
 
@@ -68,12 +72,18 @@ class Split:
 
     def part(self, which: slice) -> Split:
         """Some of the images."""
-        return Split(self.images[which], targets_at(self.labels, which), self.files[which])
+        return Split(chosen(self.images, which), targets_at(self.labels, which), self.files[which])
 
     def ordered(self, order: np.ndarray) -> Split:
         """The images with these indices `(n,)`."""
         files = tuple(self.files[index] for index in order) if self.files else ()
-        return Split(self.images[order], targets_at(self.labels, order), files)
+        return Split(chosen(self.images, order), targets_at(self.labels, order), files)
+
+    def held(self) -> Split:
+        """The same with its images in memory, for a split that is gone through often."""
+        if not isinstance(self.images, StreamedImages):
+            return self
+        return Split(self.images[:], self.labels, self.files)
 
 
 def targets_at(targets: Targets, which: Any) -> Targets:
@@ -88,7 +98,7 @@ AT_ONCE = 2**19  # pixels; the maps of more may not fit into a small machine's m
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in memory with fixed splits, its normalisation and its digest.
+    """A data set with fixed splits, its normalisation and its digest.
 
     Attributes:
         mean, std: of each channel of pixels scaled to [0, 1].

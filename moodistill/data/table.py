@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -124,20 +123,19 @@ def count_classes(labels: np.ndarray, classes: int) -> tuple[int, ...]:
 
 
 def equal_pictures(
-    splits: Mapping[str, tuple[np.ndarray, np.ndarray, Sequence[str]]],
+    splits: Mapping[str, tuple[Sequence[bytes], np.ndarray, Sequence[str]]],
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
     """Groups of equal images that are in several splits, and in several classes.
 
     Equal is what has the same SHA-256 as the network sees it, whatever the files' formats.
 
     Args:
-        splits: images `(N, H, W, C)`, labels `(N,)` and the files' names (or none), by split.
+        splits: digests of the images, labels `(N,)` and the files' names (or none), by split.
     """
     found: dict[bytes, list[tuple[str, int, str]]] = {}
-    for split, (images, labels, files) in splits.items():
-        for place, (image, label) in enumerate(zip(images, labels, strict=True)):
+    for split, (digests, labels, files) in splits.items():
+        for place, (digest, label) in enumerate(zip(digests, labels, strict=True)):
             name = files[place] if files else f"{split}[{place}]"
-            digest = hashlib.sha256(image.tobytes()).digest()
             found.setdefault(digest, []).append((split, int(label), name))
     groups = [group for group in found.values() if len(group) > 1]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moodistill.data.images import Metric, Split, Targets, fraction_right, sha256_array
+from moodistill.data.images import Metric, Split, Targets, fraction_right
 from moodistill.errors import UserError
 from moodistill.heads.fit import as_targets
 from moodistill.heads.head import CLASSES
@@ -217,18 +217,6 @@ def class_names(
             f"labels name {len(names)} classes, the data have {high + 1}; name them all"
         )
     return tuple(names)
-
-
-def content(splits: Mapping[str, Split]) -> str:
-    """Digests of all inputs and targets, one after another."""
-    parts = []
-    for split in splits.values():
-        parts.append(sha256_array(split.images))
-        if isinstance(split.labels, dict):
-            parts += [f"{name}{sha256_array(a)}" for name, a in sorted(split.labels.items())]
-        else:
-            parts.append(sha256_array(split.labels))
-    return "".join(parts)
 
 
 def _shuffled(split: Split) -> Split:

@@ -57,7 +57,8 @@ def checked_preparation(
     """
     preparation = given
     if given is None:
-        preparation = _preparation_of(dataset, splits[0].images.shape[1:3])
+        _, height, width, _ = splits[0].images.shape
+        preparation = _preparation_of(dataset, (height, width))
         if preparation is None or not splits[0].files:
             return None
     assert preparation is not None

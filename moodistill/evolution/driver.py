@@ -289,6 +289,7 @@ class Search:
             rng = np.random.default_rng([self.config.seed, generation])
             drawn = min(len(genomes), max(1, round(EXPLORED * count)))
             blind = rng.choice(len(genomes), drawn, replace=False)
+            genomes = np.vstack([genomes, self._solved()])
             genomes, best = self._bred(genomes, reference, rng)
             if best is not None:
                 # All of them once more, for searches that run out of new students; who was taken
@@ -305,6 +306,17 @@ class Search:
             if len(chosen) == count:
                 break
         return Population.new(X=genomes[chosen])
+
+    def _solved(self) -> np.ndarray:
+        """`(n, length)` genomes that are best by the tables as the surrogate has corrected them."""
+        if (
+            self.surrogate.tables is None
+            or self.surrogate.predict(self.layout.teacher()[None]) is None
+        ):
+            return np.empty((0, self.layout.length), dtype=bool)
+        return find_seeds(
+            self.layout, self.surrogate.tables, self.config.simd_step, self.unsearched
+        )
 
     def _bred(
         self, genomes: np.ndarray, reference: np.ndarray, rng: np.random.Generator
@@ -344,7 +356,8 @@ class Search:
         score = self.problem.score(evaluations)
         if self.config.screen > 1:
             usable = score.F[:, 1] < WORST_COST
-            self.surrogate.learn(genomes, score.F, usable, np.all(score.G <= 0, axis=1))
+            errors = np.array([np.nan if e.error is None else e.error for e in evaluations])
+            self.surrogate.learn(genomes, score.F, usable, np.all(score.G <= 0, axis=1), errors)
         static = StaticProblem(self.problem, F=score.F, G=score.G)
         PymooEvaluator().eval(static, offspring)
         self.algorithm.tell(infills=offspring)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,12 @@ def minimise(terms: Sequence[Term]) -> Places:
     Exact, unless a table of the elimination would be too large (networks in which every layer reads
     many others): then one variable after another is set to its best while the sum falls.
     """
+    order = _order(tuple((term.variables, term.values.shape) for term in terms))
+    if order is None:
+        return _descend(terms)
     left = list(terms)
     steps: list[tuple[str, Term]] = []
-    while names := {name for term in left for name in term.variables}:
-        sizes = {name: _entries(left, name) for name in names}
-        name = min(sorted(names), key=lambda n: sizes[n])
-        if sizes[name] > LARGEST_TABLE:
-            return _descend(terms)
+    for name in order:
         joined = _joined([term for term in left if name in term.variables], name)
         steps.append((name, joined))
         left = [term for term in left if name not in term.variables]
@@ -62,13 +62,26 @@ def minimise(terms: Sequence[Term]) -> Places:
     return chosen
 
 
-def _entries(terms: Sequence[Term], name: str) -> int:
-    """Entries of the sum of all terms of a variable."""
-    sizes: dict[str, int] = {}
-    for term in terms:
-        if name in term.variables:
-            sizes |= dict(zip(term.variables, term.values.shape, strict=True))
-    return math.prod(sizes.values())
+Scopes = tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]  # variables of terms, and their sizes
+
+
+@lru_cache(maxsize=512)
+def _order(scopes: Scopes) -> tuple[str, ...] | None:
+    """Variables in the order of their elimination, each time the one of the smallest table.
+
+    None if a table would be too large. The same for all terms over the same variables.
+    """
+    sizes = {n: size for names, shape in scopes for n, size in zip(names, shape, strict=True)}
+    left = [set(names) for names, _ in scopes]
+    order = []
+    while names := set().union(*left):
+        tables = {n: set().union(*(scope for scope in left if n in scope)) for n in names}
+        name = min(sorted(names), key=lambda n: math.prod(sizes[m] for m in tables[n]))
+        if math.prod(sizes[m] for m in tables[name]) > LARGEST_TABLE:
+            return None
+        order.append(name)
+        left = [scope for scope in left if name not in scope] + [tables[name] - {name}]
+    return tuple(order)
 
 
 def _descend(terms: Sequence[Term]) -> Places:

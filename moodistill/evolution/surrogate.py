@@ -71,40 +71,60 @@ def _worth(layout: GenomeLayout, genomes: np.ndarray, name: str) -> np.ndarray:
     return np.asarray(layout.view_all(genomes, f"mask/{name}") @ group.importance / total)
 
 
-class _Model:
-    """Ridge regression of what lines in single features do not explain.
+class _Ridge:
+    """Ridge regression of what lines in single columns do not explain.
 
     Args:
         known: `(n, k)` features.
         targets: `(n, m)`.
-        offsets: by target, the feature in which a line is fitted first, without any ridge: an
-            estimate from the tables.
+        estimates: by target, `(n,)` an estimate of it; a line in it is fitted first, without any
+            ridge.
     """
 
-    def __init__(self, known: np.ndarray, targets: np.ndarray, offsets: dict[int, int]) -> None:
+    def __init__(
+        self, known: np.ndarray, targets: np.ndarray, estimates: dict[int, np.ndarray]
+    ) -> None:
         self.lines = {
-            target: (column, np.polyfit(known[:, column], targets[:, target], 1))
-            for target, column in offsets.items()
+            target: np.polyfit(estimate, targets[:, target], 1)
+            for target, estimate in estimates.items()
         }
         self.ridge = make_pipeline(StandardScaler(), RidgeCV(STRENGTHS, alpha_per_target=True))
-        self.ridge.fit(known, targets - self._offset(known, targets.shape[1]))
+        self.ridge.fit(known, targets - self._offset(len(known), targets.shape[1], estimates))
 
-    def _offset(self, known: np.ndarray, count: int) -> np.ndarray:
-        result = np.zeros((len(known), count))
-        for target, (column, line) in self.lines.items():
-            result[:, target] = np.polyval(line, known[:, column])
+    def _offset(self, rows: int, count: int, estimates: dict[int, np.ndarray]) -> np.ndarray:
+        result = np.zeros((rows, count))
+        for target, line in self.lines.items():
+            result[:, target] = np.polyval(line, estimates[target])
         return result
 
-    def predict(self, features: np.ndarray) -> np.ndarray:
+    def predict(self, features: np.ndarray, estimates: dict[int, np.ndarray]) -> np.ndarray:
         """Targets `(n, m)`."""
         found = np.asarray(self.ridge.predict(features))
-        return found + self._offset(features, found.shape[1])
+        return found + self._offset(len(features), found.shape[1], estimates)
+
+
+class _OddsByError:
+    """The log-odds of accuracy by how far a student's outputs are from the teacher's.
+
+    The latter is known of every student with far less noise than an accuracy on a thousand images.
+    """
+
+    def __init__(self, log_errors: np.ndarray, odds: np.ndarray) -> None:
+        self.low, self.high = log_errors.min(), log_errors.max()
+        self.curve = np.polyfit(log_errors, odds, 2)
+        slopes = np.polyval(np.polyder(self.curve), [self.low, self.high])
+        if (slopes > 0).any():
+            self.curve = np.polyfit(log_errors, odds, 1)
+
+    def __call__(self, log_errors: np.ndarray) -> np.ndarray:
+        return np.asarray(np.polyval(self.curve, np.clip(log_errors, self.low, self.high)))
 
 
 class Surrogate:
     """Learns from every scored student and puts offspring in order.
 
     Attributes:
+        tables: estimates of errors and times, corrected by what was learned; None for none.
         correlation: Spearman's, of the accuracy that was predicted for the last generation and the
             measured one; None before there is any.
     """
@@ -121,11 +141,15 @@ class Surrogate:
         """
         self.layout, self.tables, self.latency = layout, tables, latency
         self.correlation: float | None = None
+        self._first_tables = tables
+        self._genomes: list[np.ndarray] = []
         self._known: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
+        self._errors: list[float] = []  # NaN where unknown
         self._allowed: list[bool] = []
         # Of all that is known; computed when it is asked.
-        self._model: _Model | None = None
+        self._model: _Ridge | None = None
+        self._odds: _OddsByError | None = None
         self._front: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -140,27 +164,43 @@ class Surrogate:
         """
         if len(self._known) < LEAST:
             return None
-        values = np.array(self._values)
-        odds = _odds(values[:, 0])
         if self._model is None:
-            targets = np.column_stack([odds, _logarithmic(values)[:, 1:]])
-            offsets = {} if self.tables is None else {0: -2}
-            if self.tables is not None and self.latency is not None:
-                offsets[self.latency] = -1
-            self._model = _Model(np.array(self._known), targets, offsets)
-        found = self._model.predict(self._features(genomes))
+            self._fit()
+        assert self._model is not None
+        features_ = features(self.layout, genomes)
+        found = self._model.predict(features_, self._estimates(genomes))
+        odds = found[:, 0] if self._odds is None else self._odds(found[:, 0])
         # No better than the best so far, the teacher: beyond is where the model is least to be
         # trusted, and where more counts for nothing.
-        errors = 1.0 / (1.0 + np.exp(np.minimum(found[:, 0], odds.max())))
+        most = _odds(np.array(self._values)[:, 0]).max()
+        errors = 1.0 / (1.0 + np.exp(np.minimum(odds, most)))
         return np.column_stack([errors, np.exp2(found[:, 1:])]).round(6)
 
-    def _features(self, genomes: np.ndarray) -> np.ndarray:
-        """Features `(n, k)`; the last two are the tables' error and ms, if there are tables."""
-        found = features(self.layout, genomes)
+    def _fit(self) -> None:
+        """Correct the tables, then learn what they do not explain."""
+        values, errors = np.array(self._values), np.array(self._errors)
+        targets = _logarithmic(values)
+        targets[:, 0] = _odds(values[:, 0])
+        self._odds = None
+        if np.isfinite(errors).all():
+            log_errors = _log_error(errors)
+            self._odds = _OddsByError(log_errors, targets[:, 0])
+            targets[:, 0] = log_errors
+            if self._first_tables is not None:
+                genomes = np.array(self._genomes)
+                self.tables = self._first_tables.corrected(self.layout, genomes, errors)
+        known = np.array(self._known)
+        self._model = _Ridge(known, targets, self._estimates(np.array(self._genomes)))
+
+    def _estimates(self, genomes: np.ndarray) -> dict[int, np.ndarray]:
+        """By target, what the tables say of it."""
         if self.tables is None:
-            return found
+            return {}
         errors, times = self.tables.estimate(self.layout, genomes)
-        return np.column_stack([found, np.log2(errors + LEAST_ERROR), np.log2(times)])
+        found = {0: _log_error(errors)}
+        if self.latency is not None:
+            found[self.latency] = np.log2(times)
+        return found
 
     def learn(
         self,
@@ -168,6 +208,7 @@ class Surrogate:
         values: np.ndarray,
         usable: np.ndarray,
         allowed: np.ndarray | None = None,
+        errors: np.ndarray | None = None,
     ) -> None:
         """Take in a generation.
 
@@ -177,16 +218,23 @@ class Surrogate:
             usable: `(n,)` which of them worked.
             allowed: `(n,)` which of them are within all limits, those of what is no objective
                 included; None for all.
+            errors: `(n,)` how far their outputs are from the teacher's (`Evaluation.error`), NaN
+                where that is not known; None for nowhere.
         """
         allowed = np.ones(len(usable), dtype=bool) if allowed is None else allowed
-        genomes, values, allowed = genomes[usable], values[usable], allowed[usable]
+        errors = np.full(len(usable), np.nan) if errors is None else errors
+        genomes, values, allowed, errors = (
+            each[usable] for each in (genomes, values, allowed, errors)
+        )
         predicted = self.predict(genomes) if len(genomes) > 2 else None
         # Among students that are all alike there are no ranks.
         if predicted is not None and np.ptp(predicted[:, 0]) and np.ptp(values[:, 0]):
             self.correlation = float(spearmanr(predicted[:, 0], values[:, 0]).statistic)
         if len(genomes):
-            self._known += list(self._features(genomes))
+            self._genomes += list(genomes)
+            self._known += list(features(self.layout, genomes))
             self._values += list(values)
+            self._errors += list(errors)
             self._allowed += list(allowed)
             self._model = self._front = None
 
@@ -221,6 +269,10 @@ class Surrogate:
         others = np.setdiff1d(np.arange(len(genomes)), first)
         rest = others[_best_first(predicted[others], known, most, count - len(first))]
         return np.concatenate([first, rest])
+
+
+def _log_error(errors: np.ndarray) -> np.ndarray:
+    return np.log2(np.maximum(errors, 0.0) + LEAST_ERROR)
 
 
 def _odds(errors: np.ndarray) -> np.ndarray:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import lsq_linear
 
 from moodistill.evolution.operators.widths import snap
 from moodistill.evolution.sizes import (
@@ -131,6 +132,9 @@ def most_important(group: Group, width: int) -> np.ndarray:
 # Features of a convolution's time, all of logarithms: inputs, outputs, taps, pixels.
 COLUMNS = 4
 RIDGE = 1e-5
+MOST_ERROR = 1.5  # of a student whose error is compared with a sum
+PULL = 0.1  # of the scales of a correction towards the common one
+MOST_SCALED = 3.0  # times the common scale, or a part of it
 
 
 @dataclass(frozen=True)
@@ -192,8 +196,8 @@ class Tables:
     """Errors of single changes and times of layers.
 
     Attributes:
-        errors: by gene and level, how far a change alone moves the outputs: the mean squared
-            difference to the teacher's, relative to their variance.
+        errors: by gene and level, how far a change alone moves the outputs from the teacher's
+            (`teacher.divergence`).
         times: of layers.
         pixels: by layer or depthwise convolution, the pixels of its output.
     """
@@ -230,43 +234,91 @@ class Tables:
 
     def estimate(self, layout: GenomeLayout, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Error and ms of genomes `(n, length)`, each `(n,)`."""
-        errors = np.zeros(len(genomes))
-        times = np.full(len(genomes), self.times.constant)
+        errors = np.sum(list(self.parts(layout, genomes).values()), axis=0)
+        return np.zeros(len(genomes)) + errors, self.milliseconds(layout, genomes)
+
+    def parts(self, layout: GenomeLayout, genomes: np.ndarray) -> dict[str, np.ndarray]:
+        """By gene, what it adds to the error of genomes `(n, length)`, `(n,)`."""
+        found: dict[str, np.ndarray] = {}
         read = {name: np.zeros(len(genomes), dtype=bool) for name in layout.groups}
         for one in layer_sizes(layout, genomes):
             layer, there = one.layer, one.live & one.kept
             for group in layer.groups:
                 read[group] |= there
-            times += there * self._layer_ms(one)
-            errors += (one.live & ~one.kept) * self._single(f"bypass/{layer.name}", 0)
+            if layer.bypassable:
+                gene = f"bypass/{layer.name}"
+                found[gene] = (one.live & ~one.kept) * self._single(gene, 0)
             if layer.path in layout.kernels:
                 kernels = kernel_sizes(layout, genomes, layer)
-                errors += there * self.kernel_error(layer.path, kernels, layer.kernel)
+                lost = self.kernel_error(layer.path, kernels, layer.kernel)
+                found[f"kernel/{layer.path}"] = there * lost
             if layer.path in layout.ranked:
-                rank = np.where(one.ranked, one.rank, full_rank(layer))
-                errors += there * self.size_error(f"rank/{layer.path}", rank, full_rank(layer))
+                gene, full = f"rank/{layer.path}", full_rank(layer)
+                rank = np.where(one.ranked, one.rank, full)
+                found[gene] = there * self.size_error(gene, rank, full)
+        live = live_nodes(layout, genomes)
+        for node in layout.nodes:
+            if node.kind == "channelwise" and node.path in layout.kernels:
+                kernels = kernel_sizes(layout, genomes, node)
+                lost = self.kernel_error(node.path, kernels, node.kernel)
+                found[f"kernel/{node.path}"] = live[node.name] * lost
+        for each in layout.groups.values():
+            if not each.frozen:
+                gene = f"mask/{each.name}"
+                sizes = group_widths(layout, genomes, each.name)
+                found[gene] = read[each.name] * self.size_error(gene, sizes, each.size)
+        for merge in layout.merges:
+            gene = f"merge/{merge.name}"
+            bits = layout.view_all(genomes, gene)
+            gone = live[merge.name][:, None] & ~bits & bits.any(axis=1, keepdims=True)
+            alone = np.array([self._single(gene, place) for place in range(bits.shape[1])])
+            found[gene] = gone @ alone
+        return found
+
+    def milliseconds(self, layout: GenomeLayout, genomes: np.ndarray) -> np.ndarray:
+        """`(n,)` of genomes `(n, length)`."""
+        times = np.full(len(genomes), self.times.constant)
+        for one in layer_sizes(layout, genomes):
+            times += (one.live & one.kept) * self._layer_ms(one)
         live = live_nodes(layout, genomes)
         for node in layout.nodes:
             if node.kind == "channelwise" and node.name in self.pixels and node.kernel:
-                kernels = kernel_sizes(layout, genomes, node)
-                errors += live[node.name] * self.kernel_error(node.path, kernels, node.kernel)
                 widths = [group_widths(layout, genomes, name) for name in node.groups]
-                width = sum((w * n for w, n in zip(widths, node.lanes, strict=True)), 0.0 * errors)
-                times += live[node.name] * self.times.layer(
-                    np.ones(len(genomes)), width, np.prod(kernels, axis=1), self.pixels[node.name]
-                )
-        for each in layout.groups.values():
-            if not each.frozen:
-                sizes = group_widths(layout, genomes, each.name)
-                lost = self.size_error(f"mask/{each.name}", sizes, each.size)
-                errors += read[each.name] * lost
-        for merge in layout.merges:
-            bits = layout.view_all(genomes, f"merge/{merge.name}")
-            gone = ~bits & bits.any(axis=1, keepdims=True)
-            for place in range(len(merge.inputs)):
-                there = live[merge.name] & gone[:, place]
-                errors += there * self._single(f"merge/{merge.name}", place)
-        return errors, times
+                width = np.sum([w * n for w, n in zip(widths, node.lanes, strict=True)], axis=0)
+                taps = np.prod(kernel_sizes(layout, genomes, node), axis=1)
+                own = self.times.layer(np.ones(len(genomes)), width, taps, self.pixels[node.name])
+                times += live[node.name] * own
+        return times
+
+    def corrected(self, layout: GenomeLayout, genomes: np.ndarray, errors: np.ndarray) -> Tables:
+        """Tables whose errors are scaled gene by gene so that sums come nearer to what is known.
+
+        By least squares of the relative differences, each scale drawn towards the one that is best
+        for all genes together (as SPDY's coefficients, which a search finds there).
+
+        Args:
+            layout: of the teacher.
+            genomes: `(n, length)` scored students.
+            errors: `(n,)` their errors, above 0.
+        """
+        parts = self.parts(layout, genomes)
+        shares = np.column_stack(list(parts.values())) / errors[:, None]
+        # Students that hardly do more than guess say nothing of single changes.
+        known = (shares.sum(axis=1) > 0) & (errors < MOST_ERROR)
+        shares = shares[known]
+        if not len(shares):
+            return self
+        common = float(np.exp(-np.log(shares.sum(axis=1)).mean()))
+        pull = np.sqrt(PULL * len(shares) / shares.shape[1])
+        rows = np.vstack([shares * common, pull * np.eye(shares.shape[1])])
+        wanted = np.concatenate([np.ones(len(shares)), np.full(shares.shape[1], pull)])
+        # A genome that is best by the table is best where the table errs: so no gene comes free.
+        scales = common * lsq_linear(rows, wanted, (1.0 / MOST_SCALED, MOST_SCALED)).x
+        scaled = {
+            gene: {level: scale * error for level, error in self.errors.get(gene, {}).items()}
+            for gene, scale in zip(parts, scales, strict=True)
+        }
+        return replace(self, errors={**self.errors, **{g: e for g, e in scaled.items() if e}})
 
     def _single(self, gene: str, level: int) -> float:
         """Error of a bypass or a merge edge."""

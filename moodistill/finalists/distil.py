@@ -63,7 +63,7 @@ def distil_here(context: TeacherContext, recipe: Recipe, config: DistillConfig) 
         students: Mapping[str, Evaluation], folder: Path, report: Callable[[str, int, float], None]
     ) -> Iterator[tuple[str, Finalist | Exception]]:
         targets = SoftTargets(
-            context.graph.module, context.data, config, default_cache_dir(), context.teacher_digest
+            context.solver.module, context.data, config, default_cache_dir(), context.teacher_digest
         )
         for name, evaluation in students.items():
             heard = partial(report, name)

@@ -37,7 +37,7 @@ CONNECTIONS = {
 }  # fmt: skip
 FORMER_CONNECTIONS = ("blocks", "merges", "bypasses")  # before there were kernels and ranks
 # Searched by default. Without blocks a search finds better students (docs/comparison.md).
-SEARCHED = ("merges", "bypasses")
+SEARCHED = ("kernels", "ranks", "merges", "bypasses")
 
 
 @dataclass(frozen=True)

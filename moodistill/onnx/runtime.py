@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime
 
 from moodistill.data.images import ImageData, Split
+from moodistill.data.streamed import batches
 from moodistill.heads.outputs import OUTPUT
 
 BATCH = 10  # a thread each: small batches stay in its cache
@@ -49,8 +51,7 @@ def outputs(
     names = [one.name for one in run.get_outputs()]
     keys = names if len(names) > 1 else [OUTPUT]
 
-    def answer(start: int) -> dict[str, np.ndarray]:
-        images = split.images[start : start + batch]
+    def answer(images: np.ndarray) -> dict[str, np.ndarray]:
         count = len(images)
         if fixed is not None:
             images = np.resize(images, (fixed, *images.shape[1:]))
@@ -66,7 +67,14 @@ def outputs(
         return {key: np.asarray(one)[:count] for key, one in zip(keys, found, strict=True)}
 
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(answer, range(0, len(split), batch))
+        # No more batches are read than the threads need: the images may not fit into memory.
+        waiting: deque[Future[dict[str, np.ndarray]]] = deque()
+        for images in batches(split.images, batch):
+            waiting.append(pool.submit(answer, images))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def onnx_accuracy(model: bytes, data: ImageData, split: Split, threads: int) -> float:

@@ -54,6 +54,8 @@ class Evaluation:
         failure: None, or one line on why the student could not be scored.
         summary: one human-readable line.
         memory_bytes: weights and largest activations at batch 1, computed from the ONNX file.
+        error: how far its outputs are from the teacher's on the same images
+            (`teacher.divergence`); None if that is not known.
     """
 
     genome_hash: str
@@ -67,6 +69,7 @@ class Evaluation:
     failure: str | None = None
     summary: str = ""
     memory_bytes: int = 0
+    error: float | None = None
 
 
 def accuracy_interval(fraction: float, count: int) -> tuple[float, float]:

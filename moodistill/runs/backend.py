@@ -9,7 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from moodistill.accelerator import AUTO
 from moodistill.config import RunConfig
+from moodistill.data.images import ImageData
+from moodistill.data.memory import are_held
 from moodistill.errors import UserError
 from moodistill.evolution.executor import Executor, SerialExecutor
 from moodistill.finalists.confirm import Timer
@@ -35,15 +40,28 @@ class Places:
     """What is not part of a run's identity: where data and caches are on this machine, and so on.
 
     Attributes:
-        data_dir, weights: None for the task's own.
+        network: a problem's file, or the module or file and the builder of a teacher, where it is
+            now; None for where the run had it.
+        data: folder of images of a teacher of one's own, likewise.
+        weights: the teacher's, likewise.
+        weights_key: of the set of weights in that file.
+        data_dir: of a problem's data; None for the task's own.
         threads: of torch.
         expected_accuracy: a teacher that falls short of it by more than two points is refused.
+        images_in_memory: whether a folder's images are held; None decides by their number.
+        device: that students are computed on; `auto` takes an accelerator that is there, of a run
+            that is carried on the kind that it was started on.
     """
 
-    data_dir: Path | None = None
+    network: str | None = None
+    data: Path | None = None
     weights: Path | None = None
+    weights_key: str | None = None
+    data_dir: Path | None = None
     threads: int | None = None
     expected_accuracy: float | None = None
+    images_in_memory: bool | None = None
+    device: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,7 @@ def open_backend(
     Args:
         context: of the teacher, which is the reference.
         config: the run's.
-        places: where workers find data and weights.
+        places: where workers find data.
         calibrated: the teacher's ms by device of an earlier part of the run; None measures.
         cluster: None for this process alone.
 
@@ -195,6 +213,15 @@ def _setup(
         data_digest=context.data.digest,
         network_digest=network_digest(context.graph.module),
         data_dir=None if places.data_dir is None else str(places.data_dir.resolve()),
-        weights=None if places.weights is None else str(places.weights.resolve()),
         threads=places.threads or threads,
+        images_in_memory=_held_by_workers(context.data, places, workers),
+        device=places.device if ":" in places.device else context.device.type,
     )
+
+
+def _held_by_workers(data: ImageData, places: Places, workers: int | None) -> bool | None:
+    """Whether workers hold the images: those of this machine share its memory."""
+    if places.images_in_memory is not None or workers is None:
+        return places.images_in_memory
+    count = sum(len(split) for split in (data.train, data.validation, data.test))
+    return are_held((1 + workers) * count, int(np.prod(data.input_shape)), None)

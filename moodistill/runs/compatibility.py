@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moodistill.accelerator import AUTO
 from moodistill.config import RunConfig
+from moodistill.data.digests import former_digest
 from moodistill.data.images import ImageData, metric_name
 from moodistill.errors import UserError
 from moodistill.runs.backend import HERE
@@ -39,7 +41,7 @@ def least_accuracy(context: TeacherContext, config: RunConfig) -> float:
         return 0.0
     chance = 1.0 / len(data.labels) if data.by_accuracy else 0.0
     images = data.validation.head(config.recipe.validation_images)
-    reached = accuracy(context.graph.module, data, images)
+    reached = accuracy(context.solver.module, data, images)
     expected = chance + (0.2 if data.by_accuracy else 0.05) * (1.0 - chance)
     if reached < expected:
         raise UserError(
@@ -84,6 +86,22 @@ def check_resumed(
     return scales
 
 
+def device_of_resumed(folder: Path, stored: Mapping[str, Any], asked: str) -> str:
+    """The name of the device to carry a run on with: of the kind that `run.json` (`stored`) names.
+
+    Raises:
+        UserError: if another kind is asked for.
+    """
+    known = str(stored.get("computed_on", "cpu"))
+    kind = asked.partition(":")[0]
+    if kind not in (AUTO, known):
+        raise UserError(
+            f"{folder} was computed on {known}, not on {kind}, and the answers of two kinds of "
+            f"devices differ a little: resume it with `device` {known}, or start a new run"
+        )
+    return known if kind == AUTO else asked
+
+
 def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContext) -> None:
     """Compare teacher and data with those that `run.json` (`stored`) names.
 
@@ -91,37 +109,52 @@ def check_origin(folder: Path, stored: Mapping[str, Any], context: TeacherContex
         UserError: if one of them is another.
     """
     check_data(folder, stored, context.data)
-    layout = context.layout
-    for key, found in (
-        ("teacher_digest", (context.teacher_digest,)),
-        ("genome_bits", (layout.length, layout.former_length)),
-    ):
-        if stored.get(key) not in found:
-            raise UserError(
-                f"{folder} was started with {key} {stored.get(key)}, found {found[0]}; "
-                "give the same teacher"
-            )
+    check_weights(folder, stored, context.task.weights, context.teacher_digest)
+    layout, known = context.layout, stored.get("genome_bits")
+    if known not in (layout.length, layout.former_length):
+        raise UserError(
+            f"{folder} was started with a network of {known} genome bits, found one of "
+            f"{layout.length}; give the same network"
+        )
     check_network(folder, stored, context.graph)
+
+
+def check_weights(folder: Path, stored: Mapping[str, Any], path: Path, found: str) -> None:
+    """Refuse other weights, which are in `path`, than `run.json` (`stored`) names."""
+    known = str(stored.get("teacher_digest"))
+    if known != found:
+        raise UserError(
+            f"{folder} was started with another teacher: {path} has digest {found[:12]}, expected "
+            f"{known[:12]}; give the same `weights`"
+        )
 
 
 def check_data(folder: Path, stored: Mapping[str, Any], data: ImageData) -> None:
     """Refuse other images, normalisation or metric than `run.json` (`stored`) names."""
-    for key, found in (("data_digest", data.digest), ("metric", metric_name(data))):
-        known = stored.get(key)
-        if known != found and (key != "metric" or EARLIER_METRICS.get(str(known)) != found):
-            raise UserError(
-                f"{folder} was started with {key} {known}, found {found}; "
-                "give the same data and metric"
-            )
+    known = str(stored.get("data_digest"))
+    # What an earlier version had can be told from the pixels alone, so it is asked last.
+    if known != data.digest and (data.table is None or known != former_digest(data)):
+        raise UserError(
+            f"{folder} was started with other images: {data.folder or data.name} has "
+            f"digest {data.digest[:12]}, expected {known[:12]}; give the same, normalised and "
+            "prepared alike"
+        )
+    metric, found = str(stored.get("metric")), metric_name(data)
+    if found not in (metric, EARLIER_METRICS.get(metric)):
+        raise UserError(
+            f"{folder} was started with metric {metric}, found {found}; give the same metric"
+        )
 
 
 def check_network(folder: Path, stored: Mapping[str, Any], graph: TeacherGraph) -> None:
     """Refuse a network that computes something else by the same weights."""
     known = str(stored.get("network_digest"))
-    if is_other_network(known, network_digest(graph.module)):
+    found = network_digest(graph.module)
+    if is_other_network(known, found):
         raise UserError(
             f"{folder} was started with another network of the same weights (its forward or its "
-            "layers' options have changed): give the old one, or start a new run"
+            f"layers' options have changed: digest {found.rpartition('/')[2]}, expected "
+            f"{known.rpartition('/')[2]}): give the old one, or start a new run"
         )
 
 

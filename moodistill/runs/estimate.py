@@ -6,9 +6,9 @@ import time
 
 import torch
 
+from moodistill.accelerator import mixed_precision
 from moodistill.config import RunConfig
 from moodistill.student.context import TeacherContext
-from moodistill.training.precision import mixed_precision
 
 STUDENT = 0.25  # of the teacher's time, an average student of a search
 MEASURING_SECONDS = 0.6  # building, exporting and timing one student
@@ -24,9 +24,9 @@ def estimate_seconds(context: TeacherContext, config: RunConfig, stored: int) ->
     """
     images = context.samples.images[:64]
     with torch.no_grad():
-        context.graph.module(images[:8])
+        context.solver.module(images[:8]).cpu()
         began = time.perf_counter()
-        context.graph.module(images)
+        context.solver.module(images).cpu()  # an accelerator has only begun when it returns
     per_image = (time.perf_counter() - began) / len(images)
     data, search = context.data, config.search
     inherited = 1.5 * config.calibration.images  # a solve costs half of the pass again
@@ -35,7 +35,7 @@ def estimate_seconds(context: TeacherContext, config: RunConfig, stored: int) ->
     searching = count * (STUDENT * per_image * passes + MEASURING_SECONDS)
     step = config.distill.batch_size * per_image
     training = (
-        0.35 if mixed_precision() else 0.8
+        0.35 if mixed_precision(context.device) else 0.8
     )  # a student's step, in forward passes of the teacher
     checks = 0.2 * per_image * (2 * len(data.validation) + len(data.test))
     finalists = config.finalists * (config.distill.steps * step * training + checks)

@@ -22,19 +22,26 @@ from moodistill.latency.meter import LatencyMeter
 from moodistill.onnx.writer import to_onnx
 from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.pareto.table import SUFFIX, FrontRow, read_front
-from moodistill.runs.compatibility import check_data, check_network, check_origin
+from moodistill.runs.backend import Places
+from moodistill.runs.compatibility import (
+    check_data,
+    check_network,
+    check_origin,
+    check_weights,
+)
+from moodistill.runs.moved import moved_config
 from moodistill.runs.rows import int8_row, searched_row
 from moodistill.storage.folder import RESULT_FILE, RUN_FILE, STUDENTS, read_run, student_folder
 from moodistill.storage.searched import student_id
 from moodistill.storage.store import Store
 from moodistill.student.accuracy import student_accuracy
-from moodistill.student.context import load_context
+from moodistill.student.context import load_context, weights_digest
 from moodistill.student.evaluator import make_student
 from moodistill.student.file import load_student
 from moodistill.student.network import Student
 from moodistill.teacher.graph import trace
 from moodistill.teacher.meaning import fitted_data
-from moodistill.teacher.task import Task, load_task
+from moodistill.teacher.task import Task
 from moodistill.teacher.weights import load_weights
 
 # What the card says of it.
@@ -64,7 +71,6 @@ def rebuild_student(
     name: str,
     task: Task,
     data_dir: Path | None = None,
-    weights: Path | None = None,
 ) -> Rebuilt:
     """A student of a run: distilled weights if it has them, else inherited from the teacher.
 
@@ -73,7 +79,6 @@ def rebuild_student(
         name: the student's id; of an INT8 student the float one is made.
         task: the run's.
         data_dir: where the data are.
-        weights: the teacher's, where they are not the task's own.
 
     Raises:
         UserError: if there is no such student, its distilled weights are gone, or the teacher is
@@ -83,7 +88,7 @@ def rebuild_student(
     evaluation = _evaluation(run, name)
     path = student_folder(run, name) / STUDENT_FILE
     if path.exists():
-        return _read_distilled(run, path, evaluation, task, data_dir, weights)
+        return _read_distilled(run, path, evaluation, task, data_dir)
     if any(row.student == name and row.stage == "distilled" for row in read_front(run)):
         # Inherited weights would go under the accuracy of the distilled ones.
         there = (path.parent / MODEL).is_file()
@@ -92,27 +97,14 @@ def rebuild_student(
             + (f", or take {path.parent}, which is a bundle of them" if there else "")
         )
     config = RunConfig.read(run)
-    context = load_context(
-        task, data_dir, weights, calibration=config.calibration, rules=config.rules
-    )
-    stored = read_run(run)
-    if context.teacher_digest != stored.get("teacher_digest"):
-        raise UserError(
-            f"{run} was searched with another teacher than {weights or task.weights}; give the "
-            "same `weights`"
-        )
-    check_origin(run, stored, context)
+    context = load_context(task, data_dir, config.calibration, rules=config.rules)
+    check_origin(run, read_run(run), context)
     genome = context.layout.unpack(evaluation.genome)
     return Rebuilt(make_student(context, genome, config.recipe), evaluation, context.data)
 
 
 def _read_distilled(
-    run: Path,
-    path: Path,
-    evaluation: Evaluation,
-    task: Task,
-    data_dir: Path | None,
-    weights: Path | None,
+    run: Path, path: Path, evaluation: Evaluation, task: Task, data_dir: Path | None
 ) -> Rebuilt:
     """A student with the distilled weights in the file `path`."""
     finalist, name = read_finalist(path.parent), path.parent.name
@@ -126,7 +118,7 @@ def _read_distilled(
     opaque = RunConfig.read(run).rules.opaque
     graph = trace(task.build().eval(), data.input_shape, opaque)
     data = fitted_data(
-        data, graph, lambda: load_weights(task.build(), weights or task.weights, task.weights_key)
+        data, graph, lambda: load_weights(task.build(), task.weights, task.weights_key)
     )
     check_data(run, stored, data)
     check_network(run, stored, graph)
@@ -138,11 +130,10 @@ def export_student(
     run: Path,
     student: str,
     out: Path,
-    data_dir: Path | None = None,
     options: ShipOptions | None = None,
     int8: bool = False,
+    places: Places | None = None,
     task: Task | None = None,
-    weights: Path | None = None,
 ) -> Exported:
     """Write the bundle of a student; a finalist's distilled weights if it has them.
 
@@ -150,24 +141,27 @@ def export_student(
         run: a run's folder.
         student: its id; `<id>-int8` is the same as `<id>` with `int8`.
         out: new folder, or one without a model.
-        data_dir: where the data are.
         options: how the model takes images and answers.
         int8: quantise it; refused if that is not faster here or costs too much accuracy.
-        task: the run's, None to load it by its name.
-        weights: the teacher's, where they are not the task's own.
+        places: where network, weights and images are now, if not where the run had them.
+        task: the run's, None to load what it names.
 
     Raises:
         UserError: if there is no such run or student, `out` holds a model already, or the file
             does not pass the comparison with torch.
     """
     options, stored, config = options or ShipOptions(), read_run(run), RunConfig.read(run)
+    places = places or Places()
     name = student.removesuffix(SUFFIX)
     device = _device_of(run, stored)
     _check_target(out)
     rows = {row.student: row for row in read_front(run)}
     teacher = next(row for row in rows.values() if row.stage == "teacher")
-    task = task or load_task(config.model, config.own)
-    rebuilt = rebuild_student(run, name, task, data_dir, weights)
+    if task is None:
+        task = moved_config(run, config, places).task()
+        if places.weights is not None:  # a distilled student does not need them
+            check_weights(run, stored, task.weights, weights_digest(task))
+    rebuilt = rebuild_student(run, name, task, places.data_dir)
     row = _current_row(name, rebuilt, rows.get(name), teacher)
     origin = Origin(task.name, str(stored.get("teacher_digest")), rebuilt.evaluation.genome)
     module, data = rebuilt.student.module, rebuilt.data

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from moodistill.accelerator import described, find_device
 from moodistill.config import Budget, RunConfig, refuse_older
 from moodistill.data.cut import CUT_FILE
 from moodistill.data.images import ImageData, metric_name
@@ -25,9 +26,11 @@ from moodistill.runs.compatibility import (
     check_resumed,
     check_students,
     compare_devices,
+    device_of_resumed,
     least_accuracy,
 )
 from moodistill.runs.finish import finish, score_front, usable_students
+from moodistill.runs.moved import moved_config, new_places
 from moodistill.runs.results import write_results
 from moodistill.runs.search import announce, search
 from moodistill.runs.session import Session
@@ -42,8 +45,9 @@ from moodistill.storage.folder import (
 from moodistill.storage.lock import writer_lock
 from moodistill.storage.store import Store
 from moodistill.student.context import TeacherContext, load_context, use_threads
+from moodistill.student.evaluator import try_device
 from moodistill.teacher.check import check_teacher
-from moodistill.teacher.task import Task, load_task
+from moodistill.teacher.task import Task
 from moodistill.teacher.weights import network_digest
 
 if TYPE_CHECKING:
@@ -60,7 +64,7 @@ def start_run(
     task: Task | None = None,
     cluster: Cluster | None = None,
 ) -> Path:
-    """Make the folder `out` and run; returns the folder. `task` None loads `config.model`.
+    """Make the folder `out` and run; returns the folder. `task` None loads the configuration's.
 
     The first thing said is how good the teacher is.
 
@@ -70,10 +74,12 @@ def start_run(
     """
     use_threads(places.threads)
     reporter = reporter or Reporter()
-    task = task or load_task(config.model, config.own)
+    task = task or config.task(places.images_in_memory, reporter)
     context = _context(task, config, places, reporter, first=True)
     _say_data(context.data, reporter)
     _refuse_uncuttable(context)
+    if context.device.type != "cpu":
+        try_device(context, config.recipe)  # too little memory shows before anything is written
     config = _with_least_accuracy(config, context)
     folder = new_run_folder(out)
     with (
@@ -117,18 +123,22 @@ def resume_run(
             whole = len(store.generations()) >= kept.search.generations
             ended = stored.get("status") == "finished" or whole
             check_students(folder, store, kept, budget.students, ended)
-        task = task or load_task(config.model, config.own)
-        context = _context(task, config, places, reporter)
+        here = config if task is not None else moved_config(folder, config, places)
+        task = task or here.task(places.images_in_memory, reporter)
+        places = replace(places, device=device_of_resumed(folder, stored, places.device))
+        context = _context(task, here, places, reporter)
         _say_data(context.data, reporter)
         scales = check_resumed(folder, stored, context, cluster)
-        with open_backend(context, config, places, scales, cluster) as backend:
+        with open_backend(context, here, places, scales, cluster) as backend:
             note = compare_devices(folder, stored.get("devices"), backend.timing.devices)
             if note:
                 reporter.say(note)
+            stored |= new_places(stored, places)
             if not budget.students:  # else the run stays as it was until they are done
-                write_run(folder, {**stored, "config": asdict(config), "status": "running"})
+                stored |= {"config": asdict(config), "status": "running"}
+            write_run(folder, stored)
             write_layout(folder, context.layout)
-            execute(Session(folder, store, config, context, backend, reporter, budget.students))
+            execute(Session(folder, store, here, context, backend, reporter, budget.students))
     return folder
 
 
@@ -233,6 +243,7 @@ def _record(
         "network_digest": network_digest(context.graph.module),
         "data_digest": context.data.digest,
         "metric": metric_name(context.data),
+        "computed_on": context.device.type,
         "metric_label": context.data.metric_label,
         "genome_bits": context.layout.length,
         "teacher_latency_ms": timing.teacher_latency_ms,
@@ -285,7 +296,14 @@ def _context(
 
     remove_orphans(default_cache_dir(), CACHE_ORPHANS_S)
     wanted = first or places.expected_accuracy is not None
-    return load_context(
-        task, places.data_dir, places.weights, config.calibration, rules=config.rules,
-        say=reporter.say, check=check if wanted else None,
-    )  # fmt: skip
+    device = find_device(places.device)
+    if device.type != "cpu":
+        reporter.say(f"students are computed on {described(device)}")
+    try:
+        return load_context(
+            task, places.data_dir, config.calibration, rules=config.rules,
+            say=reporter.say, check=check if wanted else None, device=device,
+        )  # fmt: skip
+    except BaseException:
+        reporter.close()  # it may have shown how far the reading of the images is
+        raise

@@ -26,6 +26,7 @@ from moodistill.teacher.samples import CalibrationConfig, collect_samples
 TABLES_FILE = "tables.json"
 PROFILED = 10  # networks of all sizes, whose layers are timed
 CALIBRATION = CalibrationConfig(images=64, pixels=4_000, patches=3_000)
+HELD_IMAGES = 96  # of the validation split, that errors of changes are measured on
 Profile = Callable[[bytes], tuple[list[list[float]], float]]
 
 
@@ -75,11 +76,15 @@ def make_tables(
 def change_errors(
     context: TeacherContext, step: int, kept: np.ndarray, stage: Stage | None = None
 ) -> Errors:
-    """Error of every single change, on a few calibration images."""
+    """Error of every single change, on a few images."""
     samples = collect_samples(
-        context.graph, context.data, CALIBRATION, None, context.teacher_digest
+        context.solver, context.data, CALIBRATION, None, context.teacher_digest
     )
-    measure = ChangeErrors(context.graph, context.layout, samples)
+    if context.device.type != "cpu":
+        samples = samples.to(context.device)
+    data = context.data
+    images = data.normalise(data.validation.head(HELD_IMAGES).images[:])
+    measure = ChangeErrors(context.graph, context.layout, samples, images, data.meaning)
     found: Errors = {}
     for count, change in enumerate(single_changes(context.layout, step, kept), 1):
         found.setdefault(change.gene, {})[change.level] = measure.error(change.genome)

@@ -12,6 +12,7 @@ import os
 import sqlite3
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ DATABASE = "evaluations.sqlite"
 SCHEMA_VERSION = 2
 _COLUMNS = (
     "genome_hash, genome, accuracy, parameters, macs, size_bytes, latency_ms, latency_ms_low, "
-    "latency_ms_high, latency_ratio, samples, seconds, failure, summary, memory_bytes"
+    "latency_ms_high, latency_ratio, samples, seconds, failure, summary, memory_bytes, error"
 )
 _TIMES = ("latency_ms", "latency_ms_low", "latency_ms_high", "latency_ratio")
 _SCHEMA = f"""
@@ -35,7 +36,7 @@ CREATE TABLE evaluations (
     genome BLOB NOT NULL, accuracy REAL NOT NULL, parameters INTEGER NOT NULL,
     macs INTEGER NOT NULL, size_bytes INTEGER NOT NULL, latency_ms REAL, latency_ms_low REAL,
     latency_ms_high REAL, latency_ratio REAL, samples TEXT, seconds TEXT NOT NULL, failure TEXT,
-    summary TEXT NOT NULL, memory_bytes INTEGER NOT NULL, timestamp TEXT NOT NULL);
+    summary TEXT NOT NULL, memory_bytes INTEGER NOT NULL, timestamp TEXT NOT NULL, error REAL);
 CREATE TABLE generations (
     number INTEGER PRIMARY KEY, offspring_hash TEXT NOT NULL, seconds REAL NOT NULL,
     front_size INTEGER NOT NULL, hypervolume REAL NOT NULL, evaluations INTEGER NOT NULL);
@@ -128,6 +129,7 @@ class Store:
                 if not readonly:
                     connection.close()
                     connection = _connect(database, readonly=False)
+                    _add_new_columns(connection)
         except BaseException:
             if connection is not None:
                 connection.close()
@@ -161,7 +163,8 @@ class Store:
             number, evaluation.genome_hash, bytes(evaluation.genome), float(evaluation.accuracy),
             int(evaluation.parameters), int(evaluation.macs), int(evaluation.size_bytes),
             *times, samples, seconds, evaluation.failure, evaluation.summary,
-            int(evaluation.memory_bytes), datetime.now(UTC).isoformat(timespec="milliseconds"),
+            int(evaluation.memory_bytes), evaluation.error,
+            datetime.now(UTC).isoformat(timespec="milliseconds"),
         )  # fmt: skip
         marks = ", ".join("?" * len(row))
         with self._guard():
@@ -181,7 +184,7 @@ class Store:
 
     def get(self, genome_hash: str) -> Evaluation | None:
         """The evaluation of a genome, or None if it was never scored."""
-        query = f"SELECT {_COLUMNS} FROM evaluations WHERE genome_hash = ?"
+        query = f"SELECT {self._columns} FROM evaluations WHERE genome_hash = ?"
         with self._guard(ValueError, TypeError):
             row = self._connection.execute(query, (genome_hash,)).fetchone()
             return None if row is None else _evaluation(row)
@@ -192,7 +195,7 @@ class Store:
 
     def numbered(self) -> dict[int, Evaluation]:
         """Every evaluation by its place in the search, the first one 0."""
-        query = f"SELECT {_COLUMNS}, number FROM evaluations ORDER BY number"
+        query = f"SELECT {self._columns}, number FROM evaluations ORDER BY number"
         with self._guard(ValueError, TypeError):
             rows = self._connection.execute(query)
             return {number - 1: _evaluation(tuple(row)) for *row, number in rows}
@@ -246,6 +249,12 @@ class Store:
         """Close the store."""
         self.close()
 
+    @cached_property
+    def _columns(self) -> str:
+        """What is read; runs of earlier versions that are only read lack the last column."""
+        names = [row[1] for row in self._connection.execute("PRAGMA table_info(evaluations)")]
+        return _COLUMNS if "error" in names else _COLUMNS.replace(", error", ", NULL AS error")
+
     def _must_write(self) -> None:
         if self._lock is None:
             raise ValueError(f"the store of {self.folder} is read-only or closed")
@@ -283,6 +292,13 @@ def _connect(database: Path, readonly: bool) -> sqlite3.Connection:
             connection.close()
             raise
     return connection
+
+
+def _add_new_columns(connection: sqlite3.Connection) -> None:
+    """Complete the table of a run that an earlier version began."""
+    names = [row[1] for row in connection.execute("PRAGMA table_info(evaluations)")]
+    if "error" not in names:
+        connection.execute("ALTER TABLE evaluations ADD COLUMN error REAL")
 
 
 def _check(connection: sqlite3.Connection, database: Path) -> None:

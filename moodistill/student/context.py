@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moodistill.accelerator import CPU
 from moodistill.data.images import ImageData
 from moodistill.errors import UserError
 from moodistill.genome.layout import GenomeLayout
@@ -21,6 +22,7 @@ from moodistill.student.builder import build_student
 from moodistill.teacher.blocks import LayerRules, build_layout
 from moodistill.teacher.graph import TeacherGraph, trace
 from moodistill.teacher.meaning import fitted_data
+from moodistill.teacher.plain import copied
 from moodistill.teacher.samples import CalibrationConfig, TeacherSamples, collect_samples
 from moodistill.teacher.task import Task
 from moodistill.teacher.weights import load_weights
@@ -32,7 +34,14 @@ Outputs = Mapping[str, torch.Tensor]  # by name
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """Everything that scoring a student needs of its teacher."""
+    """Everything that scoring a student needs of its teacher.
+
+    Attributes:
+        graph: on the CPU, where students are cut out of it.
+        samples: on the device.
+        device: that students are solved, scored and distilled on.
+        on_device: the graph with its weights there; None where that is the CPU.
+    """
 
     task: Task
     graph: TeacherGraph
@@ -40,45 +49,64 @@ class TeacherContext:
     layout: GenomeLayout
     data: ImageData
     teacher_digest: str
+    device: torch.device = CPU
+    on_device: TeacherGraph | None = None
+
+    @property
+    def solver(self) -> TeacherGraph:
+        """The graph with its weights on the device."""
+        return self.graph if self.on_device is None else self.on_device
 
 
 def load_context(
     task: Task,
     data_dir: Path | None = None,
-    weights: Path | None = None,
     calibration: CalibrationConfig | None = None,
     cache_dir: Path | None = None,
     rules: LayerRules | None = None,
     say: Callable[[str], None] | None = None,
     check: Callable[[nn.Module, ImageData], None] | None = None,
+    device: torch.device = CPU,
 ) -> TeacherContext:
     """Load a task's data and teacher and prepare them for a search.
 
     `say` is told which of several sets of weights was taken; `check` sees the teacher before
-    anything is computed at length.
+    anything is computed at length. Teacher and samples are taken to `device`.
 
     Raises:
         UserError: if data or weights are missing, damaged or of another architecture.
     """
-    path = weights or task.weights
+    path = task.weights
     if not path.is_file():
-        advice = "; train them first with: moodistill teacher"
-        raise UserError(f"teacher weights {path} do not exist" + (advice if task.train else ""))
+        advice = ", or train them first with: moodistill teacher"
+        raise UserError(
+            f"teacher weights {path} do not exist; give their file as `weights`"
+            + (advice if task.train else "")
+        )
     teacher = load_weights(task.build(), path, task.weights_key, say)
     data = task.load_data(data_dir)
     graph = trace(teacher, data.input_shape, rules.opaque if rules else ())
     data = fitted_data(data, graph, lambda: teacher)
+    there = graph.on(device)
     if check is not None:
-        check(teacher, data)
-    digest = file_digest(path)
-    if task.weights_key is not None:  # another set of weights in the file is another teacher
-        digest = hashlib.sha256(f"{digest} {task.weights_key}".encode()).hexdigest()
+        check(teacher if there is graph else copied(teacher).to(device), data)
+    digest = weights_digest(task)
     samples = collect_samples(
-        graph, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
+        there, data, calibration or CalibrationConfig(), cache_dir or default_cache_dir(), digest
     )
     layout = build_layout(graph, samples, rules)
     check_graph(teacher, graph, layout, data.calibration(CHECKED))
-    return TeacherContext(task, graph, samples, layout, data, digest)
+    if there is graph:
+        return TeacherContext(task, graph, samples, layout, data, digest)
+    return TeacherContext(task, graph, samples.to(device), layout, data, digest, device, there)
+
+
+def weights_digest(task: Task) -> str:
+    """Hex digest of the teacher's weights: of their file, and of which set of it is taken."""
+    digest = file_digest(task.weights)
+    if task.weights_key is None:
+        return digest
+    return hashlib.sha256(f"{digest} {task.weights_key}".encode()).hexdigest()
 
 
 @torch.no_grad()

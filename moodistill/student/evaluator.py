@@ -8,23 +8,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from moodistill.accelerator import exact_convolutions, needs_memory
 from moodistill.genome.canonical import settled
 from moodistill.genome.canonical import summary as describe
+from moodistill.heads.heads import Arrays
 from moodistill.onnx.memory import peak_memory_bytes
-from moodistill.onnx.runtime import onnx_accuracy
+from moodistill.onnx.runtime import outputs
 from moodistill.onnx.writer import structure_hash, to_onnx
 from moodistill.pareto.evaluation import Evaluation, Latency
 from moodistill.student.builder import build_student
 from moodistill.student.context import TeacherContext
 from moodistill.student.inherit import InheritConfig, inherit
 from moodistill.student.network import Student
+from moodistill.student.torch_scorer import TorchScorer, is_checked
+from moodistill.teacher.answers import answers_of
+from moodistill.teacher.divergence import divergence
 from moodistill.teacher.kernels import Layer, Transposed
 
 Measure = Callable[[bytes, str], Latency]
+MOST_ANSWER_BYTES = 64 * 2**20  # of the teacher's outputs that students are compared with
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,38 @@ class Recipe:
 def make_student(context: TeacherContext, genome: np.ndarray, recipe: Recipe) -> Student:
     """The student of a genome with inherited weights."""
     student = build_student(context.graph, context.layout, genome)
-    inherit(student, context.graph, context.samples, recipe.inherit)
+    inherit_there(student, context, recipe.inherit)
+    student.module.cpu()
     return student
+
+
+def inherit_there(
+    student: Student, context: TeacherContext, config: InheritConfig
+) -> tuple[str, ...]:
+    """Take a student to the teacher's device and set its weights; see `inherit`.
+
+    Raises:
+        UserError: if the device's memory is too small.
+    """
+    what = f"a student and {len(context.samples.images)} calibration images"
+    with (
+        exact_convolutions(),
+        needs_memory(context.device, what, "set fewer `calibration_images`"),
+    ):
+        student.module.to(context.device)
+        return inherit(student, context.solver, context.samples, config)
+
+
+def try_device(context: TeacherContext, recipe: Recipe) -> None:
+    """Solve and run the largest student there is on the device, that of the teacher's own genome.
+
+    Raises:
+        UserError: if the device's memory is too small for it.
+    """
+    student = build_student(context.graph, context.layout, context.layout.teacher())
+    inherit_there(student, context, recipe.inherit)
+    split = context.data.validation.head(recipe.validation_images)
+    TorchScorer(context.data, split, context.device).answers(student.module)
 
 
 def count_macs(student: Student) -> int:
@@ -92,7 +129,11 @@ class Evaluator:
         self.recipe = recipe
         self.measure = measure
         self.simd_step = simd_step
-        self.validation = context.data.validation.head(recipe.validation_images)
+        self.validation = context.data.validation.head(recipe.validation_images).held()
+        self.scorer = None
+        if context.device.type != "cpu":
+            self.scorer = TorchScorer(context.data, self.validation, context.device)
+        self.compared = False  # whether any student has been compared with ONNX Runtime
 
     def evaluate(self, genome: np.ndarray) -> Evaluation:
         """Score one genome; whatever goes wrong becomes the evaluation's `failure`."""
@@ -114,11 +155,14 @@ class Evaluator:
                     parameters = student.parameters
                     macs = count_macs(student)
                 with _timed(seconds, "inherit"):
-                    unsolved = inherit(
-                        student, self.context.graph, self.context.samples, self.recipe.inherit
-                    )
+                    unsolved = inherit_there(student, self.context, self.recipe.inherit)
                 if unsolved:  # their solve was not finite
                     summary += f"; weights sliced {', '.join(unsolved)}"
+                answers: list[Arrays] | None = None
+                if self.scorer is not None:
+                    with _timed(seconds, "accuracy"):
+                        answers = self.scorer.answers(student.module)
+                        student.module.cpu()
                 with _timed(seconds, "export"):
                     model = to_onnx(student.module, self.context.data.input_shape)
                     key = structure_hash(student.module)
@@ -129,8 +173,7 @@ class Evaluator:
                         latency = self.measure(model, key)
                 # Behind the latency: a file that brings ONNX Runtime down does so in its process.
                 with _timed(seconds, "accuracy"):
-                    threads = torch.get_num_threads()
-                    reached = onnx_accuracy(model, self.context.data, self.validation, threads)
+                    reached, apart = self._compared(model, answers, digest)
         except Exception as error:
             # One bad student must not end a search of hours: it becomes a row with a reason.
             lines = str(error).strip().splitlines() or [""]
@@ -142,9 +185,51 @@ class Evaluator:
                 )
             )  # fmt: skip
         made = Evaluation(
-            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary, memory
-        )
+            digest, packed, reached, parameters, macs, size, latency, seconds, None, summary,
+            memory, apart,
+        )  # fmt: skip
         return Scored(made, model, key)
+
+    def _compared(
+        self, model: bytes, batches: list[Arrays] | None, digest: str
+    ) -> tuple[float, float]:
+        """The metric of a student's outputs, and their error against the teacher's.
+
+        The outputs are those of its file, or the `batches` that torch gave, some of which are
+        compared with the file's.
+        """
+        data, teacher = self.context.data, self._teacher_answers
+        if self.scorer is None or batches is None:
+            batches = list(outputs(model, data, self.validation, torch.get_num_threads()))
+        elif not self.compared or is_checked(digest):
+            self.scorer.check(batches, model)
+            self.compared = True
+        found = {
+            name: torch.from_numpy(
+                np.concatenate([batch[name] for batch in batches])[: len(wanted)]
+            )
+            for name, wanted in teacher.items()
+        }
+        return data.score(batches, self.validation), divergence(data.meaning, found, teacher)
+
+    @cached_property
+    def _teacher_answers(self) -> dict[str, torch.Tensor]:
+        """What the teacher gives for images that students are scored on, by output.
+
+        For the first ones alone where outputs are large.
+        """
+        context, images = self.context, self.validation.images
+        batches: list[dict[str, np.ndarray]] = []
+        size = 0
+        for batch in answers_of(context.solver.module, context.data, images):
+            batches.append(batch)
+            size += sum(array.nbytes for array in batch.values())
+            if size > MOST_ANSWER_BYTES:
+                break
+        return {
+            name: torch.from_numpy(np.concatenate([batch[name] for batch in batches]))
+            for name in batches[0]
+        }
 
 
 @contextmanager
@@ -176,7 +261,8 @@ class _timed:
         self.start = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
-        self.seconds[self.name] = time.perf_counter() - self.start
+        spent = time.perf_counter() - self.start
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + spent
 
 
 def teacher_onnx(context: TeacherContext) -> bytes:

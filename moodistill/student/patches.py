@@ -34,13 +34,13 @@ def sample_patches(source: torch.Tensor, layer: Conv, positions: torch.Tensor) -
         `(n, taps * C)`, tap by tap; zero where a tap lies in the padding.
     """
     _, channels, *size = source.shape
-    given = output_size(layer, size)
+    given, device = output_size(layer, size), positions.device
     axes = len(size)
     pixel = (positions // math.prod(given)).view(-1, *[1] * axes)  # (n, 1, ...), one axis a tap's
-    outside = torch.zeros(1, dtype=torch.bool)
+    outside = torch.zeros(1, dtype=torch.bool, device=device)
     for axis, length in enumerate(size):
         place = positions // math.prod(given[axis + 1 :]) % given[axis]
-        reach = torch.arange(layer.kernel_size[axis]) * layer.dilation[axis]
+        reach = torch.arange(layer.kernel_size[axis], device=device) * layer.dilation[axis]
         at = place[:, None] * layer.stride[axis] + reach - padding_of(layer)[axis]
         at = at.view(len(positions), *[1] * axis, -1, *[1] * (axes - axis - 1))
         outside = outside | (at < 0) | (at >= length)

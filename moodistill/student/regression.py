@@ -17,6 +17,8 @@ from contextlib import contextmanager
 
 import torch
 
+from moodistill.accelerator import in_double
+
 BLOCK = (
     512  # columns; of a symmetric product only the blocks on and above the diagonal are computed
 )
@@ -66,7 +68,7 @@ def regress(
         scarce: added to `ridge` times `(k / n)^2`.
     """
     count, width = patches.shape
-    zero = torch.zeros(())
+    zero = patches.new_zeros(())
     mean, level = (patches.mean(0), outputs.mean(0)) if centred else (zero, zero)
     if centred:
         patches -= mean  # before any product in bfloat16
@@ -76,7 +78,7 @@ def regress(
     pull = gram.diagonal().mean().clamp_min(1e-12) * (ridge + scarce * (width / count) ** 2)
     gram.diagonal().add_(pull)
     weight = _solve(gram, cross.add_(anchor.T, alpha=float(pull))).T
-    constant = level - weight @ mean if centred else torch.zeros(len(weight))
+    constant = level - weight @ mean if centred else weight.new_zeros(len(weight))
     return weight, constant
 
 
@@ -88,10 +90,10 @@ def _solve(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
 
 def solve_exactly(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     """`gram^-1 cross`, solved in float64; NaN where `gram` has no Cholesky factor."""
-    factor, failed = torch.linalg.cholesky_ex(gram.double())
+    factor, failed = torch.linalg.cholesky_ex(in_double(gram))
     if failed:
-        return torch.full_like(cross, torch.nan).float()
-    return torch.cholesky_solve(cross.double(), factor).float()
+        return torch.full_like(cross, torch.nan, dtype=torch.float32)
+    return torch.cholesky_solve(in_double(cross), factor).float().to(cross.device)
 
 
 def reduce_rank(
@@ -105,6 +107,6 @@ def reduce_rank(
         rank: r.
     """
     fitted = patches @ weight.T
-    _, vectors = torch.linalg.eigh((fitted.T @ fitted).double())
-    basis = vectors[:, -rank:].flip(1).float()
+    _, vectors = torch.linalg.eigh(in_double(fitted.T @ fitted))
+    basis = vectors[:, -rank:].flip(1).float().to(weight.device)
     return basis, basis.T @ weight

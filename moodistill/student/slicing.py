@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moodistill.accelerator import in_double
 from moodistill.errors import UserError
 from moodistill.teacher.kernels import Conv, Layer, Transposed, padding_of, weight_of
 from moodistill.teacher.operations import NORMS
@@ -166,12 +167,12 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     From the eigenvectors of the smaller of its two Gram matrices, which costs far less than the
     singular vectors of a wide matrix.
     """
-    exact = matrix.double()
+    exact, device = in_double(matrix), matrix.device
     if matrix.shape[0] <= matrix.shape[1]:
         basis = torch.linalg.eigh(exact @ exact.T)[1][:, -rank:]
-        return (basis.T @ exact).to(matrix.dtype), basis.to(matrix.dtype)
+        return (basis.T @ exact).to(matrix.dtype).to(device), basis.to(matrix.dtype).to(device)
     basis = torch.linalg.eigh(exact.T @ exact)[1][:, -rank:]
-    return basis.T.to(matrix.dtype), (exact @ basis).to(matrix.dtype)
+    return basis.T.to(matrix.dtype).to(device), (exact @ basis).to(matrix.dtype).to(device)
 
 
 def _conv_like(

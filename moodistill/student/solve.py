@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moodistill.accelerator import in_double
 from moodistill.student.network import Student
 from moodistill.student.patches import as_kernel, as_matrix, output_size, sample_patches
 from moodistill.student.regression import reduce_rank, regress, solve_exactly
@@ -138,7 +139,7 @@ def _on_patches(
     count, channels, *size = source.shape
     drawn = samples.config
     area = math.prod(output_size(module, size))
-    positions = sample_positions(count, area, drawn.patches, drawn.seed)
+    positions = sample_positions(count, area, drawn.patches, drawn.seed).to(source.device)
     patches = sample_patches(source, module, positions)
     given = samples.outputs[unit.layer]
     matrices, constants = [], []
@@ -148,21 +149,23 @@ def _on_patches(
         if len(inputs) < channels:
             part = patches.unflatten(1, (-1, channels))[:, :, start:end].flatten(1)
         start = end
-        index = torch.from_numpy(outputs)
-        anchor = torch.zeros(len(outputs), part.shape[1])
+        index = indices(outputs, source.device)
+        anchor = part.new_zeros(len(outputs), part.shape[1])
         if not unit.through:
-            anchor = as_matrix(tapped(layer.weight[index], unit.taps)[:, torch.from_numpy(inputs)])
+            weight = tapped(layer.weight[index], unit.taps)
+            anchor = as_matrix(weight[:, indices(inputs, source.device)])
         matrix, constant = regress(
             part, given[:, index], anchor, free, config.ridge, config.scarce_patches
         )
         matrices.append(matrix)
         constants.append(constant)
+    every = indices(np.concatenate(unit.outputs), source.device)
     return Solution(
         torch.cat(matrices),
         patches,
         tapwise=True,
         constant=torch.cat(constants) if free else None,
-        level=given[:, torch.from_numpy(np.concatenate(unit.outputs))].mean(0) if free else None,
+        level=given[:, every].mean(0) if free else None,
     )
 
 
@@ -197,12 +200,13 @@ def _on_pixels(
             config,
         )  # fmt: skip
         start += width
-        weight = tapped(weight_of(layer)[torch.from_numpy(outputs)], unit.taps)
+        index = indices(outputs, source.device)
+        weight = tapped(weight_of(layer)[index], unit.taps)
         matrices.append(_fold(weight, estimate, target.shape[1], repeat).flatten(1))
         if centred:
             taps = weight.reshape(len(weight), target.shape[1], -1).sum(2)
             assert layer.bias is not None
-            biases.append(layer.bias[torch.from_numpy(outputs)] + taps @ constant)
+            biases.append(layer.bias[index] + taps @ constant)
     matrix = torch.cat(matrices)
     rows = source if source.ndim == 2 else offered
     if rows.shape[1] != matrix.shape[1]:  # several taps
@@ -264,19 +268,25 @@ def estimate_inputs(
     for none); the ridge pulls towards it. Not centred: `d` is 0.
     """
     count, width = offered.shape
-    mean_u = offered.mean(0) if centred else torch.zeros(width)
-    mean_a = target.mean(0) if centred else torch.zeros(target.shape[1])
+    mean_u = offered.mean(0) if centred else offered.new_zeros(width)
+    mean_a = target.mean(0) if centred else target.new_zeros(target.shape[1])
     u = offered - mean_u if centred else offered
     a = target - mean_a if centred else target
-    gram = (u.T @ u).double() / count
-    cross = (u.T @ a).double() / count
+    gram = in_double(u.T @ u) / count
+    cross = in_double(u.T @ a) / count
     scale = gram.diagonal().mean().clamp_min(1e-12)
     ridge = scale * (config.ridge + config.scarce * (width / count) ** 2)
     gram.diagonal().add_(ridge)
     if channels is not None:
-        cross[torch.arange(width), torch.from_numpy(channels)] += ridge
-    estimate = solve_exactly(gram, cross).T
+        place = torch.arange(width, device=cross.device), indices(channels, cross.device)
+        cross[place] += ridge
+    estimate = solve_exactly(gram, cross).T.to(offered.device)
     return estimate, mean_a - estimate @ mean_u
+
+
+def indices(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Whole numbers `(n,)` as an index on a device."""
+    return torch.from_numpy(numbers).to(device)
 
 
 def _fold(weight: torch.Tensor, estimate: torch.Tensor, channels: int, repeat: int) -> torch.Tensor:

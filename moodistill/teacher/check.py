@@ -263,7 +263,7 @@ def _lifts(before: np.ndarray, after: np.ndarray) -> bool:
 
 def _better_as_bgr(teacher: nn.Module, data: ImageData) -> bool:
     """Tried of every teacher: BGR for RGB costs some points only, which nobody would notice."""
-    some = _spread(data.validation, TRIED)
+    some = _spread(data.validation, TRIED).held()
     ways = [way for way in other_preparations(data) if way.bgr][:1]
     return any(_lifts(_right(teacher, data, some), _right(teacher, data, some, w)) for w in ways)
 
@@ -274,7 +274,7 @@ def _right(
     """Which images `(n,)` are answered rightly, prepared as the data have it or otherwise."""
     images = split.images
     if way is not None:
-        data, images = way.data(data), way.pictures(images)
+        data, images = way.data(data), way.pictures(images[:])
     return logits_of(teacher, data, images).argmax(1) == one_of(split.targets)
 
 
@@ -300,7 +300,7 @@ def _with_remedy(
     found: TeacherCheck, teacher: nn.Module, data: ImageData, order: Remedy | None
 ) -> TeacherCheck:
     """Try the other preparations on some images, and keep what lifts most."""
-    some = _spread(data.validation, TRIED)
+    some = _spread(data.validation, TRIED).held()
     before = _right(teacher, data, some)
     tried, best = 0, None
     for one in other_preparations(data):

@@ -8,13 +8,16 @@ by name.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import fx, nn
 
+from moodistill.accelerator import device_of
 from moodistill.errors import UserError
 from moodistill.heads.outputs import outputs_of
 from moodistill.teacher.channel_flow import Reader
@@ -49,6 +52,12 @@ class TeacherGraph:
     grouping: Grouping
     input_shape: tuple[int, ...]
     whole: dict[str, str] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> TeacherGraph:
+        """The same with its weights on a device: itself where they are there."""
+        if device_of(self.module) == device:
+            return self
+        return replace(self, module=copy.deepcopy(self.module).to(device))
 
     @property
     def groups(self) -> dict[str, int]:

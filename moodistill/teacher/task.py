@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,7 @@ from moodistill.data.images import ImageData
 from moodistill.data.preparation import Preparation
 from moodistill.errors import UserError
 from moodistill.heads.heads import Heads
+from moodistill.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class OwnTask:
         heads: what the network's outputs mean, as `Heads.parse` takes it; empty for a classifier,
             or, of data without labels, fidelity.
         cut: path of the file that says which image is in which split; None cuts anew.
+        module_folder: that the module of the network's builder is imported from; None for one that
+            is installed, and for a file.
     """
 
     weights: str
@@ -117,6 +122,7 @@ class OwnTask:
     fill: int = 0
     heads: tuple[str, ...] = ()
     cut: str | None = None
+    module_folder: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse a preparation that cannot be."""
@@ -130,11 +136,11 @@ class OwnTask:
             self.shorter_side, self.fill,
         )  # fmt: skip
 
-    def load(self) -> ImageData:
+    def load(self, in_memory: bool | None = None, reporter: Reporter | None = None) -> ImageData:
         """The images, prepared, or arrays as they are.
 
         Raises:
-            UserError: as `load_image_folder` and `load_arrays` do.
+            UserError: as `load_image_folder` and `load_arrays` do; the arguments are the former's.
         """
         heads = Heads.parse(self.heads) if self.heads else None
         if holds_arrays(Path(self.data)):
@@ -142,11 +148,16 @@ class OwnTask:
         return load_image_folder(
             Path(self.data), channels=self.channels, mean=self.mean, std=self.std,
             cut=None if self.cut is None else Cut.read(Path(self.cut)),
-            heads=heads, **asdict(self.preparation),
+            in_memory=in_memory, reporter=reporter, heads=heads, **asdict(self.preparation),
         )  # fmt: skip
 
 
-def load_task(name: str, own: OwnTask | None = None) -> Task:
+def load_task(
+    name: str,
+    own: OwnTask | None = None,
+    in_memory: bool | None = None,
+    reporter: Reporter | None = None,
+) -> Task:
     """The `TASK` of `problems/<name>.py` or of a Python file, or one made from `MODULE:CALLABLE`.
 
     A problem file or module is code and is executed: load only what you trust.
@@ -155,16 +166,17 @@ def load_task(name: str, own: OwnTask | None = None) -> Task:
         name: a problem's name, the path of a file ending in `.py`, or, with `own`, where the
             teacher's builder is: `package.module:build` or `file.py:build`.
         own: weights and data for such a builder.
+        in_memory, reporter: of own images, see `load_image_folder`.
 
     Raises:
         UserError: if there is no such problem, or it defines no `TASK` or builder.
     """
-    if ":" in name:
+    if builder_of(name)[1]:
         if own is None:
             raise UserError(
                 f"{name!r} names a teacher without weights and data; give `weights` and `data`"
             )
-        return _own_task(name, own)
+        return _own_task(name, own, in_memory, reporter)
     if name.endswith(".py"):
         module = _module_of_file(name)
     else:
@@ -182,6 +194,50 @@ def load_task(name: str, own: OwnTask | None = None) -> Task:
     return task
 
 
+def builder_of(name: str) -> tuple[str, str]:
+    """The module or file and the builder that `MODULE:CALLABLE` names; no builder of a problem."""
+    if name.endswith(".py") or ":" not in name:  # a path on Windows has a colon, too
+        return name, ""
+    place, _, builder = name.rpartition(":")
+    return place, builder
+
+
+def module_folder(name: str) -> str | None:
+    """The folder that `MODULE:CALLABLE` is imported from, as seen from the current one.
+
+    None for a file, for a module that is installed, and for one that is nowhere.
+    """
+    place, builder = builder_of(name)
+    if not builder or place.endswith(".py"):
+        return None
+    with _first_on_path(""):
+        try:
+            spec = importlib.util.find_spec(place.partition(".")[0])
+        except (ImportError, ValueError):
+            return None
+    if spec is None:
+        return None
+    packages = list(spec.submodule_search_locations or ())
+    origin = packages[0] if packages else spec.origin
+    if origin is None:
+        return None
+    folder = Path(origin).resolve().parent
+    installed = {"site-packages", "dist-packages"} & set(folder.parts)
+    standard = folder == Path(sysconfig.get_path("stdlib")).resolve()
+    return None if installed or standard else str(folder)
+
+
+@contextmanager
+def _first_on_path(folder: str) -> Iterator[None]:
+    """Let modules be found in a folder before all others, in the current one if it is empty."""
+    importlib.invalidate_caches()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def _importable(folder: Path) -> None:
     """Let modules in a folder be imported from now on, behind all others of their names."""
     if str(folder) not in sys.path:
@@ -191,7 +247,7 @@ def _importable(folder: Path) -> None:
 def _module_of_file(name: str) -> ModuleType:
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"problem file {name} does not exist; expected a Python file")
+        raise UserError(f"{name} does not exist; expected a Python file")
     # A name of our own: a problem file may be called like a module of somebody else.
     module_name = f"moodistill_problem_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -209,21 +265,24 @@ def _module_of_file(name: str) -> ModuleType:
     return module
 
 
-def _own_task(name: str, own: OwnTask) -> Task:
-    place, _, attribute = name.rpartition(":")
-    if place.endswith(".py"):
-        module = _module_of_file(place)
-    else:
-        sys.path.insert(0, "")  # as `python -m` finds modules of the working folder
-        try:
-            module = importlib.import_module(place)
-        except ImportError as error:
-            raise UserError(
-                f"{place} cannot be imported ({error}); expected MODULE:CALLABLE"
-            ) from error
-        finally:
-            sys.path.remove("")
-            _importable(Path.cwd())
+def _module(place: str, folder: str | None) -> ModuleType:
+    """A module of `folder`; None looks into the current one first, as `python -m` does."""
+    try:
+        with _first_on_path(folder or ""):
+            return importlib.import_module(place)
+    except ImportError as error:
+        was = f"; it was in {folder}" if folder else ""
+        raise UserError(
+            f"{place} cannot be imported ({error}){was}: give `teacher` as MODULE:CALLABLE in the "
+            "folder that the module is in, or as FILE.py:CALLABLE"
+        ) from error
+    finally:
+        _importable(Path(folder) if folder else Path.cwd())
+
+
+def _own_task(name: str, own: OwnTask, in_memory: bool | None, reporter: Reporter | None) -> Task:
+    place, attribute = builder_of(name)
+    module = _module_of_file(place) if place.endswith(".py") else _module(place, own.module_folder)
     build = getattr(module, attribute, None)
     if not callable(build):
         raise UserError(f"{place} has no callable {attribute!r}; expected one that gives a network")
@@ -240,7 +299,7 @@ def _own_task(name: str, own: OwnTask) -> Task:
     return Task(
         name=attribute,
         build=checked_build,
-        load_data=lambda _: own.load(),
+        load_data=lambda _: own.load(in_memory, reporter),
         weights=Path(own.weights),
         train=None,
         weights_key=own.weights_key,

@@ -20,6 +20,11 @@ DEPTH = 4  # of dicts within dicts
 # What DataParallel, torch.compile, FSDP and activation checkpoints put into names.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 AVERAGES = {"ema", "swa", "averaged", "avg", "average", "shadow"}
+# What optimizers keep for each tensor of a network.
+OPTIMIZER = {
+    "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg",
+    "grad_avg", "acc_delta", "sum",
+}  # fmt: skip
 # Beside weights: batches counted by BatchNorm, operations counted by the package thop.
 IGNORED = ("num_batches_tracked", "total_ops", "total_params")
 
@@ -112,7 +117,13 @@ def find_sets(path: Path, tree: Any) -> list[WeightSet]:
     Raises:
         UserError: if there are none.
     """
-    found = list(_walk(tree, ()))
+    walked = list(_walk(tree, ()))
+    found = [one for one in walked if not OPTIMIZER.issuperset(one.tensors)]
+    if walked and not found:
+        raise UserError(
+            f"{path} cannot be read as weights: it holds the state of an optimizer alone; expected "
+            "what torch.save(model.state_dict(), path) writes"
+        )
     if not found:
         raise _no_weights(path, tree)
     return found
@@ -192,8 +203,7 @@ def choose_set(
     if len(averages) != 1:
         raise UserError(
             f"{path} holds {len(fitting)} different sets of weights that fit ({names}); choose one "
-            f"by its key, such as {fitting[-1].label} (a network of your own: `weights_key`; a "
-            "problem file: Task(weights_key=...))"
+            f"by its key as `weights_key`, such as {fitting[-1].label}"
         )
     others = [one.label for one in fitting if one is not averages[0] and one.label]
     other = f" (the key {others[0]} names the other)" if others else ""

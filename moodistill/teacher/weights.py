@@ -77,13 +77,32 @@ def load_weights(
     _check_fit(model, path, chosen, wanted)
     if note:
         (say or _to_stderr)(note)
-    state = {name: v.float() for name, v in chosen.tensors.items() if name in wanted}
+    state = {name: value for name, value in chosen.tensors.items() if name in wanted}
+    for name, value in model.state_dict().items():
+        if name in state and value.is_floating_point():  # not an index or a mask
+            state[name] = _plain_float(path, name, state[name])
     model = model.float()
     model.load_state_dict(state, strict=False)
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; train the teacher again")
     return model.eval()
+
+
+def _plain_float(path: Path, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, if it is one of floating-point numbers."""
+    kind = (
+        "quantised" if value.is_quantized
+        else "on no device, without values" if value.is_meta
+        else "sparse" if value.layout != torch.strided
+        else "" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+    )  # fmt: skip
+    if kind:
+        raise UserError(
+            f"{path}: {name} is {kind}; expected floating-point numbers, as the state dict of the "
+            "network has them that was trained"
+        )
+    return value.float()
 
 
 def _counts(name: str) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from moodistill.data.images import ImageData
+from moodistill.data.streamed import read_batches
 from moodistill.data.targets import one_of
 from moodistill.teacher.task import TrainConfig
 from moodistill.training.augment import alternating_flips, augment, cutout
@@ -36,13 +39,28 @@ class TrainBatches:
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised images `(B, C, H, W)` and labels `(B,)` of a step."""
-        config, train = self.config, self.data.train
+        return self._shown(step, self.data.train.images[self._chosen(step)])
+
+    def following(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of this step and of all behind it; streamed images are read ahead."""
+        steps = range(step, self.steps)
+        chosen = (self._chosen(one) for one in steps)
+        for one, pixels in zip(steps, read_batches(self.data.train.images, chosen), strict=True):
+            yield self._shown(one, pixels)
+
+    def _chosen(self, step: int) -> np.ndarray:
+        """Numbers `(B,)` of the training images in a step."""
+        config = self.config
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
-        index = order[place * config.batch_size : (place + 1) * config.batch_size]
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(self.data.train))
+        return order[place * config.batch_size : (place + 1) * config.batch_size]
+
+    def _shown(self, step: int, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        config, train, index = self.config, self.data.train, self._chosen(step)
+        epoch, place = divmod(step, self.steps_per_epoch)
         rng = np.random.default_rng([config.seed, epoch, place])
         flips = alternating_flips(len(train), epoch, config.seed)[index] if config.flip else False
-        views = augment(train.images[index], config.pad, flips, rng)
+        views = augment(pixels, config.pad, flips, rng)
         if config.cutout:
             views = cutout(views, config.cutout, self.fill, rng)
         images = self.data.normalise(views)

@@ -35,8 +35,8 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write it, atomically."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.items()}
-        tensors |= {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
+        tensors = {f"model.{name}": tensor.cpu() for name, tensor in self.model.items()}
+        tensors |= {f"momentum.{name}": tensor.cpu() for name, tensor in self.momentum.items()}
         facts = {
             "signature": self.signature,
             "step": str(self.step),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from moodistill.accelerator import device_of, in_bfloat16, needs_memory, own_draws
 from moodistill.data.images import ImageData
+from moodistill.data.streamed import read_batches
 from moodistill.errors import UserError
 from moodistill.heads.losses import Tensors, distillation_loss
 from moodistill.heads.outputs import OUTPUT, outputs_of
@@ -22,7 +24,6 @@ from moodistill.io.cache import read_cached, save_cached
 from moodistill.io.cache_dir import cache_key, read_or_none
 from moodistill.teacher.weights import network_digest
 from moodistill.training.checkpoint import Checkpoint
-from moodistill.training.precision import mixed_precision
 from moodistill.training.views import view
 
 CHECKPOINT_SECONDS = 60.0
@@ -81,8 +82,11 @@ class SoftTargets:
         self.teacher = teacher.eval()
         self.data = data
         self.config = config
+        self.device = device_of(teacher)
         made_of = (teacher_digest, network_digest(teacher), data.digest)
-        parts = (*made_of, config.batch_size, config.pad, config.flip)
+        parts: tuple[object, ...] = (*made_of, config.batch_size, config.pad, config.flip)
+        if self.device.type != "cpu":  # its answers differ a little
+            parts = (*parts, self.device.type)
         self.key = cache_key(parts, config.seed)
         self.path = cache_dir / f"logits-{self.key}.safetensors" if cache_dir else None
         self.logits: dict[str, torch.Tensor] = read_or_none(self.path, read_cached) or {}
@@ -92,12 +96,22 @@ class SoftTargets:
 
     def batch(self, index: int) -> tuple[torch.Tensor, Tensors]:
         """Images `(B, C, H, W)` and targets by name of view batch `index`; always the same."""
+        return next(self.batches([index]))
+
+    def batches(self, order: Sequence[int]) -> Iterator[tuple[torch.Tensor, Tensors]]:
+        """The batches of these numbers one after another; streamed images are read ahead."""
+        train, config = self.data.train, self.config
+        chosen = (self._draw(index)[0] for index in order)
+        for index, pixels in zip(order, read_batches(train.images, chosen), strict=True):
+            numbers, rng = self._draw(index)
+            targets = {name: array[numbers] for name, array in train.targets.items()}
+            yield view(self.data, pixels, targets, config.pad, config.flip, rng)
+
+    def _draw(self, index: int) -> tuple[np.ndarray, np.random.Generator]:
+        """Numbers `(B,)` of the images in a batch, and what its views are drawn with."""
         rng = np.random.default_rng([self.config.seed, index])
         count, size = len(self.data.train), self.config.batch_size
-        chosen = rng.choice(count, size, replace=count < size)
-        targets = {name: array[chosen] for name, array in self.data.train.targets.items()}
-        pixels = self.data.train.images[chosen]
-        return view(self.data, pixels, targets, self.config.pad, self.config.flip, rng)
+        return rng.choice(count, size, replace=count < size), rng
 
     @torch.no_grad()
     def soft(self, index: int, images: torch.Tensor) -> Tensors:
@@ -110,9 +124,8 @@ class SoftTargets:
         }
         if known and len(known) == len(self.names):
             return known
-        device = next(self.teacher.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision()):
-            given = outputs_of(self.teacher(images.to(device)))
+        with in_bfloat16(self.device):
+            given = outputs_of(self.teacher(images.to(self.device)))
         found = {name: tensor.float().cpu() for name, tensor in given.items()}
         size = sum(tensor.nbytes for tensor in found.values())
         if self.kept_bytes + size <= MOST_BYTES:  # maps of all views would not fit into memory
@@ -136,7 +149,7 @@ def distill(
     report: Callable[[int, float], None] | None = None,
     checkpoint: Path | None = None,
 ) -> fx.GraphModule:
-    """A distilled copy of `student` in eval mode.
+    """A distilled copy of `student` in eval mode, computed where the teacher of `targets` is.
 
     SGD with Nesterov momentum, 10% warm-up, then a cosine; soft targets at `temperature` with the
     weight `1 - hard`, scaled by its square. Forward and backward passes run in bfloat16 where the
@@ -146,9 +159,11 @@ def distill(
 
     Raises:
         FloatingPointError: if the loss is not finite.
+        UserError: if the device's memory is too small.
     """
     # Convolutions train up to a third faster on images whose channels lie together.
-    model = copy.deepcopy(student).train()
+    device = targets.device
+    model = copy.deepcopy(student).train().to(device)
     if len(targets.data.input_shape) == 3:
         model = model.to(memory_format=torch.channels_last)
     heads = targets.data.meaning
@@ -162,26 +177,29 @@ def distill(
         lr=config.peak_lr, momentum=config.momentum, nesterov=True,
     )  # fmt: skip
     views = min(config.view_count, config.steps)
+    too_large = f"batches of {config.batch_size} images", "distil fewer students at a time"
     warmup = max(1, config.steps // 10)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     signature = f"{asdict(config)} {config.peak_lr} {views} {seed} {targets.key} {shapes}"
     start = 0 if checkpoint is None else _carry_on(checkpoint, signature, model, optimizer)
-    saved, mixed = time.monotonic(), mixed_precision()
-    with torch.random.fork_rng(devices=[]):  # the caller's draws are not touched
+    saved = time.monotonic()
+    order = _order(start, config.steps, views, seed)
+    shown = targets.batches(order)
+    with own_draws(device), needs_memory(device, *too_large):
         for step in range(start, config.steps):
             torch.manual_seed(seed + step)  # of dropout, also where it is carried on
             rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)))
             for group in optimizer.param_groups:
                 group["lr"] = config.peak_lr * rate
-            epoch, place = divmod(step, views)
-            index = int(np.random.default_rng([seed, epoch]).permutation(views)[place])
-            images, labels = targets.batch(index)
+            index, (images, labels) = order[step - start], next(shown)
             soft = targets.soft(index, images)
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                given = outputs_of(model(_laid_out(images)))
+            images = _laid_out(images.to(device))
+            with in_bfloat16(device):
+                given = outputs_of(model(images))
             found = {name: tensor.float() for name, tensor in given.items()}
             loss = distillation_loss(
-                heads, found, soft, labels, config.temperature, config.hard
+                heads, found, _on(soft, device), _on(labels, device), config.temperature,
+                config.hard,
             )  # fmt: skip
             if not torch.isfinite(loss):
                 raise FloatingPointError(
@@ -200,7 +218,18 @@ def distill(
     model = model.eval()
     if len(targets.data.input_shape) == 3:
         model = model.to(memory_format=torch.contiguous_format)
-    return model
+    return model.cpu()
+
+
+def _on(tensors: Tensors, device: torch.device) -> Tensors:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _order(start: int, end: int, views: int, seed: int) -> list[int]:
+    """Which batch of views each step from `start` on sees: all in turn, shuffled anew each time."""
+    epochs = {step // views for step in range(start, end)}
+    shuffled = {epoch: np.random.default_rng([seed, epoch]).permutation(views) for epoch in epochs}
+    return [int(shuffled[step // views][step % views]) for step in range(start, end)]
 
 
 def _laid_out(images: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moodistill.accelerator import CPU, in_bfloat16, mixed_precision, needs_memory, own_draws
 from moodistill.data.images import ImageData, Split
 from moodistill.errors import UserError
 from moodistill.io.atomic import write_json_atomic
@@ -25,7 +26,6 @@ from moodistill.teacher.weights import half_precision
 from moodistill.training.batches import TrainBatches
 from moodistill.training.checkpoint import Checkpoint
 from moodistill.training.muon import Optimizer
-from moodistill.training.precision import mixed_precision
 
 CHECKPOINT_SECONDS = 300.0
 
@@ -39,7 +39,7 @@ def train_teacher(
     task: Task,
     data: ImageData,
     out: Path,
-    device: str = "cpu",
+    device: torch.device = CPU,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Train `task`'s teacher, resuming from `out`'s `.checkpoint`, and write weights and a report.
@@ -49,10 +49,9 @@ def train_teacher(
 
     Raises:
         UserError: if the checkpoint belongs to another configuration, the task has none, or the
-            loss is not finite.
+            loss is not finite, or the device's memory too small.
     """
     config = task.train
-    _check_device(device)
     if config is None:
         raise UserError(f"{task.name} does not say how it is trained: its TASK has train=None")
     only = data.meaning.only
@@ -63,14 +62,16 @@ def train_teacher(
             f"{task.name} is no classifier of images with logits as its output; train it with code "
             "of your own, and give its weights"
         )
-    with torch.random.fork_rng(devices=[]):  # the caller's draws are not touched
+    with own_draws(device):
         torch.manual_seed(config.seed)
         # Convolutions run up to a tenth faster on images whose channels lie together.
         model = task.build().to(device).to(memory_format=torch.channels_last)
         reporter = reporter or make_reporter("auto")
         try:
             training = _Training(task, config, data, out, device, model)
-            training.run(reporter)
+            what = f"batches of {config.batch_size} images"
+            with needs_memory(device, what, "train with a smaller batch_size"):
+                training.run(reporter)
         finally:
             reporter.close()
     model.eval()
@@ -83,7 +84,7 @@ def train_teacher(
         "test_accuracy": accuracy(model, data, data.test),
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_seconds": round(training.seconds),
-        "device": device,
+        "device": str(device),
         "precision": "bfloat16" if training.mixed else "float32",
         "data_digest": data.digest,
         "recipe": asdict(config),
@@ -92,16 +93,6 @@ def train_teacher(
     write_json_atomic(out.with_suffix(".json"), report)
     training.checkpoint.unlink(missing_ok=True)
     return report
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(
-            f"the device {device} cannot be used ({reason}); expected cpu or cuda"
-        ) from error
 
 
 class _Training:
@@ -120,7 +111,7 @@ class _Training:
         config: TrainConfig,
         data: ImageData,
         out: Path,
-        device: str,
+        device: torch.device,
         model: nn.Module,
     ) -> None:
         self.config, self.data, self.device, self.model = config, data, device, model
@@ -157,6 +148,7 @@ class _Training:
         began, seconds_before = time.monotonic(), self.seconds
         saved, paused = began, 0.0
         self.model.train()
+        self.shown = batches.following(self.start)
         with reporter.stage("training", int(done[-1]), "images") as stage:
             for step in range(self.start, batches.steps):
                 with training_step() as waited:
@@ -195,9 +187,9 @@ class _Training:
         """One update; returns its loss."""
         config, steps = self.config, self.batches.steps
         torch.manual_seed(config.seed + step)  # of dropout, also where it is carried on
-        images, labels = self.batches.batch(step)
+        images, labels = next(self.shown)
         images = images.to(self.device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=self.mixed):
+        with in_bfloat16(self.device):
             logits = self.model(images).float()
             loss = F.cross_entropy(logits, labels.to(self.device), label_smoothing=config.smoothing)
         if not torch.isfinite(loss):

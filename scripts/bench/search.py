@@ -33,7 +33,8 @@ from moodistill.evolution.algorithms import Operators, default_operators
 from moodistill.evolution.driver import Search, SearchConfig
 from moodistill.evolution.executor import SerialExecutor
 from moodistill.evolution.operators import DensitySampling
-from moodistill.genome.layout import SEARCHED
+from moodistill.evolution.tables import Tables
+from moodistill.genome.layout import CONNECTIONS, SEARCHED
 from moodistill.io.atomic import write_json_atomic
 from moodistill.io.cache import default_cache_dir
 from moodistill.latency.device import device_fingerprint
@@ -41,6 +42,7 @@ from moodistill.latency.meter import LatencyMeter
 from moodistill.latency.simd import probe_simd
 from moodistill.pareto.evaluation import Evaluation
 from moodistill.pareto.objectives import DEFAULT, Limits, objective_values
+from moodistill.runs.tables import make_tables, read_tables, write_tables
 from moodistill.storage.store import Store
 from moodistill.student.accuracy import student_accuracy
 from moodistill.student.context import TeacherContext, load_context, use_threads
@@ -51,19 +53,21 @@ from moodistill.training.distill import DistillConfig, SoftTargets, distill
 
 SILENT = not sys.stdout.isatty()  # whether bars are left out
 # Arms that search other kinds of connections than the default.
-OTHER_KINDS = {
-    "with-kernels": ("kernels", "merges", "bypasses"),
-    "with-ranks": ("ranks", "merges", "bypasses"),
-    "with-both": ("kernels", "ranks", "merges", "bypasses"),
-    "with-blocks": ("blocks", "merges", "bypasses"),
-    "no-merges": ("bypasses",),
-    "no-bypasses": ("merges",),
+OTHER_KINDS: dict[str, tuple[str, ...]] = {
+    "only-kernels": ("kernels",),
+    "only-ranks": ("ranks",),
+    "only-merges": ("merges",),
+    "only-bypasses": ("bypasses",),
     "no-connections": (),
+    "with-blocks": tuple(CONNECTIONS),
+    "former": ("merges", "bypasses"),
+    "former-widths": (),
 }
 # Arms that inherit in another way than the default.
 OTHER_MODES: dict[str, Mode] = {
-    "no-inheritance": "slice", "l1": "slice", "single-pixels": "student",
+    "no-inheritance": "slice", "l1": "slice", "former": "student", "former-widths": "student",
 }  # fmt: skip
+NO_TABLES = ("no-tables", "plain", "no-inheritance", "former", "former-widths")
 
 
 class Bench:
@@ -87,6 +91,14 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, {"teacher_latency_ms": made.teacher_latency_ms})
         return made
+
+    def tables(self, kinds: tuple[str, ...], meter: LatencyMeter) -> Tables:
+        """The tables of some kinds of connections, measured once."""
+        path = self.folder / f"tables-{'-'.join(kinds) or 'widths'}.json"
+        if not path.exists():
+            kept = self.context.layout.unsearched(kinds)
+            write_tables(path, make_tables(self.context, meter.profile, self.step, kept))
+        return read_tables(path)
 
     def recipe_of(self, arm: str) -> Recipe:
         """How an arm's students are scored."""
@@ -160,7 +172,10 @@ class Bench:
                 BinaryRandomSampling(), UniformCrossover(), BitflipMutation(), operators.repair
             )
         evaluator = Evaluator(self.context, recipe, meter.measure, self.step)
-        search = Search(layout, config, store, SerialExecutor(evaluator.evaluate), operators)
+        tables = None if arm in NO_TABLES else self.tables(config.connections, meter)
+        search = Search(
+            layout, config, store, SerialExecutor(evaluator.evaluate), operators, tables
+        )
         total = population * config.generations
         for _ in track(search.run(), f"{arm} {seed}", total, disable=SILENT):
             pass

@@ -18,21 +18,22 @@ LEAST = (0.5, 0.7)  # accuracies, before distillation, from which a student is o
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the teacher's latency
 ARMS = {
     "ours": "our search",
-    "torch-pruning": "Torch-Pruning: magnitude, BN scale, Taylor; uniform and global",
-    "l1": "uniform widths by L1 norm",
+    "no-tables": "ours without tables: no seeds, and a surrogate that begins with nothing",
+    "no-screening": "ours without the surrogate that screens offspring",
+    "no-mutation": "ours with bit flips for our mutations",
     "random": "our sampling, no search",
     "plain": "pymoo's binary sampling, uniform crossover, bit flips",
-    "with-kernels": "ours with kernels beside merge and bypass edges",
-    "with-ranks": "ours with ranks beside merge and bypass edges",
-    "with-both": "ours with kernels and ranks beside merge and bypass edges",
-    "with-blocks": "ours with block connections beside merge and bypass edges",
-    "no-merges": "ours without merge edges",
-    "no-bypasses": "ours without bypass edges",
+    "torch-pruning": "Torch-Pruning: magnitude, BN scale, Taylor; uniform and global",
+    "l1": "uniform widths by L1 norm",
+    "only-kernels": "ours with widths and kernels",
+    "only-ranks": "ours with widths and ranks",
+    "only-merges": "ours with widths and merge edges",
+    "only-bypasses": "ours with widths and bypass edges",
     "no-connections": "ours with widths alone",
+    "with-blocks": "ours with block connections beside all others",
     "no-inheritance": "ours with plain slicing",
-    "single-pixels": "ours solved at single pixels",
-    "no-mutation": "ours with bit flips for our mutations",
-    "no-screening": "ours without the model that screens offspring",
+    "former": "merge and bypass edges, solved at single pixels, without tables",
+    "former-widths": "widths alone, solved at single pixels, without tables",
 }
 
 Records = dict[str, dict[str, Any]]  # by arm and seed, `ours-0`

@@ -38,6 +38,8 @@ from moodistill.teacher.task import OwnTask
 # What `search` takes beside the settings: what to search in, which a problem file gives elsewhere.
 DATA = {"teacher", "train", "validation", "test", "labels", "mean", "std", "metric",
         "preparation", "heads", "inputs"}  # fmt: skip
+# And what belongs to this machine.
+HERE = {"device", "images_in_memory"}
 NOT_IN_CONFIG = {"own": OwnTask, "places": Places, "cluster": ClusterConfig}
 # One value of each type, as options and as TOML.
 VALUES = {
@@ -71,7 +73,7 @@ def part_of(one):
 def test_search_takes_every_setting_of_a_run():
     known = inspect.signature(search).parameters
     wanted = {part_of(one) or one.name for one in SETTINGS.values() if in_config(one)}
-    assert set(known) == wanted | DATA | {"out", "progress"}
+    assert set(known) == wanted | DATA | {"out", "progress", *HERE}
     hints = get_type_hints(search)
     for name in wanted:
         assert known[name].default is None
@@ -247,7 +249,7 @@ def test_a_run_is_started_anew_from_its_record(call, started, recorded_run, tmp_
 
 
 def test_pictures_of_an_own_network_have_moved(call, started, tmp_path, monkeypatch):
-    monkeypatch.setattr("moodistill.teacher.task.load_task", lambda model, own: None)
+    monkeypatch.setattr("moodistill.config.load_task", lambda model, own, *loading: None)
     own = OwnTask("w.pt", "old", (16, 16), 1)
     (tmp_path / "run.json").write_text(
         json.dumps({"config": asdict(new_config("mine:build", Settings(), own))})

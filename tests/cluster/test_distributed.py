@@ -55,7 +55,7 @@ def score_setup(context, **changes):
         "version": remote.__version__, "config": json.dumps(asdict(config)),
         "teacher_digest": context.teacher_digest, "data_digest": context.data.digest,
         "network_digest": network_digest(context.graph.module),
-        "data_dir": None, "weights": None, "threads": 1,
+        "data_dir": None, "threads": 1,
     }  # fmt: skip
     return remote.ScoreSetup(**values | changes)
 

@@ -282,3 +282,21 @@ def test_names_that_are_no_text(tmp_path):
     "\n".join(data.table.lines()).encode()
     data.cut.write(tmp_path / "cut.json")
     assert Cut.read(tmp_path / "cut.json") == data.cut
+
+
+def test_a_class_whose_name_only_looks_the_same_is_named(tmp_path):
+    """macOS writes an accent as a letter of its own."""
+    for part in ("train", "val", "test"):
+        fill(tmp_path / part, 4, ("cat", "caf\u00e9" if part == "train" else "cafe\u0301"))
+    message = refused(tmp_path)
+    assert "is it 'cafe\\u0301', which looks the same" in message
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", b"\xe9t\xe9"])
+def test_a_class_whose_name_cannot_be_written_is_refused(tmp_path, name):
+    fill(tmp_path, 4)
+    try:
+        (tmp_path / "cat").rename(tmp_path / os.fsdecode(name))
+    except OSError:
+        pytest.skip("no such name on this file system")
+    assert "rename its folder" in refused(tmp_path)

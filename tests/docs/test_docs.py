@@ -30,7 +30,8 @@ SCRIPTS = {
     "run_nsga.py": "run", "choose.py": "choose", "export_onnx.py": "export",
     "train_teacher.py": "teacher",
 }  # fmt: skip
-TINY_RUN = ["--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2"]
+TINY_RUN = ["--population", "4", "--generations", "1", "--finalists", "1", "--distill-steps", "2",
+            "--seeded", "0"]  # fmt: skip
 PROBLEM = """
 from dataclasses import replace
 from pathlib import Path

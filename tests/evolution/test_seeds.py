@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers.searches import CONFIG, LAYOUT, make
 
+from moodistill.evolution.operators import DensitySampling
 from moodistill.evolution.seeds import Seeding, find_seeds
 from moodistill.evolution.tables import LayerTimes, Tables, single_changes
 from moodistill.genome.canonical import canonical
@@ -72,6 +73,26 @@ def test_the_estimate_adds_errors_and_layers():
     layers = np.array([3 * 64, *[64 * 64] * 5, 64 * 10], dtype=float)
     left = layers * [1, 0.5, 0.5, 1, 0, 1, 1]
     assert times[1] / times[0] == pytest.approx(left.sum() / layers.sum(), rel=1e-6)
+
+
+def test_tables_are_corrected_by_what_students_show():
+    """Bypasses turn out four times as dear as alone, widths half as dear."""
+    made = tables(lambda gene, level: 0.02 if "bypass" in gene else lost_channels(gene, level) / 20)
+    drawn = DensitySampling(LAYOUT, STEP)._do(None, 80, random_state=np.random.default_rng(0))[1:]
+    parts = made.parts(LAYOUT, drawn)
+    true = sum((4.0 if "bypass" in gene else 0.5) * each for gene, each in parts.items()) + 1e-6
+    before = np.abs(np.log(made.estimate(LAYOUT, drawn)[0] / true))
+    corrected = made.corrected(LAYOUT, drawn, true)
+    after = np.abs(np.log(corrected.estimate(LAYOUT, drawn)[0] / true))
+    assert np.median(after) < 0.05 < np.median(before)
+    assert corrected.errors["bypass/conv3"][(0,)] == pytest.approx(0.08, rel=0.2)
+    assert made.errors["bypass/conv3"][(0,)] == 0.02
+
+
+def test_nothing_is_corrected_by_students_that_guess():
+    made = tables(lost_channels)
+    drawn = DensitySampling(LAYOUT, STEP)._do(None, 20, random_state=np.random.default_rng(0))
+    assert made.corrected(LAYOUT, drawn, np.full(20, 0.9)) is made
 
 
 def test_seeds_lose_what_is_cheap_first():

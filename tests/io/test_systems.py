@@ -170,3 +170,18 @@ def test_files_are_utf8_in_a_locale_that_is_not(tmp_path):
     assert "日" in (tmp_path / "pareto.csv").read_bytes().decode("utf-8")
     write_front(tmp_path / "b", ROWS)
     assert (tmp_path / "b" / "pareto.csv").is_file()
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "2>&-", ">&- 2>&-"])
+def test_a_name_that_the_terminal_cannot_show_ends_no_command(closed, tmp_path):
+    """Nor does a stream that is closed, as of a service."""
+    folder = tmp_path / "caf\u00e9"
+    folder.mkdir()
+    write_front(folder, ROWS)
+    command = f'"{sys.executable}" -m moodistill choose "$1" --knee {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, "sh", folder], capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == b""
+    assert (b"caf\\xe9" in done.stdout) == (closed in ("", "2>&-"))

@@ -23,7 +23,7 @@ def test_an_earlier_run_is_of_this_teacher_but_cannot_be_resumed(digits, tmp_pat
     check_origin(tmp_path, stored, digits)
     with pytest.raises(UserError, match="earlier version, without kernels and ranks: start a new"):
         check_resumed(tmp_path, stored, digits, None)
-    with pytest.raises(UserError, match=f"genome_bits 9, found {digits.layout.length}"):
+    with pytest.raises(UserError, match=f"of 9 genome bits, found one of {digits.layout.length}"):
         check_origin(tmp_path, {**stored, "genome_bits": 9}, digits)
 
 

@@ -1,5 +1,6 @@
 """The three endings of a run, each with what is written; and rows of what was measured again."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -50,8 +51,9 @@ def ended(folder, monkeypatch, stage=None, error=None, students=()):
     monkeypatch.setattr(run, "write_results", lambda _, *what: written.append(what))
     (folder / "run.json").write_text('{"status": "running"}')
     session = SimpleNamespace(
-        folder=folder, students=students, reporter=Closed(), store=[1, 2], tell=lambda text: None
-    )
+        folder=folder, students=students, reporter=Closed(), store=[1, 2], tell=lambda text: None,
+        timed=lambda stage: contextlib.nullcontext(),
+    )  # fmt: skip
     raised = None
     try:
         run.execute(session)

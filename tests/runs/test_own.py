@@ -339,7 +339,7 @@ def test_other_pictures_are_not_exported_under_the_runs_accuracy(folder, call, t
     for stage in ("distilled", "searched"):
         for row in [row for row in rows if row.stage == stage][:1]:
             done = call("export", tmp_path / "run", row.student, "--out", tmp_path / "out", code=2)
-            assert "was started with data_digest" in done.stderr
+            assert "was started with other images" in done.stderr
     assert not (tmp_path / "out" / "model.onnx").exists()
 
 
@@ -376,7 +376,8 @@ def test_search_from_python(channels, classes, size, tmp_path, monkeypatch):
         metric=half_right,
     )  # fmt: skip
     # The metric gives every student at least 0.5, above the floor of a search.
-    run = moodistill.search(network, split(64), split(64), split(32), **settings)
+    parts = split(64), split(64), split(32)
+    run = moodistill.search(network, *parts, **settings)
     assert [row.stage for row in run.front].count("distilled") == 1
     assert all(0.5 <= row.validation_accuracy <= 1 for row in run.front)
     chosen = run.choose(knee=True)
@@ -390,7 +391,7 @@ def test_search_from_python(channels, classes, size, tmp_path, monkeypatch):
         run.student("s9999")
     other = {**settings, "metric": other_metric}
     with pytest.raises(UserError, match="metric"):
-        moodistill.search(network, split(64), split(64), split(32), **other)
+        moodistill.search(network, *parts, **other)
 
 
 class Answer(nn.Module):

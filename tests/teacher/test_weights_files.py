@@ -163,7 +163,7 @@ def test_an_average_without_what_the_network_needs_is_passed_over_aloud(tmp_path
 def test_where_nothing_decides_the_user_does(content, tmp_path):
     torch.save(content, tmp_path / "best.pth")
     with pytest.raises(
-        UserError, match="different sets of weights that fit .*by its key, such as .*weights_key"
+        UserError, match="different sets of weights that fit .*by its key as `weights_key`, such as"
     ):
         loaded(tmp_path / "best.pth")
     key = next(name for name, state in content.items() if state is GOOD)
@@ -332,6 +332,48 @@ def test_escape_codes_and_lines_of_torch_are_left_out(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         loaded(tmp_path / "a.pt")
     assert "(Weights only load failed.)" in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_plain_numbers_are_refused(tmp_path):
+    path, weight = tmp_path / "odd.pt", GOOD["conv.weight"]
+    for odd, word in (
+        (torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), "quantised"),
+        (weight.to_sparse(), "sparse"),
+        (weight.to("meta"), "on no device"),
+        (weight.to(torch.complex64), "complex64"),
+        (weight.to(torch.int32), "int32"),
+    ):
+        torch.save({**GOOD, "conv.weight": odd}, path)
+        with pytest.raises(UserError, match=f"conv.weight is {word}.*floating-point"):
+            loaded(path)
+
+
+def test_whole_numbers_of_a_network_stay_whole(tmp_path):
+    class Indexed(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.register_buffer("index", torch.arange(3))
+            self.register_buffer("mask", torch.tensor([True, False]))
+
+    torch.save({**Indexed().state_dict(), "index": torch.tensor([2, 1, 0])}, tmp_path / "w.pt")
+    found = load_weights(Indexed(), tmp_path / "w.pt").state_dict()
+    assert found["index"].tolist() == [2, 1, 0] and found["index"].dtype == torch.int64
+    assert found["mask"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_optimizer_alone_is_named(kind, wrapped, tmp_path):
+    layer = nn.Linear(3, 2)
+    optimizer = kind(layer.parameters(), lr=0.1, momentum=0.9) if kind != torch.optim.AdamW else (
+        kind(layer.parameters()))  # fmt: skip
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    torch.save({"optimizer": state, "epoch": 3} if wrapped else state, tmp_path / "o.pt")
+    with pytest.raises(UserError, match="the state of an optimizer alone"):
+        loaded(tmp_path / "o.pt")
 
 
 def test_a_folder_is_refused(tmp_path):

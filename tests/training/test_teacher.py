@@ -114,12 +114,6 @@ def test_fewer_pictures_than_a_batch_train_too(small, tmp_path):
     assert report["recipe"]["batch_size"] == 500
 
 
-@pytest.mark.parametrize("device", ["gpu", "meta:3x", "cuda:77"])
-def test_a_device_that_is_not_there_is_refused(small, tmp_path, device):
-    with pytest.raises(UserError, match=f"the device {device} cannot be used"):
-        train_teacher(*small, tmp_path / "t.safetensors", device)
-
-
 def test_pictures_that_are_not_square_keep_their_shape(small, tmp_path, monkeypatch):
     task, data = small
     task = replace(task, train=replace(task.train, phases=((1, 16), (1, 32))))
