@@ -192,7 +192,7 @@ def install_points():
     _around(run.Store, "create", "create", "created")
     _around(recipe, "build_student", "build")
     _around(recipe, "inherit", "inherit")
-    _around(recipe, "onnx_accuracy", "score")
+    _around(recipe, "outputs", "score")
     _around(store.Store, "add", "add", "added")
     _around(store.Store, "add_generation", "generation", "generation stored")
     _around(finalists, "distill", "distil", "distilled")

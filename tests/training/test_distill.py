@@ -105,7 +105,7 @@ def test_longer_distillations_are_warmer():
 def test_fewer_pictures_than_a_batch_are_enough(digits, students):
     data = replace(digits.data, train=digits.data.train.head(5))
     images, labels = SoftTargets(digits.graph.module, data, CONFIG, None, "").batch(0)
-    assert len(images) == len(labels) == 8
+    assert len(images) == len(labels["logits"]) == 8
 
 
 def test_pictures_are_mirrored_only_where_it_is_wanted(digits):
