@@ -59,7 +59,10 @@ def try_run_script(
     files = [str(folder / "sample.npy"), *split.files]
     first = data.validation.head(1)
     expected = [
-        batch for part in (first, split) for batch in outputs(model, data, part, threads=1, batch=1)
+        {name: values[place] for name, values in batch.items()}
+        for part in (first, split)
+        for batch in outputs(model, data, part, threads=1, batch=1)
+        for place in range(len(next(iter(batch.values()))))  # a fixed batch holds several
     ]
     with tempfile.TemporaryDirectory() as made:
         done = subprocess.run(
@@ -86,7 +89,7 @@ def _compare(
 ) -> None:
     """Refuse answers of run.py to one file, by the outputs' names, that are not the search's."""
     for output, wanted in zip(shipped, answer.values(), strict=True):
-        values, wanted = found[output.name], wanted[0]
+        values = found[output.name]
         classes = output.kind == "classification"
         scale = 1.0 if classes else max(1.0, float(np.abs(wanted).max()))
         apart = float(np.abs(values - wanted).max()) / scale

@@ -60,7 +60,10 @@ class Reader(Mover):
                     f"the network's output {name} is {what}; expected tensors that hang on the "
                     "input: give a wrapper that returns these alone"
                 )
-            self._shape(source.node)
+            try:
+                self._shape(source.node)
+            except NotUnderstood as reason:
+                raise UserError(f"the network's output {name}: {reason}") from None
             self.channels.freeze(source.channels, "the network's output")
             sources.append(source)
         if not sources:

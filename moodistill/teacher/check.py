@@ -131,7 +131,8 @@ def check_teacher(
         expected: the accuracy that it should have, in (0, 1].
 
     Raises:
-        UserError: if it falls short of `expected` by more than two points.
+        UserError: if it falls short of `expected` by more than two points, or has another number of
+            classes than the data.
     """
     if expected is not None and not 0 < expected <= 1:
         raise UserError(
@@ -173,6 +174,12 @@ def _looked_into(
 ) -> tuple[TeacherCheck, bool]:
     """A classifier of images, and what is wrong if it looks so; whether it falls short."""
     logits = logits_of(teacher, data, split.images)
+    if logits.ndim != 2 or logits.shape[1] != len(data.labels):
+        given = f"{logits.shape[1]} logits" if logits.ndim == 2 else f"shape {logits.shape[1:]}"
+        raise UserError(
+            f"{type(teacher).__name__} gives {given}, the data have {len(data.labels)} classes "
+            f"({', '.join(data.labels)[:80]}): expected one for each"
+        )
     labels = one_of(split.targets)
     some = _spread(data.train, TRIED)
     training = data.score(answers_of(teacher, data, some.images), some)

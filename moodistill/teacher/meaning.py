@@ -38,8 +38,8 @@ def fitted_data(
     if data.heads is None and (len(shapes) > 1 or len(shapes[OUTPUT]) != 1):
         given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise UserError(
-            f"the network's outputs are, for one input, {given}; the labels are those of a "
-            "classifier, logits (classes,): say by heads what they mean, such as "
+            f"the network's outputs are, for one input, {given}; the labels are one class "
+            "an input, for logits (classes,): say by heads what the outputs mean, such as "
             "heads='segmentation', or give inputs without labels"
         )
     heads = data.meaning.fitted(shapes, gives)

@@ -168,7 +168,7 @@ def test_run_py_is_one_file_that_imports_nothing_of_ours():
     text = script_text()
     assert "import moodistill" not in text and "from moodistill" not in text
     compile(text, "run.py", "exec")
-    assert "def read_picture" in text and text.startswith('"""Classify images')
+    assert "def read_picture" in text and text.startswith('"""Run the model.onnx')
     assert trial.IMPORT not in text
 
 

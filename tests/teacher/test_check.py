@@ -215,8 +215,8 @@ def test_another_number_of_classes_is_refused(data, teacher):
 
 def test_another_metric_is_said_without_classes(data, teacher):
     found = check_teacher(teacher, replace(data, metric=lambda logits, labels: 0.25))
-    assert found.lines() == ["the teacher's metric is 0.2500 on 240 validation images"]
-    with pytest.raises(UserError, match="reaches 0.2500"):
+    assert found.lines() == ["the teacher's <lambda> is 0.2500 on 240 validation images"]
+    with pytest.raises(UserError, match="reaches <lambda> 0.2500"):
         check_teacher(teacher, replace(data, metric=lambda logits, labels: 0.25), 0.3)
 
 

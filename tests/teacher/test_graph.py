@@ -53,8 +53,12 @@ def kinds(graph):
     ("name", "middle", "modules"),
     [
         ("sort", lambda net, x: torch.sort(x)[0], {}),
-        ("Softmax", lambda net, x: net.odd(x), {"odd": nn.Softmax(dim=1)}),
-        ("ConvTranspose2d", lambda net, x: net.odd(x), {"odd": nn.ConvTranspose2d(8, 8, 1)}),
+        ("Softmax", lambda net, x: net.odd(x), {"odd": nn.Softmax(dim=2)}),
+        (
+            "ConvTranspose2d",
+            lambda net, x: net.odd(x),
+            {"odd": nn.ConvTranspose2d(8, 8, 1, groups=2)},
+        ),
         (
             "InstanceNorm2d",
             lambda net, x: net.odd(x),
@@ -66,7 +70,7 @@ def kinds(graph):
         ("LocalResponseNorm", lambda net, x: net.odd(x), {"odd": nn.LocalResponseNorm(2)}),
         ("LayerNorm", lambda net, x: net.odd(x), {"odd": nn.LayerNorm((8, 8, 8))}),
         ("matmul", lambda net, x: torch.matmul(x, x), {}),
-        ("softmax", lambda net, x: F.softmax(x, dim=1), {}),
+        ("Softmax", lambda net, x: F.softmax(x, dim=3), {}),
         ("chunk", lambda net, x: x.chunk(2, 3)[0], {}),
         ("add", lambda net, x: torch.add(x, net.conv(x), alpha=0.5), {}),
     ],
@@ -121,17 +125,28 @@ def test_an_optional_argument_keeps_its_default():
 
 
 @pytest.mark.parametrize(
-    "forward",
+    ("forward", "names"),
     [
-        lambda net, x: net.stem(x),
-        lambda net, x: (net.head(net.pool(net.stem(x)).flatten(1)), x),
-        lambda net, x: {"scores": net.head(net.pool(net.stem(x)).flatten(1))},
-        lambda net, x: None,
+        (lambda net, x: net.conv(net.stem(x)), ["logits"]),
+        (lambda net, x: (net.head(net.pool(net.stem(x)).flatten(1)), [net.conv(net.stem(x)), None]),
+         ["output_0", "output_1.output_0"]),
+        (lambda net, x: {"scores": net.head(net.pool(net.stem(x)).flatten(1))}, ["logits"]),
+        (lambda net, x: F.softmax(net.head(net.pool(net.stem(x)).flatten(1)), -1), ["logits"]),
     ],
-)
-def test_an_output_that_is_no_logits_is_refused(forward):
-    with pytest.raises(UserError, match="output is not one tensor of logits"):
-        trace(Shared(forward), SHAPE)
+)  # fmt: skip
+def test_outputs_of_any_form_are_read(forward, names):
+    graph = trace(Shared(forward), SHAPE)
+    assert list(graph.outputs) == names and not graph.whole
+    frozen = {group for step in graph.outputs.values() for group in step.groups}
+    assert frozen <= set(graph.grouping.frozen)
+    assert list(graph.gives().values()) in ([], ["probabilities"])
+
+
+def test_a_network_without_a_tensor_is_refused():
+    with pytest.raises(UserError, match="gives no tensor"):
+        trace(Shared(lambda net, x: None), SHAPE)
+    with pytest.raises(UserError, match=r"output output_1 is a constant \(4, 8\)"):
+        trace(Shared(lambda net, x: (net.conv(net.stem(x)), net.head.weight)), SHAPE)
 
 
 def test_attention_is_refused_by_name():
@@ -139,7 +154,7 @@ def test_attention_is_refused_by_name():
         lambda net, x: net.last(net.odd(x.flatten(2), x.flatten(2), x.flatten(2))[0]),
         odd=nn.MultiheadAttention(64, 2), last=nn.Linear(64, 4),
     )  # fmt: skip
-    with pytest.raises(UserError, match="not one tensor of logits.*MultiheadAttention"):
+    with pytest.raises(UserError, match="could be cut: operation MultiheadAttention"):
         trace(net, SHAPE)
 
 
@@ -166,7 +181,7 @@ def test_a_wrong_input_shape_is_refused(capfd):
 
 def test_a_view_across_pictures_is_refused():
     """Only the flatten of one image keeps channels apart."""
-    with pytest.raises(UserError, match="reshape"):
+    with pytest.raises(UserError, match="output logits: .* mixes images"):
         trace(Shared(lambda net, x: net.head(net.stem(x).reshape(-1, 8))), SHAPE)
 
 

@@ -274,8 +274,9 @@ LEFT = {
     "matmul": lambda: Net(lambda n, x: n.a(x) + torch.matmul(x, x), a=conv(32, 32)),
     "normalize": lambda: Net(lambda n, x: F.normalize(n.b(n.a(x))), a=conv(32, 16), b=conv(16, 32)),
     "LocalResponseNorm": lambda: Net(lambda n, x: n.a(x), a=nn.LocalResponseNorm(2)),
-    "PixelShuffle": lambda: Net(lambda n, x: n.b(x), 8, b=nn.PixelShuffle(2)),
-    "ConvTranspose2d": lambda: Net(lambda n, x: n.b(x), b=nn.ConvTranspose2d(32, 32, 2, 2)),
+    "ConvTranspose2d": lambda: Net(
+        lambda n, x: n.b(x), b=nn.ConvTranspose2d(32, 32, 2, 2, groups=4)
+    ),
     "DataDependent": lambda: Net(lambda n, x: n.b(n.a(x)), a=conv(32, 32), b=DataDependent(32)),
     "takes apart": lambda: Net(
         lambda n, x: n.g(torch.cat([n.a(x), n.b(x)], 1)),
@@ -481,19 +482,24 @@ class Locked(nn.Module):
 
 
 def test_all_obstacles_are_listed_with_their_place():
-    network = Net(lambda n, x: F.normalize(n.a(n.b(x))), a=nn.PixelShuffle(1), b=nn.Softmax2d())
+    network = Net(
+        lambda n, x: F.normalize(n.a(n.b(x))), a=nn.LocalResponseNorm(2), b=nn.Softmax2d()
+    )
     network.behind = nn.Identity()
     network.head = nn.Linear(32, 5)
     with pytest.raises(UserError, match="nothing of this network could be cut") as caught:
         trace(network, SHAPE)
-    for words in ("PixelShuffle (at a, test_opaque.py", "Softmax2d (at b", "normalize (at normal"):
+    for words in (
+        "LocalResponseNorm (at a, test_opaque.py",
+        "Softmax2d (at b",
+        "normalize (at normal",
+    ):
         assert words in str(caught.value)
 
 
-def test_probabilities_are_no_logits():
-    network = nn.Sequential(Net(lambda n, x: x), nn.Softmax(1))
-    with pytest.raises(UserError, match="Softmax .* gives probabilities; return the logits"):
-        trace(network, SHAPE)
+def test_probabilities_are_known_as_such():
+    graph = trace(nn.Sequential(Net(lambda n, x: x), nn.Softmax(1)), SHAPE)
+    assert graph.gives() == {"logits": "probabilities"} and not graph.whole
 
 
 class Signal(nn.Module):
