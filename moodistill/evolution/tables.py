@@ -131,6 +131,7 @@ def most_important(group: Group, width: int) -> np.ndarray:
 
 # Features of a convolution's time, all of logarithms: inputs, outputs, taps, pixels.
 COLUMNS = 4
+SCALE = 8.0  # of their logarithms to base 2
 RIDGE = 1e-5
 MOST_ERROR = 1.5  # of a student whose error is compared with a sum
 PULL = 0.1  # of the scales of a correction towards the common one
@@ -148,11 +149,19 @@ class LayerTimes:
         coefficients: of the polynomial's terms.
         per_value: ms of everything else (norms, activations, pools, copies) per output value.
         constant: ms of a network without layers.
+        measured: whether on the device; else these are multiply-accumulates.
     """
 
     coefficients: np.ndarray
     per_value: float
     constant: float
+    measured: bool = True
+
+    @classmethod
+    def by_macs(cls) -> LayerTimes:
+        """In proportion to multiply-accumulates, where nothing can be measured."""
+        power = np.log(2.0) * SCALE
+        return cls(np.array([-20.0, *[power] * COLUMNS, *[0.0] * 10]), 0.0, 0.0, measured=False)
 
     @classmethod
     def fit(
@@ -186,7 +195,7 @@ class LayerTimes:
 
 def _terms(sizes: np.ndarray) -> np.ndarray:
     """`(n, 15)` of `(n, 4)`: 1, logarithms, and their products."""
-    logs = np.log2(np.maximum(sizes, 1.0)) / 8.0
+    logs = np.log2(np.maximum(sizes, 1.0)) / SCALE
     pairs = [logs[:, i] * logs[:, j] for i in range(COLUMNS) for j in range(i, COLUMNS)]
     return np.column_stack([np.ones(len(logs)), logs, *pairs])
 
@@ -315,7 +324,7 @@ class Tables:
         # A genome that is best by the table is best where the table errs: so no gene comes free.
         scales = common * lsq_linear(rows, wanted, (1.0 / MOST_SCALED, MOST_SCALED)).x
         scaled = {
-            gene: {level: scale * error for level, error in self.errors.get(gene, {}).items()}
+            gene: {level: float(scale * error) for level, error in self.errors.get(gene, {}).items()}
             for gene, scale in zip(parts, scales, strict=True)
         }
         return replace(self, errors={**self.errors, **{g: e for g, e in scaled.items() if e}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from moodistill.evolution.tables import Errors, LayerTimes, Tables, single_chang
 from moodistill.genome.canonical import canonical
 from moodistill.io.atomic import write_json_atomic
 from moodistill.io.fields import convert
+from moodistill.latency.meter import LatencyError
 from moodistill.onnx.writer import to_onnx
 from moodistill.progress import Stage
 from moodistill.runs.session import Session
@@ -27,6 +28,9 @@ TABLES_FILE = "tables.json"
 PROFILED = 10  # networks of all sizes, whose layers are timed
 CALIBRATION = CalibrationConfig(images=64, pixels=4_000, patches=3_000)
 HELD_IMAGES = 96  # of the validation split, that errors of changes are measured on
+FEW_IMAGES = 8  # of each, however large they are
+MOST_BYTES = 1536 * 2**20  # of all values of a network for these images
+HOPELESS = 100.0  # error of a change that cannot be scored
 Profile = Callable[[bytes], tuple[list[list[float]], float]]
 
 
@@ -37,16 +41,29 @@ def run_tables(session: Session) -> Tables | None:
         return None
     if path.exists():
         return read_tables(path)
+    kept = session.context.layout.unsearched(search.connections)
     with session.reporter.stage("tables", 0, "change") as stage:
-        tables = make_tables(
-            session.context,
-            session.backend.timing.profile,
-            search.simd_step,
-            session.context.layout.unsearched(search.connections),
-            stage,
-        )
+        errors = change_errors(session.context, search.simd_step, kept, stage)
+    times = layer_times(session.context, session.backend.timing.profile, search.simd_step, kept)
+    tables = Tables(errors, times, layer_pixels(session.context))
     write_tables(path, tables)
+    _say(session, tables)
     return tables
+
+
+def _say(session: Session, tables: Tables) -> None:
+    """What is in the tables, and what could not be measured."""
+    changes = [error for levels in tables.errors.values() for error in levels.values()]
+    hopeless = sum(error >= HOPELESS for error in changes)
+    session.reporter.say(
+        f"{len(changes)} single changes are scored"
+        + (f", {hopeless} could not be and are left to the search" if hopeless else "")
+    )
+    if not tables.times.measured:
+        session.reporter.say(
+            "the times of single layers cannot be measured on this device: the first students are "
+            "chosen by their multiply-accumulates"
+        )
 
 
 def make_tables(
@@ -54,7 +71,6 @@ def make_tables(
     profile: Profile,
     step: int,
     kept: np.ndarray,
-    stage: Stage | None = None,
 ) -> Tables:
     """Measure both tables.
 
@@ -63,31 +79,45 @@ def make_tables(
         profile: gives the times of a model's layers (`latency.profile.layer_times`).
         step: SIMD step.
         kept: `(length,)` bits that are not searched.
-        stage: hears how far it is.
     """
-    steps = context.graph.steps
     return Tables(
-        change_errors(context, step, kept, stage),
+        change_errors(context, step, kept),
         layer_times(context, profile, step, kept),
-        {one.name: one.form.area for one in steps if one.kind in ("layer", "channelwise")},
+        layer_pixels(context),
     )
+
+
+def layer_pixels(context: TeacherContext) -> dict[str, int]:
+    """Pixels of the outputs of layers and channelwise operations by name."""
+    steps = context.graph.steps
+    return {one.name: one.form.area for one in steps if one.kind in ("layer", "channelwise")}
 
 
 def change_errors(
     context: TeacherContext, step: int, kept: np.ndarray, stage: Stage | None = None
 ) -> Errors:
     """Error of every single change, on a few images."""
+    size = sum(4 * one.form.area * one.form.channels for one in context.graph.steps)
+    most = max(FEW_IMAGES, MOST_BYTES // (2 * size))
     samples = collect_samples(
-        context.solver, context.data, CALIBRATION, None, context.teacher_digest
+        context.solver,
+        context.data,
+        replace(CALIBRATION, images=min(CALIBRATION.images, most)),
+        None,
+        context.teacher_digest,
     )
     if context.device.type != "cpu":
         samples = samples.to(context.device)
     data = context.data
-    images = data.normalise(data.validation.head(HELD_IMAGES).images[:])
+    images = data.normalise(data.validation.head(min(HELD_IMAGES, most)).images[:])
     measure = ChangeErrors(context.graph, context.layout, samples, images, data.meaning)
     found: Errors = {}
     for count, change in enumerate(single_changes(context.layout, step, kept), 1):
-        found.setdefault(change.gene, {})[change.level] = measure.error(change.genome)
+        try:
+            error = min(HOPELESS, measure.error(change.genome))
+        except Exception:  # one bad change must not end a search; `_say` counts them
+            error = HOPELESS
+        found.setdefault(change.gene, {})[change.level] = error
         if stage is not None:
             stage.update(count)
     return found
@@ -106,10 +136,15 @@ def layer_times(
         if share < 1.0:
             sampling.draw(genome, float(share), rng)
         student = build_student(context.graph, layout, canonical(layout, genome | kept, step))
-        layers, others = profile(to_onnx(student.module, context.data.input_shape))
+        try:
+            layers, others = profile(to_onnx(student.module, context.data.input_shape))
+        except LatencyError:
+            return LayerTimes.by_macs()
         rows += layers
         values.append(sum(outputs * pixels for _, outputs, _, pixels, _ in layers))
         rest.append(others)
+    if not rows:  # providers that run a network as a whole say nothing of its layers
+        return LayerTimes.by_macs()
     table = np.array(rows)
     return LayerTimes.fit(table[:, :4], table[:, 4], np.array(values), np.array(rest))
 
@@ -123,6 +158,7 @@ class _Stored:
     per_value: float
     constant: float
     pixels: dict[str, int]
+    measured: bool = True
 
 
 def write_tables(path: Path, tables: Tables) -> None:
@@ -139,6 +175,7 @@ def write_tables(path: Path, tables: Tables) -> None:
             "coefficients": times.coefficients.tolist(),
             "per_value": times.per_value,
             "constant": times.constant,
+            "measured": times.measured,
             "pixels": tables.pixels,
         },
     )
@@ -157,5 +194,7 @@ def read_tables(path: Path) -> Tables:
     errors: Errors = {}
     for gene, level, value in stored.errors:
         errors.setdefault(gene, {})[tuple(level)] = value
-    times = LayerTimes(np.array(stored.coefficients), stored.per_value, stored.constant)
+    times = LayerTimes(
+        np.array(stored.coefficients), stored.per_value, stored.constant, stored.measured
+    )
     return Tables(errors, times, stored.pixels)
