@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import nn
 
 from moodistill.accelerator import mixed_precision
 from moodistill.config import RunConfig
+from moodistill.heads.outputs import outputs_of
 from moodistill.student.context import TeacherContext
 
 STUDENT = 0.25  # of the teacher's time, an average student of a search
@@ -24,9 +26,9 @@ def estimate_seconds(context: TeacherContext, config: RunConfig, stored: int) ->
     """
     images = context.samples.images[:64]
     with torch.no_grad():
-        context.solver.module(images[:8]).cpu()
+        _run(context.solver.module, images[:8])
         began = time.perf_counter()
-        context.solver.module(images).cpu()  # an accelerator has only begun when it returns
+        _run(context.solver.module, images)
     per_image = (time.perf_counter() - began) / len(images)
     data, search = context.data, config.search
     inherited = 1.5 * config.calibration.images  # a solve costs half of the pass again
@@ -44,3 +46,8 @@ def estimate_seconds(context: TeacherContext, config: RunConfig, stored: int) ->
     passes = len(data.validation) + inherited
     front = 1.5 * search.population * STUDENT * per_image * passes
     return {"search": searching, "finalists": finalists, "front": front}
+
+
+def _run(network: nn.Module, images: torch.Tensor) -> None:
+    for output in outputs_of(network(images)).values():
+        output.cpu()  # an accelerator has only begun when it returns

@@ -116,7 +116,7 @@ def _refuse_absent(folder: Path, config: RunConfig) -> None:
     weights = config.weights if own is None else own.weights
     if weights is not None and not Path(weights).is_file():
         absent.append(f"its teacher's weights, which were in {weights} (`weights`)")
-    if own is not None and not Path(own.data).is_dir():
+    if own is not None and not Path(own.data).exists():
         absent.append(f"its images, which were in {own.data} (`data`)")
     if absent:
         raise UserError(f"{folder} lacks {'; and '.join(absent)}: give the new place")

@@ -95,7 +95,7 @@ def test_a_segmentation_by_its_masks(segmented, tmp_path, capsys):
     chosen = segmented.choose(min_accuracy=0.1)
     assert "mean IoU >= 0.1" in chosen.reason and "mean IoU points" in chosen.reason
     assert chosen.row.parameters < teacher.parameters
-    assert main(["choose", str(segmented.folder), "--min-accuracy", "0.999"]) == 2
+    assert main(["choose", str(segmented.folder), "--min-accuracy", "1"]) == 2
     assert "the highest mean IoU is" in capsys.readouterr().err
     page = (segmented.folder / "report.html").read_text()
     assert '"metric": "mean IoU"' in page
@@ -142,17 +142,14 @@ def small(last, *more):
 
 
 def test_a_regression_of_signals(tmp_path):
-    def level(x):
-        return np.abs(x).max(2)
-
-    splits = [
-        (x, level(x)) for x in (signals(n, seed)[0] for n, seed in ((200, 0), (60, 1), (40, 2)))
-    ]
-    inputs, targets = torch.from_numpy(splits[0][0]), torch.from_numpy(splits[0][1]).float()
-    network = taught(small(nn.Linear(32, 2)), inputs, targets, F.mse_loss, epochs=20, rate=0.02)
+    """One value a signal, how fast it is."""
+    splits = [signals(n, seed) for n, seed in ((250, 0), (60, 1), (40, 2))]
+    splits = [(x, (y - 1.0).astype(np.float32)) for x, y in splits]
+    inputs, targets = (torch.from_numpy(part) for part in splits[0])
+    network = taught(small(nn.Linear(32, 1)), inputs, targets[:, None], F.mse_loss, epochs=12)
     run = moodistill.search(network, *splits, out=tmp_path / "run", heads="regression", **BUDGET)
     teacher = next(row for row in run.front if row.stage == "teacher")
-    assert teacher.metric == "R2" and teacher.accuracy > 0.1
+    assert teacher.metric == "R2" and teacher.accuracy > 0.2
     with pytest.raises(UserError, match="'r2' is no|expected one of r2, mae"):
         moodistill.Head("regression", "mean_iou")
 
