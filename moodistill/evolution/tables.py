@@ -324,12 +324,11 @@ class Tables:
         # A genome that is best by the table is best where the table errs: so no gene comes free.
         scales = common * lsq_linear(rows, wanted, (1.0 / MOST_SCALED, MOST_SCALED)).x
         scaled = {
-            gene: {
-                level: float(scale * error) for level, error in self.errors.get(gene, {}).items()
-            }
+            gene: {level: float(scale * error) for level, error in self.errors[gene].items()}
             for gene, scale in zip(parts, scales, strict=True)
+            if gene in self.errors
         }
-        return replace(self, errors={**self.errors, **{g: e for g, e in scaled.items() if e}})
+        return replace(self, errors={**self.errors, **scaled})
 
     def _single(self, gene: str, level: int) -> float:
         """Error of a bypass or a merge edge."""
