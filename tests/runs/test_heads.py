@@ -95,8 +95,8 @@ def test_a_segmentation_by_its_masks(segmented, tmp_path, capsys):
     chosen = segmented.choose(min_accuracy=0.1)
     assert "mean IoU >= 0.1" in chosen.reason and "mean IoU points" in chosen.reason
     assert chosen.row.parameters < teacher.parameters
-    assert main(["choose", str(segmented.folder), "--min-accuracy", "1"]) == 2
-    assert "the highest mean IoU is" in capsys.readouterr().err
+    assert main(["choose", str(segmented.folder), "--max-params", "1"]) == 2
+    assert "the smallest has" in capsys.readouterr().err
     page = (segmented.folder / "report.html").read_text()
     assert '"metric": "mean IoU"' in page
     with torch.no_grad():
