@@ -21,7 +21,7 @@ def memory_bytes() -> int:
         found = UNKNOWN
     for path in _LIMITS:
         try:
-            found = min(found, int(Path(path).read_text()))
+            found = min(found, int(Path(path).read_text("utf-8")))
         except (OSError, ValueError):  # not there, or "max"
             continue
     return found

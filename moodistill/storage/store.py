@@ -184,8 +184,8 @@ class Store:
 
     def get(self, genome_hash: str) -> Evaluation | None:
         """The evaluation of a genome, or None if it was never scored."""
-        query = f"SELECT {self._columns} FROM evaluations WHERE genome_hash = ?"
         with self._guard(ValueError, TypeError):
+            query = f"SELECT {self._columns} FROM evaluations WHERE genome_hash = ?"
             row = self._connection.execute(query, (genome_hash,)).fetchone()
             return None if row is None else _evaluation(row)
 
@@ -195,8 +195,8 @@ class Store:
 
     def numbered(self) -> dict[int, Evaluation]:
         """Every evaluation by its place in the search, the first one 0."""
-        query = f"SELECT {self._columns}, number FROM evaluations ORDER BY number"
         with self._guard(ValueError, TypeError):
+            query = f"SELECT {self._columns}, number FROM evaluations ORDER BY number"
             rows = self._connection.execute(query)
             return {number - 1: _evaluation(tuple(row)) for *row, number in rows}
 

@@ -110,6 +110,8 @@ def test_command(command, call, finished, student, tmp_path, monkeypatch):
         parser = argparse.ArgumentParser()
         COMMANDS[name].add_arguments(parser)
         parser.parse_args(arguments)
+    elif "--teacher" in arguments and ("--resume" in arguments or name == "resume"):
+        moved_and_carried_on(name, arguments, call, tmp_path)
     elif name in ("run", "resume") and "--teacher" in arguments or "mine.py" in arguments:
         own_network(folder=tmp_path)
         call(name, *arguments, *TINY_RUN, "--no-int8")
@@ -197,6 +199,18 @@ def own_network(folder):
     data = load_image_folder(folder / "images")
     train_on(network, data.normalise(data.train.images), torch.from_numpy(data.train.labels))
     torch.save(network.state_dict(), folder / "best.pt")
+
+
+def moved_and_carried_on(name, arguments, call, folder):
+    """A run whose images, weights and network lie elsewhere when it is carried on."""
+    old, new = folder / "old", folder / "new"
+    old.mkdir()
+    own_network(folder=old)
+    shutil.rmtree(folder / "RUN")
+    call("run", "--teacher", f"{old}/mine.py:build", "--weights", old / "best.pt", "--data",
+         old / "images", "--out", "RUN", *TINY_RUN, "--no-int8")  # fmt: skip
+    old.rename(new)
+    call(name, *[word.replace("/new/", f"{new}/") for word in arguments], "--distill-steps", "3")
 
 
 def other_program(command, call, student, folder):

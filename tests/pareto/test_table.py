@@ -66,7 +66,7 @@ def test_numpy_numbers_are_written_as_numbers(tmp_path):
         ("teacher,teacher", "teacher,tutor", "line 2, column stage: 'tutor'; expected one of"),
         ("d1.onnx", "../d1.onnx", "line 4, column onnx"),
         ("d1.onnx", "/d1.onnx", "line 4, column onnx"),
-        (",0,0\n", ",0,0,more\n", "line 2: 21 cells, expected 20"),
+        (",0,0,accuracy\n", ",0,0,accuracy,more\n", "line 2: 22 cells, expected 21"),
         ("d2,distilled", "d1,distilled", "line 5, column student: 'd1' was distilled before"),
         ("s1,searched", "s1,teacher", "2 rows have 'teacher' as their stage, expected 1"),
         ("a summary", '"a summary', "no readable CSV"),

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from moodistill.cli.run import _own_task
 from moodistill.config import RunConfig, new_config
 from moodistill.data.images import Split
 from moodistill.errors import UserError
@@ -98,8 +97,3 @@ def test_the_key_of_weights_belongs_to_a_run():
     older = asdict(config)
     del older["own"]["weights_key"]
     assert RunConfig.from_dict(older).own == replace(own, weights_key=None)
-
-
-def test_the_key_of_weights_without_a_teacher_is_refused():
-    with pytest.raises(UserError, match="`weights_key` is for a network of your own"):
-        _own_task(Settings(model="digits", weights_key="ema"), None)

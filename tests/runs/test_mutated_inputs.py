@@ -23,6 +23,7 @@ import pytest
 import torch
 from helpers.driver import RecordedMeter
 
+from moodistill import config as settings_of_runs
 from moodistill.cli import run_tool
 from moodistill.config import RunConfig
 from moodistill.errors import UserError
@@ -298,13 +299,12 @@ def call(context, folder, monkeypatch):
         monkeypatch.setattr(module, "load_context", lambda *_, **__: context)
     monkeypatch.setattr(run, "execute", execute)
     monkeypatch.setattr(LatencyMeter, "_start", lambda self: None)
-    digits = SimpleNamespace(
-        name="digits", build=context.task.build, load_data=lambda _: context.data,
-        weights=context.task.weights,
-    )  # fmt: skip
-    real = shipping.load_task
+    digits = replace(context.task, load_data=lambda _: context.data)
+    real = settings_of_runs.load_task
     monkeypatch.setattr(
-        shipping, "load_task", lambda name, own: digits if name == "digits" else real(name, own)
+        settings_of_runs,
+        "load_task",
+        lambda name, *rest: digits if name == "digits" else real(name, *rest),
     )
 
     def command(*arguments):
@@ -558,7 +558,9 @@ def test_cached_logits(context, tmp_path, seeds):
     made.save()
 
     def check():
-        assert all(map(torch.equal, targets()[1], expected))
+        for found, wanted in zip(targets()[1], expected, strict=True):
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
         return 0
 
     torture_cache(tmp_path, mutated_safetensors, check, seeds)
