@@ -200,6 +200,7 @@ def search(
     algorithm: str | None = None,
     screen: int | None = None,
     seeded: float | None = None,
+    finalists_within: float | None = None,
     connections: Sequence[str] | None = None,
     simd_step: int | None = None,
     limits: Limits | None = None,
@@ -252,6 +253,7 @@ def search(
         algorithm: `nsga2` (default), `nsga3` or `sms`.
         screen: a surrogate pre-selects 1 in this many offspring (24); 1 disables it.
         seeded: share of the first generation from tables of single changes (0.75).
+        finalists_within: accuracy that a finalist may lack before it is distilled (0.1).
         connections: kinds that are searched, of `kernels`, `ranks`, `merges`, `bypasses` and
             `blocks` (`merges` and `bypasses`).
         simd_step: channels per SIMD block; None probes this device.
@@ -284,8 +286,8 @@ def search(
         preset=preset, generations=generations, finalists=finalists, distill_steps=distill_steps,
         calibration_images=calibration_images, score_images=score_images,
         population=population, seed=seed, objectives=_tuple(objectives), algorithm=algorithm,
-        screen=screen, seeded=seeded, connections=_tuple(connections), simd_step=simd_step,
-        flip=flip,
+        screen=screen, seeded=seeded, finalists_within=finalists_within,
+        connections=_tuple(connections), simd_step=simd_step, flip=flip,
         **flat(limits=limits, latency=latency, int8=int8, rules=rules),
     )  # fmt: skip
     folder, weights = Path(out), _weights_beside(Path(out))

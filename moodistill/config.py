@@ -95,6 +95,7 @@ class RunConfig:
     calibration: CalibrationConfig
     distill: DistillConfig
     finalists: int
+    finalists_within: float = 0.1
     latency: LatencyConfig = LatencyConfig()
     int8: Int8Config = Int8Config()
     own: OwnTask | None = None

@@ -204,6 +204,10 @@ class Settings:
         "search.seeded", 0.75, metavar="SHARE",
     )  # fmt: skip
     seed: int | None = _setting(BUDGET, "random seed of the search", "search.seed", 0)
+    finalists_within: float | None = _setting(
+        BUDGET, "accuracy that a finalist may lack before its distillation, a fraction",
+        "finalists_within", 0.1, metavar="FRACTION",
+    )  # fmt: skip
     flip: bool | None = _setting(
         BUDGET, "distil finalists on mirrored images, too", "distill.flip",
         "as a problem's teacher was trained, else yes",

@@ -108,8 +108,8 @@ def pick_finalists(
 
     The most accurate, the knee, and the best in each cost (the last one first) of the non-dominated
     rows, then always the row farthest from those picked (normalised, costs on a log scale), up to
-    `count`. Rows below `min_accuracy` are left out if any other row is left. Deterministic; fewer
-    than `count` if the front is smaller.
+    `count`. Rows below `min_accuracy` are left out; if all are, the most accurate is taken alone.
+    Deterministic; fewer than `count` if not so many are left.
     """
     if count < 1:
         raise UserError(f"{count} finalists are too few; expected at least 1")
@@ -117,11 +117,11 @@ def pick_finalists(
     if len(values) == 0:
         return []
     front = np.flatnonzero(non_dominated(values) & np.isfinite(values).all(axis=1))
-    if min_accuracy is not None:
-        hopeful = front[1.0 - values[front, 0] >= min_accuracy]
-        front = hopeful if len(hopeful) else front
     if len(front) == 0:
         return []
+    if min_accuracy is not None:
+        hopeful = front[1.0 - values[front, 0] >= min_accuracy]
+        front = hopeful if len(hopeful) else front[[np.argmin(values[front, 0])]]
     unit = normalise(values[front])
     accurate, *cheapest = _extremes(unit)
     picked = list(dict.fromkeys([accurate, knee_index(unit), *reversed(cheapest)]))[:count]

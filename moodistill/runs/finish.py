@@ -25,8 +25,6 @@ from moodistill.storage.searched import Searched
 from moodistill.student.accuracy import inherited_accuracy
 from moodistill.student.evaluator import make_student
 
-FLOOR = 0.7  # of the teacher's accuracy
-
 
 def finish(session: Session, searched: Searched) -> Confirmed:
     """Distil, quantise and export the finalists, and measure the front's confirming latency.
@@ -95,10 +93,14 @@ def _picked(session: Session, searched: Searched) -> dict[str, Evaluation]:
     picked = pareto.pick_finalists(
         searched.values(),
         session.config.finalists,
-        # A student that keeps less of the teacher's accuracy, even before it is distilled, is no
-        # candidate for a device.
-        FLOOR * searched.teacher.accuracy,
+        searched.teacher.accuracy - session.config.finalists_within,
     )
+    within = session.config.finalists_within
+    if len(picked) < session.config.finalists:
+        session.reporter.say(
+            f"{len(picked)} finalists, not {session.config.finalists}: no others of the front are "
+            f"within {within:g} of the teacher's accuracy (finalists_within)"
+        )
     return {names[index]: searched.students[names[index]] for index in picked}
 
 

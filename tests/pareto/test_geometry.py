@@ -62,7 +62,7 @@ def test_finalists_skip_the_hopeless():
     values = np.array([[0.9, 10, 0.1], [0.2, 1000, 1.0], [0.1, 4000, 2.0], [0.5, 100, 0.4]])
     assert 0 in pick_finalists(values, 4)
     assert set(pick_finalists(values, 4, min_accuracy=0.3)) == {1, 2, 3}
-    assert len(pick_finalists(values, 4, min_accuracy=0.99)) == 4
+    assert pick_finalists(values, 4, min_accuracy=0.99) == [2]  # the most accurate
     failed = np.array([[1.0, math.inf, math.inf], [0.5, math.nan, 1.0]])
     assert pick_finalists(failed, 4) == []
     with pytest.raises(UserError, match="0 finalists"):
