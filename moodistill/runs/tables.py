@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from moodistill.errors import UserError
 from moodistill.evolution.operators import DensitySampling
-from moodistill.evolution.tables import Errors, LayerTimes, Tables, single_changes
+from moodistill.evolution.tables import Change, Errors, LayerTimes, Tables, single_changes
 from moodistill.genome.canonical import canonical
 from moodistill.io.atomic import write_json_atomic
 from moodistill.io.fields import convert
@@ -42,8 +42,9 @@ def run_tables(session: Session) -> Tables | None:
     if path.exists():
         return read_tables(path)
     kept = session.context.layout.unsearched(search.connections)
-    with session.reporter.stage("tables", 0, "change") as stage:
-        errors = change_errors(session.context, search.simd_step, kept, stage)
+    changes = list(single_changes(session.context.layout, search.simd_step, kept))
+    with session.reporter.stage("tables", len(changes), "change") as stage:
+        errors = change_errors(session.context, changes, stage)
     times = layer_times(session.context, session.backend.timing.profile, search.simd_step, kept)
     tables = Tables(errors, times, layer_pixels(session.context))
     write_tables(path, tables)
@@ -81,7 +82,7 @@ def make_tables(
         kept: `(length,)` bits that are not searched.
     """
     return Tables(
-        change_errors(context, step, kept),
+        change_errors(context, list(single_changes(context.layout, step, kept))),
         layer_times(context, profile, step, kept),
         layer_pixels(context),
     )
@@ -94,7 +95,7 @@ def layer_pixels(context: TeacherContext) -> dict[str, int]:
 
 
 def change_errors(
-    context: TeacherContext, step: int, kept: np.ndarray, stage: Stage | None = None
+    context: TeacherContext, changes: Sequence[Change], stage: Stage | None = None
 ) -> Errors:
     """Error of every single change, on a few images."""
     size = sum(4 * one.form.area * one.form.channels for one in context.graph.steps)
@@ -112,7 +113,7 @@ def change_errors(
     images = data.normalise(data.validation.head(min(HELD_IMAGES, most)).images[:])
     measure = ChangeErrors(context.graph, context.layout, samples, images, data.meaning)
     found: Errors = {}
-    for count, change in enumerate(single_changes(context.layout, step, kept), 1):
+    for count, change in enumerate(changes, 1):
         try:
             error = min(HOPELESS, measure.error(change.genome))
         except Exception:  # one bad change must not end a search; `_say` counts them
